@@ -1,0 +1,1 @@
+"""Sampling, decoding with per-row insertion, and rollouts against an environment."""

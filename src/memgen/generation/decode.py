@@ -1,0 +1,469 @@
+"""Decoding with memory: rows insert at different steps, and nobody's work is repeated because another row inserts.
+
+One pass of the reasoner per step feeds each live row its new token, and K latents behind it where the row inserts.
+Weaver and trigger keep memories of their own and read only what is new. Finished rows leave the batch at once.
+
+Differs from the released code: it re-reads the whole batch at every insertion, keeps finished rows going, and asks
+nobody to say at which temperature the tokens behind the cap are drawn; see docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from memgen.generation.sampling import GenerationSettings, choose, row_uniforms
+from memgen.model.cache import RowCache, Segment
+from memgen.model.memgen import MemGenModel
+from memgen.model.trigger import Boundary
+from memgen.types import Decision, Generation, InsertionKind, InsertionPlan, TokenBatch, WorkCount
+
+# P prompts, n live rows, K latents, H hidden size
+
+Observer = Callable[[int, int | None], None]
+"""Called with (row, token id) for each new token, and with (row, None) where latents are inserted before the next."""
+
+Intervention = Callable[[Sequence[int], Sequence[int], list[Tensor]], list[Tensor]]
+"""Called with rows, how many insertions each had before, and each row's latents (K, H); returns what to insert."""
+
+
+@torch.no_grad()
+def generate(
+    model: MemGenModel,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    *,
+    row_seeds: Sequence[int] | None = None,
+    observe: Observer | None = None,
+    intervene: Intervention | None = None,
+    keep_latents: bool = False,
+) -> Generation:
+    """Answers prompts, weaving memory in where the trigger says so.
+
+    Args:
+        model: in evaluation mode, so that no dropout acts.
+        prompts: token ids of each prompt, not padded.
+        settings: how to draw; `group_size` answers per prompt, those of a prompt one behind the other.
+        row_seeds: a seed for each answer; a row's draws depend on its own seed alone. Default: from `settings.seed`.
+        observe: is told of each token and insertion as it happens.
+        intervene: replaces latents before they are inserted (analysis); only with one answer per prompt.
+        keep_latents: whether to return the inserted latents.
+
+    Raises:
+        ValueError: if a prompt is empty or does not fit into the reasoner's context with its answer.
+        RuntimeError: if the model is in training mode.
+    """
+    if model.training:
+        raise RuntimeError("generate needs model.eval(): dropout in rollouts would train on another distribution")
+    return _Decoder(model, prompts, settings, row_seeds, observe, intervene, keep_latents=keep_latents).run()
+
+
+@dataclass
+class _Row:
+    """One answer."""
+
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Tensor] = field(default_factory=list)
+    decisions: list[int] = field(default_factory=list)
+    invoke_probs: list[float] = field(default_factory=list)
+    points: list[int] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+    finished: bool = False
+    inserted: int = 0  # insertions inside the answer: what the cap counts
+    weaver_unread: list[int] = field(default_factory=list)  # token ids behind `weaver_latents`
+    weaver_latents: Tensor | None = None  # the last insertion, if the weaver has not read it yet
+    weaver_states: list[Tensor] = field(default_factory=list)  # instead of both, if it reads hidden states
+    trigger_read: int = 0  # tokens of prompt + answer that the trigger has read
+
+
+class _Decoder:
+    def __init__(
+        self,
+        model: MemGenModel,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        row_seeds: Sequence[int] | None,
+        observe: Observer | None,
+        intervene: Intervention | None,
+        *,
+        keep_latents: bool,
+    ) -> None:
+        group = settings.group_size
+        if intervene is not None and group > 1:
+            raise ValueError(f"intervene works with group_size 1, got {group}")
+        if row_seeds is not None and len(row_seeds) != len(prompts) * group:
+            raise ValueError(f"{len(prompts)} prompts x group_size {group} need as many row_seeds, got {len(row_seeds)}")
+        if not prompts:
+            raise ValueError("there is no prompt to answer")
+        self.model, self.settings = model, settings
+        self.observe, self.intervene, self.keep_latents = observe, intervene, keep_latents
+        self.prompts = [list(prompt) for prompt in prompts]
+        self.rows = [_Row(prompt) for prompt in self.prompts for _ in range(group)]
+        self.device = model.device
+        weaver, boundaries = model.weaver.config, model.boundaries
+        self.cap = min(boundaries.config.max_inference_insertions, settings.max_new_tokens)
+        if not weaver.inference_latents:
+            self.cap = 0
+        self.reads_states = weaver.reads == "hidden_states"
+        self.states_first = self.reads_states or model.trigger.needs_states
+        self._size_caches()
+        self.is_delimiter = boundaries.is_delimiter.cpu().numpy()
+        self.is_number_mark = boundaries.is_number_mark.cpu().numpy()
+        self.ends_in_digit = boundaries.ends_in_digit.cpu().numpy()
+        seeds = row_seeds or [settings.seed * 1_000_003 + index for index in range(len(self.rows))]
+        steps = settings.max_new_tokens
+        self.draws_decisions = settings.sample_decisions or model.trigger.stochastic
+        # Tokens and decisions have their own numbers, so that one more decision does not move the tokens.
+        draws = row_uniforms(seeds, 2 * steps).tolist() if settings.temperature > 0 or self.draws_decisions else None
+        self.token_draws = [line[:steps] for line in draws] if draws else None
+        self.decision_draws = [line[steps:] for line in draws] if draws else None
+        self.work = dict.fromkeys(WorkCount.__dataclass_fields__, 0)
+
+    def _size_caches(self) -> None:
+        weaver = self.model.weaver.config
+        latents = weaver.prompt_latents + self.cap * weaver.inference_latents
+        for index, prompt in enumerate(self.prompts):
+            if not prompt:
+                raise ValueError(f"prompt {index} is empty; it needs at least one token")
+        longest = max(len(prompt) for prompt in self.prompts)
+        self.capacity = longest + latents + self.settings.max_new_tokens
+        context = self.model.reasoner.backbone.context_length
+        if context is not None and self.capacity > context:
+            raise ValueError(
+                f"a prompt of {longest} tokens, {self.settings.max_new_tokens} new ones and up to {latents} latents "
+                f"need {self.capacity} positions, but the reasoner's context is {context}; shorten the prompt or "
+                "lower max_new_tokens"
+            )
+        self.queries = max(weaver.prompt_latents, weaver.inference_latents)
+        self.text_capacity = longest + self.settings.max_new_tokens
+
+    # The prompt
+
+    def run(self) -> Generation:
+        hidden = self._read_prompts()
+        live = list(range(len(self.rows)))  # row of each cache line
+        for step in range(self.settings.max_new_tokens):
+            previous = [(self.rows[r].tokens or self.rows[r].prompt)[-1] for r in live]
+            tokens = self._choose(hidden, live, step)
+            last_step = step == self.settings.max_new_tokens - 1
+            for row in live:
+                self.rows[row].finished = self.rows[row].tokens[-1] in self.model.reasoner.end_ids
+            if last_step or all(self.rows[row].finished for row in live):
+                break
+            tokens, previous, live = self._drop_finished(tokens, previous, live)
+            hidden = self._step(tokens, previous, live, step + 1)
+        return self._result()
+
+    def _read_prompts(self) -> Tensor:
+        """Reads each distinct prompt once and returns the state that predicts each row's first token, (B, H)."""
+        model, count = self.model, len(self.prompts)
+        lengths = [len(prompt) for prompt in self.prompts]
+        lines = list(range(count))
+        ids = torch.tensor([token for prompt in self.prompts for token in prompt], device=self.device)
+        embeddings = model.reasoner.backbone.embed(ids)
+        self.reasoner_cache = RowCache(count, self.capacity, self.device)
+        self.weaver_cache = RowCache(count, self.capacity + self.queries, self.device)
+        self.trigger_cache = model.trigger.memory(count, self.text_capacity, self.device)
+        ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        states = self._reasoner(embeddings, [Segment(lines, lengths)]) if self.states_first else None
+        invoked = self._decide_at_prompt_end(None if states is None else states[ends])
+        woven = [p for p in lines if any(invoked[row] for row in self._group(p))]
+        latents: list[Tensor] = []
+        if woven:
+            source = states if self.reads_states else embeddings
+            assert source is not None, "states were read first if the weaver reads them"
+            parts = source.split(lengths)
+            latents = self._weave(
+                torch.cat([parts[p] for p in woven]),
+                [lengths[p] for p in woven],
+                [InsertionKind.PROMPT] * len(woven),
+                woven,
+                [0] * len(woven),
+                [self._group(p)[0] for p in woven],
+            )
+        hidden, latent_states = self._read_prompt_latents(embeddings, states, lengths, ends, woven, latents)
+        self._spread_groups(lengths, woven, latents, invoked, states, latent_states)
+        final = []
+        for row, invoke in enumerate(invoked):
+            prompt = row // self.settings.group_size
+            final.append(latent_states[woven.index(prompt)][-1] if invoke else hidden[prompt])
+        return torch.stack(final)
+
+    def _group(self, prompt: int) -> range:
+        size = self.settings.group_size
+        return range(prompt * size, (prompt + 1) * size)
+
+    def _decide_at_prompt_end(self, states: Tensor | None) -> list[bool]:
+        """The prompt end is a boundary like any other: the trigger is asked once per prompt, each row decides."""
+        if not self.model.weaver.config.prompt_latents:
+            for row in self.rows:
+                self._record(row, Decision.NOT_ASKED, 0.0)
+            return [False] * len(self.rows)
+        boundary = Boundary(rows=range(len(self.prompts)), unread=self.prompts, states=states)
+        probs = self._ask(boundary)
+        invoked = []
+        for index, row in enumerate(self.rows):
+            row.trigger_read = len(row.prompt)
+            invoked.append(self._decide(index, row, probs[index // self.settings.group_size], 0))
+        return invoked
+
+    def _read_prompt_latents(
+        self,
+        embeddings: Tensor,
+        states: Tensor | None,
+        lengths: list[int],
+        ends: Tensor,
+        woven: list[int],
+        latents: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """States at every prompt's last token, (P, H), and at the latents of the prompts that have some."""
+        sizes = [block.shape[0] for block in latents]
+        if states is None:
+            segments = [Segment(range(len(lengths)), lengths)]
+            if woven:
+                segments.append(Segment(woven, sizes))
+            packed = torch.cat([embeddings, *(block.to(embeddings.dtype) for block in latents)])
+            states = self._reasoner(packed, segments)
+            return states[ends], list(states[sum(lengths) :].split(sizes))
+        if not woven:
+            return states[ends], []
+        return states[ends], list(self._reasoner(torch.cat(latents), [Segment(woven, sizes)]).split(sizes))
+
+    def _spread_groups(
+        self,
+        lengths: list[int],
+        woven: list[int],
+        latents: list[Tensor],
+        invoked: list[bool],
+        states: Tensor | None,
+        latent_states: list[Tensor],
+    ) -> None:
+        """Gives each row its own line of every memory."""
+        size = self.settings.group_size
+        if size > 1:
+            source = [row // size for row in range(len(self.rows))]
+            self.reasoner_cache = self.reasoner_cache.select(source, self.capacity)
+            self.weaver_cache = self.weaver_cache.select(source, self.capacity + self.queries)
+            if self.trigger_cache is not None:
+                self.trigger_cache = self.trigger_cache.select(source, self.trigger_cache.capacity)
+        prompt_states = None if states is None else states.split(lengths)
+        for index, row in enumerate(self.rows):
+            prompt = index // size
+            if prompt not in woven:
+                row.weaver_unread = list(row.prompt)
+                if self.reads_states and prompt_states is not None:
+                    row.weaver_states = [prompt_states[prompt]]
+                continue
+            block = woven.index(prompt)
+            if invoked[index]:
+                self._insert(row, index, latents[block], InsertionKind.PROMPT)
+                if self.reads_states:
+                    row.weaver_states = [latent_states[block]]
+            else:
+                self.reasoner_cache.truncate(index, lengths[prompt])
+
+    # A step
+
+    def _choose(self, hidden: Tensor, live: list[int], step: int) -> list[int]:
+        draws = None
+        if self.settings.temperature > 0:
+            assert self.token_draws is not None, "a temperature needs draws"
+            draws = torch.tensor([self.token_draws[row][step] for row in live], dtype=torch.float64)
+        chosen, logprobs = choose(self.model.reasoner.logits(hidden), self.settings, draws)
+        tokens: list[int] = chosen.tolist()
+        for line, (row, token) in enumerate(zip(live, tokens, strict=True)):
+            self.rows[row].tokens.append(token)
+            self.rows[row].logprobs.append(logprobs[line])
+            if self.observe is not None:
+                self.observe(row, token)
+        return tokens
+
+    def _drop_finished(
+        self, tokens: list[int], previous: list[int], live: list[int]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Fills the lines of finished rows with the last lines, so that the live rows stay in front."""
+        line = 0
+        while line < len(live):
+            if not self.rows[live[line]].finished:
+                line += 1
+                continue
+            last = len(live) - 1
+            if line != last:
+                for cache in (self.reasoner_cache, self.weaver_cache, self.trigger_cache):
+                    if cache is not None:
+                        cache.move(last, line)
+                tokens[line], previous[line], live[line] = tokens[last], previous[last], live[last]
+            tokens, previous, live = tokens[:last], previous[:last], live[:last]
+        return tokens, previous, live
+
+    def _step(self, tokens: list[int], previous: list[int], live: list[int], step: int) -> Tensor:
+        """Feeds every live row its new token, and latents where it inserts. Returns the states that predict, (n, H)."""
+        lines = list(range(len(live)))
+        embeddings = self.model.reasoner.backbone.embed(torch.tensor(tokens, device=self.device))
+        asked = [line for line in lines if self._at_boundary(self.rows[live[line]], tokens[line], previous[line])]
+        everybody = Segment(lines, [1] * len(lines))
+        states = self._reasoner(embeddings, [everybody]) if self.states_first else None
+        for line, row in enumerate(live):
+            if self.reads_states:
+                assert states is not None, "states were read first if the weaver reads them"
+                self.rows[row].weaver_states.append(states[line : line + 1])
+            else:
+                self.rows[row].weaver_unread.append(tokens[line])
+        inserting = self._decide_at_delimiter(asked, live, step, states)
+        latents = self._weave_unread(inserting, live) if inserting else []
+        sizes = [block.shape[0] for block in latents]
+        if states is None:
+            segments = [everybody, Segment(inserting, sizes)] if inserting else [everybody]
+            packed = torch.cat([embeddings, *(block.to(embeddings.dtype) for block in latents)])
+            states = self._reasoner(packed, segments)
+            hidden, latent_states = states[: len(lines)], states[len(lines) :]
+        elif inserting:
+            hidden, latent_states = states, self._reasoner(torch.cat(latents), [Segment(inserting, sizes)])
+        else:
+            return states
+        if not inserting:
+            return hidden
+        ends = torch.tensor(sizes, device=self.device).cumsum(0) - 1
+        for line, block, block_states in zip(inserting, latents, latent_states.split(sizes), strict=True):
+            row = self.rows[live[line]]
+            self._insert(row, live[line], block, InsertionKind.INFERENCE)
+            row.inserted += 1
+            if self.reads_states:
+                row.weaver_states = [block_states]
+        return hidden.index_copy(0, torch.tensor(inserting, device=self.device), latent_states[ends])
+
+    def _at_boundary(self, row: _Row, token: int, previous: int) -> bool:
+        return (
+            row.inserted < self.cap
+            and bool(self.is_delimiter[token])
+            and not (self.is_number_mark[token] and self.ends_in_digit[previous])
+        )
+
+    def _decide_at_delimiter(
+        self, asked: list[int], live: list[int], step: int, states: Tensor | None
+    ) -> list[int]:
+        """Lines that insert now."""
+        probs: list[float] = []
+        if asked:
+            unread = []
+            for line in asked:
+                row = self.rows[live[line]]
+                unread.append((row.prompt + row.tokens)[row.trigger_read :])
+                row.trigger_read = len(row.prompt) + len(row.tokens)
+            index = torch.tensor(asked, device=self.device)
+            probs = self._ask(Boundary(asked, unread, None if states is None else states[index]))
+        by_line = dict(zip(asked, probs, strict=True))
+        inserting = []
+        for line, row in enumerate(live):
+            if line not in by_line:
+                self._record(self.rows[row], Decision.NOT_ASKED, 0.0)
+            elif self._decide(row, self.rows[row], by_line[line], step):
+                inserting.append(line)
+        return inserting
+
+    def _weave_unread(self, lines: list[int], live: list[int]) -> list[Tensor]:
+        pieces, counts, events = [], [], []
+        for line in lines:
+            row = self.rows[live[line]]
+            if self.reads_states:
+                new = row.weaver_states
+            else:
+                ids = torch.tensor(row.weaver_unread, device=self.device)
+                embedded = self.model.reasoner.backbone.embed(ids)
+                new = [embedded] if row.weaver_latents is None else [row.weaver_latents.to(embedded.dtype), embedded]
+            pieces += new
+            counts.append(sum(piece.shape[0] for piece in new))
+            events.append(len(row.points))
+            row.weaver_unread, row.weaver_latents, row.weaver_states = [], None, []
+        kinds = [InsertionKind.INFERENCE] * len(lines)
+        return self._weave(torch.cat(pieces), counts, kinds, lines, events, [live[line] for line in lines])
+
+    # Shared by both
+
+    def _reasoner(self, embeddings: Tensor, segments: Sequence[Segment]) -> Tensor:
+        view = self.reasoner_cache.open(segments)
+        self.work["reasoner_forwards"] += 1
+        self.work["reasoner_positions"] += embeddings.shape[0]
+        return self.model.reasoner.read(embeddings, view)
+
+    def _weave(
+        self,
+        states: Tensor,
+        counts: list[int],
+        kinds: list[InsertionKind],
+        lines: list[int],
+        events: list[int],
+        rows: list[int],
+    ) -> list[Tensor]:
+        weaver = self.model.weaver
+        sizes = [weaver.latents_per_insertion(kind) for kind in kinds]
+        latents = weaver.weave(states, counts, kinds, lines, self.weaver_cache)
+        self.work["weaver_forwards"] += 1
+        self.work["weaver_positions"] += states.shape[0] + latents.shape[0]
+        blocks = list(latents.split(sizes))
+        return blocks if self.intervene is None else self.intervene(rows, events, blocks)
+
+    def _ask(self, boundary: Boundary) -> list[float]:
+        if self.trigger_cache is not None:
+            self.work["trigger_forwards"] += 1
+            self.work["trigger_positions"] += sum(len(ids) for ids in boundary.unread)
+        probs: list[float] = self.model.trigger.invoke_probs(boundary, self.trigger_cache).tolist()
+        return probs
+
+    def _decide(self, index: int, row: _Row, prob: float, step: int) -> bool:
+        if self.draws_decisions:
+            assert self.decision_draws is not None, "drawn decisions need draws"
+            invoke = self.decision_draws[index][step] < prob
+        else:
+            invoke = prob > 0.5
+        self._record(row, Decision.INVOKE if invoke else Decision.SKIP, prob)
+        return invoke
+
+    @staticmethod
+    def _record(row: _Row, decision: Decision, prob: float) -> None:
+        row.decisions.append(int(decision))
+        row.invoke_probs.append(prob)
+
+    def _insert(self, row: _Row, index: int, latents: Tensor, kind: InsertionKind) -> None:
+        row.points.append(len(row.prompt) + len(row.tokens))
+        row.kinds.append(int(kind))
+        if not self.reads_states:
+            row.weaver_latents = latents
+        if self.keep_latents:
+            row.latents.append(latents)
+        if self.observe is not None:
+            self.observe(index, None)
+
+    def _result(self) -> Generation:
+        rows, width = self.rows, max(len(row.tokens) for row in self.rows)
+        shape = (len(rows), width)
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        logprobs = torch.zeros(shape)
+        decisions = torch.full(shape, int(Decision.NOT_ASKED))
+        probs = torch.zeros(shape)
+        for line, row in enumerate(rows):
+            count = len(row.tokens)
+            tokens[line, :count] = torch.tensor(row.tokens)
+            decisions[line, :count] = torch.tensor(row.decisions[:count])
+            probs[line, :count] = torch.tensor(row.invoke_probs[:count])
+        flat = torch.cat([torch.stack(row.logprobs) for row in rows]).float().cpu()
+        for line, part in enumerate(flat.split([len(row.tokens) for row in rows])):
+            logprobs[line, : part.shape[0]] = part
+        on = self.device
+        return Generation(
+            prompt=TokenBatch.from_rows([row.prompt for row in rows]).to(on),
+            tokens=tokens.to(on),
+            lengths=torch.tensor([len(row.tokens) for row in rows], device=on),
+            finished=torch.tensor([row.finished for row in rows], device=on),
+            logprobs=logprobs.to(on),
+            decisions=decisions.to(on),
+            invoke_probs=probs.to(on),
+            plan=InsertionPlan.from_rows([row.points for row in rows], [row.kinds for row in rows]),
+            work=WorkCount(**self.work),
+            latents=[row.latents for row in rows] if self.keep_latents else None,
+        )

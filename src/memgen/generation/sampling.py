@@ -1,0 +1,93 @@
+"""Drawing tokens. Every row brings its own random numbers, so a row's draws do not depend on the batch around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are drawn."""
+
+    max_new_tokens: int = 256
+    """Limit of an answer's length; an answer that reaches it is cut and marked as unfinished."""
+    temperature: float = 0.0
+    """0 takes the most probable token."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens that holds this probability. 1 is off."""
+    top_k: int = 0
+    """Draw from this many most probable tokens. 0 is off."""
+    sample_decisions: bool = False
+    """Draw a learned trigger's decisions (paper, Eq. 4) instead of taking the more probable one (released code)."""
+    group_size: int = 1
+    """Answers per prompt; the prompt is read once for all of them."""
+    seed: int = 0
+    """Seeds the rows that are not given a seed of their own."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+        if self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+
+
+def row_uniforms(seeds: Sequence[int], count: int) -> Float[Tensor, "rows count"]:
+    """Uniform numbers in [0, 1), float64, a reproducible line for each seed."""
+    lines = [torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    return torch.stack(lines)
+
+
+def next_token_logprobs(
+    logits: Float[Tensor, "rows vocab"], settings: GenerationSettings
+) -> Float[Tensor, "rows vocab"]:
+    """Log-probabilities of the distribution that tokens are drawn from: tempered, then cut by top-k and top-p.
+
+    Greedy decoding (temperature 0) reports the model's own distribution.
+    """
+    if settings.temperature > 0:
+        logits = logits / settings.temperature
+        if 0 < settings.top_k < logits.shape[-1]:
+            threshold = logits.topk(settings.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < threshold, -torch.inf)
+        if settings.top_p < 1:
+            ordered, index = logits.sort(dim=-1, descending=True)
+            probs = ordered.softmax(dim=-1)
+            # A token stays if the more probable ones before it do not hold top_p yet: the first always stays.
+            cut = probs.cumsum(dim=-1) - probs >= settings.top_p
+            logits = logits.masked_fill(cut.scatter(-1, index, cut), -torch.inf)
+    return logits.log_softmax(dim=-1)
+
+
+def choose(
+    logits: Float[Tensor, "rows vocab"], settings: GenerationSettings, uniforms: Float[Tensor, " rows"] | None
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """The next token of each row and its log-probability.
+
+    Args:
+        logits: float32 (R, V).
+        settings: how to draw.
+        uniforms: a number in [0, 1) per row; None only if greedy.
+    """
+    logprobs = next_token_logprobs(logits, settings)
+    if settings.temperature == 0:
+        tokens = logits.argmax(dim=-1)
+    else:
+        assert uniforms is not None, "drawing needs one uniform number per row"
+        mass = logprobs.double().exp().cumsum(dim=-1)
+        target = uniforms.to(mass.device)[:, None] * mass[:, -1:]
+        tokens = torch.searchsorted(mass, target, right=True).squeeze(-1)
+        # Rounding may land behind the last token that has any probability.
+        last = (logprobs > -torch.inf).long().cumsum(dim=-1).argmax(dim=-1)
+        tokens = torch.minimum(tokens, last)
+    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)

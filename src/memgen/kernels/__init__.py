@@ -1,0 +1,1 @@
+"""Tensor operations: plain-torch definitions and their Triton kernels."""

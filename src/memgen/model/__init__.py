@@ -1,0 +1,1 @@
+"""The reasoner, the weaver and the trigger, and the model that composes them."""

@@ -1,0 +1,242 @@
+"""One frozen language model, read through one attention function of ours.
+
+Any decoder-only Hugging Face model with rotary (or no) positions serves: its modules run unchanged on packed input,
+and its attention, registered under the name "memgen", keeps keys and values in the memory that the pass was opened
+on. The adapter is an argument of a pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+
+from memgen.model.adapters import AdapterSwitch, LoraSettings
+from memgen.model.cache import View
+
+# T packed positions, H hidden size, h query heads, g key-value heads, d head size
+
+_VIEW: ContextVar[View | None] = ContextVar("memgen_view", default=None)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which language model, and in which type."""
+
+    name: str = "lab:reasoner"
+    """A directory, a hub name, or an asset of the embedded default such as lab:reasoner."""
+    revision: str | None = None
+    """Revision on the hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen weights. What is trained is always float32."""
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention that Hugging Face modules call: (1, h, T, d) -> (1, T, h, d)."""
+    view = _VIEW.get()
+    if view is None:
+        raise RuntimeError("a memgen backbone was called outside Backbone.forward")
+    if softcap is not None or s_aux is not None:
+        raise ValueError("attention with soft capping or sinks is not supported by memgen")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = cast(int, module.layer_idx)
+    return view.attend(layer, query, key, value, scale, sliding_window), None
+
+
+AttentionInterface.register("memgen", _attention)
+
+
+def _decoder_layers(decoder: nn.Module, count: int) -> nn.ModuleList:
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return child
+    raise ValueError(f"found no list of {count} decoder layers in {type(decoder).__name__}; it is not supported")
+
+
+class Backbone(nn.Module):
+    """A frozen decoder-only language model with switchable LoRA adapters.
+
+    Args:
+        model: a Hugging Face causal language model. It is frozen, put into evaluation mode and read through
+            memgen's attention from now on.
+        name: what to call it in checkpoints and messages.
+
+    Raises:
+        ValueError: if its architecture does something that packed reading would get wrong.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str = "") -> None:
+        super().__init__()
+        config = model.config
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if not kinds <= {"full_attention", "sliding_attention"}:
+            raise ValueError(f"{name or type(model).__name__} has layers of kind {sorted(kinds)}; memgen reads only attention")
+        for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+            if getattr(config, key, None) not in (None, 1, 1.0):
+                raise ValueError(f"{name or type(model).__name__} scales its logits ({key}), which memgen does not support")
+        self.name = name
+        self.fingerprint = fingerprint(model)
+        model.set_attn_implementation("memgen")
+        model.requires_grad_(False)
+        model.eval()
+        self.model = model
+        self.adapters = AdapterSwitch(model)
+        self._recompute = False
+        self._layers = _decoder_layers(self._decoder, int(config.num_hidden_layers))
+        for layer in self._layers:
+            layer.forward = partial(self._layer, layer.forward)  # type: ignore[method-assign]
+
+    @property
+    def _decoder(self) -> nn.Module:
+        return cast(nn.Module, self.model.get_decoder())
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the embeddings and hidden states."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest stream the model was made for, or None if its configuration does not say."""
+        length = getattr(self.model.config, "max_position_embeddings", None)
+        return None if length is None else int(length)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding table lies."""
+        return self.embedding.device
+
+    @property
+    def embedding(self) -> Float[Tensor, "vocab hidden"]:
+        """The input embedding table."""
+        return cast(Tensor, self.model.get_input_embeddings().weight)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The language-model head."""
+        return cast(nn.Linear, self.model.get_output_embeddings())
+
+    def add_adapter(self, name: str, settings: LoraSettings) -> None:
+        """Adds a LoRA adapter that a pass may name."""
+        self.adapters.add(name, settings)
+
+    def use_checkpointing(self, enabled: bool) -> None:
+        """Activation checkpointing: layers recompute their activations in the backward pass."""
+        self._recompute = enabled
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Only the adapters' dropout follows the mode: the base is frozen and stays in evaluation mode."""
+        super().train(False)
+        self.training = mode
+        self.adapters.train(mode)
+        return self
+
+    def embed(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape hidden"]:
+        """Input embeddings of token ids."""
+        return cast(Tensor, self.model.get_input_embeddings()(ids))
+
+    def forward(
+        self, embeddings: Float[Tensor, "time hidden"], view: View, adapter: str | None = None
+    ) -> Float[Tensor, "time hidden"]:
+        """Reads packed input embeddings.
+
+        Args:
+            embeddings: (T, H), any floating type; cast to the base's.
+            view: the pass, opened on a memory.
+            adapter: adapter to apply, or None for the bare base.
+
+        Returns:
+            Hidden states after the final norm, (T, H), in the base's type.
+        """
+        with self._pass(view, adapter):
+            output = self._decoder(
+                inputs_embeds=embeddings.to(self.embedding.dtype)[None],
+                position_ids=view.positions[None],
+                use_cache=False,
+            )
+        return cast(Tensor, output.last_hidden_state[0])
+
+    @contextmanager
+    def _pass(self, view: View, adapter: str | None) -> Iterator[None]:
+        token = _VIEW.set(view)
+        try:
+            with self.adapters.using(adapter):
+                yield
+        finally:
+            _VIEW.reset(token)
+
+    def _layer(self, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """A decoder layer, recomputed in the backward pass under the view and the adapter of its forward pass."""
+        if not (self._recompute and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        view, adapter = _VIEW.get(), self.adapters.active
+        assert view is not None, "layers run inside Backbone.forward"
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return self._pass(view, adapter), self._pass(view, adapter)
+
+        return cast(Tensor, checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs))
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Identifies a base: its configuration and its tensors' names, shapes and a sample of values (SHA-256, hex)."""
+    digest = hashlib.sha256()
+    config = model.config.to_dict()
+    # What a save, a library version or a run-time switch changes says nothing about the weights.
+    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"):
+        config.pop(key, None)
+    digest.update(json.dumps(_plain(config), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // 64)
+        # bfloat16 holds what every supported type can hold, so the same weights in another type agree.
+        digest.update(flat[::step][:64].to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items() if not str(key).startswith("_")}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def load_backbone(config: BackboneConfig, resolve_asset: Callable[[str], str]) -> Backbone:
+    """Loads a language model from a directory, the hub, or an asset name.
+
+    Args:
+        config: which one.
+        resolve_asset: turns an asset name such as lab:reasoner into a directory; other names pass through.
+
+    Raises:
+        OSError: if there is no such model; the message is the hub client's.
+        ValueError: if the architecture is not supported.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        resolve_asset(config.name), revision=config.revision, dtype=getattr(torch, config.dtype)
+    )
+    return Backbone(model, config.name)

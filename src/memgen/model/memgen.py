@@ -1,0 +1,373 @@
+"""MemGenModel: reasoner, weaver and trigger, and the teacher-forced forward over woven streams.
+
+Differs from the released code: (1) the batch runs at once, each row with its own plan; (2) the weaver reads only what
+is new since its last insertion, with gradient through its memory; (3) what lies before a row's first latent runs
+through the reasoner without activations being kept, once for all rows that share it; (4) hidden states come back
+only for the places that somebody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from memgen.kernels.reference import weave
+from memgen.model.backbone import Backbone, BackboneConfig, load_backbone
+from memgen.model.boundary import Boundaries, BoundaryConfig
+from memgen.model.cache import PackedStore, Segment
+from memgen.model.reasoner import Reasoner
+from memgen.model.stream import Stream
+from memgen.model.trigger import ConstantTrigger, StateTrigger, TokenTrigger, Trigger, TriggerConfig
+from memgen.model.weaver import Weaver, WeaverConfig
+from memgen.types import InsertionKind, InsertionPlan, TokenBatch, WorkCount
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# B rows, L token positions, T packed stream positions, H hidden size, N places read
+
+
+@dataclass(frozen=True)
+class MemGenConfig:
+    """The whole model."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """The reasoner's base; weaver and trigger share it unless they name their own."""
+    weaver: WeaverConfig = field(default_factory=WeaverConfig)
+    """How latents are made."""
+    trigger: TriggerConfig = field(default_factory=TriggerConfig)
+    """Who decides where they go."""
+    boundaries: BoundaryConfig = field(default_factory=BoundaryConfig)
+    """Where that may be."""
+
+
+@dataclass(frozen=True)
+class Woven:
+    """What a teacher-forced pass read.
+
+    Attributes:
+        hidden: hidden states at the places asked for, row by row, (N, H), in the base's type.
+        latents: all latents that were woven, float32, (M, H of the reasoner).
+        work: exact work counts.
+    """
+
+    hidden: Float[Tensor, "places hidden"]
+    latents: Float[Tensor, "latents hidden"]
+    work: WorkCount
+
+
+@final
+class MemGenModel(nn.Module):
+    """A frozen reasoner with a memory of its own making.
+
+    Args:
+        reasoner: the frozen language model.
+        weaver: writes latents.
+        trigger: decides at boundaries.
+        boundaries: where it is asked.
+    """
+
+    def __init__(self, reasoner: Reasoner, weaver: Weaver, trigger: Trigger, boundaries: Boundaries) -> None:
+        super().__init__()
+        self.reasoner = reasoner
+        self.weaver = weaver
+        self.trigger = trigger
+        self.boundaries = boundaries
+
+    @classmethod
+    def build(
+        cls,
+        config: MemGenConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        resolve_asset: Callable[[str], str],
+        trigger_translate: Callable[[list[int]], list[int]] | None = None,
+    ) -> MemGenModel:
+        """Loads the bases and adds new adapters, queries and heads.
+
+        Args:
+            config: the whole model.
+            tokenizer: the reasoner's.
+            resolve_asset: turns an asset name into a directory; other names pass through.
+            trigger_translate: from the reasoner's token ids to those of the trigger's own base, where they differ.
+        """
+        base = load_backbone(config.backbone, resolve_asset)
+        weaver_base = config.weaver.backbone and load_backbone(config.weaver.backbone, resolve_asset)
+        trigger_base = config.trigger.backbone and load_backbone(config.trigger.backbone, resolve_asset)
+        return cls.assemble(config, base, tokenizer, weaver_base, trigger_base, trigger_translate)
+
+    @classmethod
+    def assemble(
+        cls,
+        config: MemGenConfig,
+        base: Backbone,
+        tokenizer: PreTrainedTokenizerBase,
+        weaver_base: Backbone | None = None,
+        trigger_base: Backbone | None = None,
+        trigger_translate: Callable[[list[int]], list[int]] | None = None,
+    ) -> MemGenModel:
+        """As `build`, on bases that are already loaded. None shares the reasoner's."""
+        weaver = Weaver(weaver_base or base, config.weaver, base.hidden_size)
+        trigger: Trigger
+        match config.trigger.kind:
+            case "tokens":
+                trigger = TokenTrigger(trigger_base or base, config.trigger, trigger_translate)
+            case "hidden_states":
+                trigger = StateTrigger(base.hidden_size, config.trigger)
+            case "random":
+                trigger = ConstantTrigger(config.trigger.probability)
+            case "always" | "never":
+                trigger = ConstantTrigger(float(config.trigger.kind == "always"))
+        boundaries = Boundaries.from_tokenizer(config.boundaries, tokenizer, base.embedding.shape[0])
+        return cls(Reasoner(base, end_ids(base, tokenizer)), weaver, trigger, boundaries)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the reasoner lies."""
+        return self.reasoner.backbone.device
+
+    def bases(self) -> list[Backbone]:
+        """The distinct frozen bases."""
+        found = {id(b): b for b in self.modules() if isinstance(b, Backbone)}
+        return list(found.values())
+
+    def use_checkpointing(self, enabled: bool) -> None:
+        """Activation checkpointing in every base."""
+        for base in self.bases():
+            base.use_checkpointing(enabled)
+
+    def train_only(self, *parts: nn.Module) -> None:
+        """Makes exactly the given parts (weaver, trigger) trainable. Set once, before an optimizer is made."""
+        self.requires_grad_(False)
+        for part in parts:
+            assert isinstance(part, Weaver | Trigger), "the reasoner is never trained"
+            for parameter in part.own_parameters().values():
+                parameter.requires_grad_(True)
+
+    def forward(self, batch: TokenBatch, plan: InsertionPlan, read: Bool[Tensor, "batch length"]) -> Woven:
+        """Reads rows with latents woven in according to a plan.
+
+        Args:
+            batch: rows of tokens.
+            plan: where latents go, one line per row. Kinds that the configuration switches off (K = 0) are left out.
+            read: True at token i of a row where the state that predicts token i + 1 is wanted: the state of the last
+                latent between the two, if any, else of token i.
+
+        Raises:
+            ValueError: if a point lies outside its row, or rows of a group do not share what they claim to.
+        """
+        return _Forward(self, batch, plan, read).run()
+
+    def label_logprobs(
+        self, batch: TokenBatch, plan: InsertionPlan
+    ) -> tuple[Float[Tensor, " labels"], Woven]:
+        """Log-probability of every supervised token, float32, row by row, and what the pass read."""
+        read = torch.zeros_like(batch.supervised)
+        read[:, :-1] = batch.supervised[:, 1:]
+        woven = self(batch, plan, read)
+        targets = batch.ids[:, 1:][batch.supervised[:, 1:]].to(woven.hidden.device)
+        return self.reasoner.logprobs(woven.hidden, targets), woven
+
+
+def end_ids(base: Backbone, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids that end an answer: the generation configuration's and the tokenizer's."""
+    configured = getattr(base.model.generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    found = {int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None}
+    if not found:
+        raise ValueError(f"{base.name} has no end-of-sequence token in its tokenizer or generation configuration")
+    return tuple(sorted(found))
+
+
+class _Forward:
+    """One teacher-forced pass. Rows that nobody reads are left out, and so is what lies behind a row's last read."""
+
+    def __init__(
+        self, model: MemGenModel, batch: TokenBatch, plan: InsertionPlan, read: Bool[Tensor, "batch length"]
+    ) -> None:
+        self.model = model
+        self.device = model.device
+        self.work = dict.fromkeys(WorkCount.__dataclass_fields__, 0)
+        ids = batch.ids.cpu().numpy()
+        lengths = batch.lengths.tolist()
+        reads = [np.flatnonzero(line[:n]) for line, n in zip(read.cpu().numpy(), lengths, strict=True)]
+        self.streams = self._streams(ids, lengths, plan)
+        self.reads = [
+            stream.predictors(places) for stream, places in zip(self.streams, reads, strict=True)
+        ]
+        self.ends = [int(places[-1]) + 1 if len(places) else 0 for places in self.reads]
+        self.insertions = [
+            [i for i in stream.insertions if i.begin < end]
+            for stream, end in zip(self.streams, self.ends, strict=True)
+        ]
+        self.shared, self.group = self._sharing(batch, ids)
+
+    def _streams(self, ids: np.ndarray, lengths: list[int], plan: InsertionPlan) -> list[Stream]:
+        """Streams of all rows; latents are numbered stage by stage (first insertions of all rows, then second, ...)."""
+        weaver = self.model.weaver
+        rows = []
+        for index, (points, length) in enumerate(zip(plan.rows(), lengths, strict=True)):
+            for point, _ in points:
+                if point > length:
+                    raise ValueError(f"row {index} has {length} tokens but its plan inserts before token {point}")
+            rows.append([(p, k) for p, k in points if weaver.latents_per_insertion(InsertionKind(k))])
+        blocks: list[list[np.ndarray]] = [[] for _ in rows]
+        total = 0
+        for stage in range(max((len(points) for points in rows), default=0)):
+            for points, block in zip(rows, blocks, strict=True):
+                if stage < len(points):
+                    size = weaver.latents_per_insertion(InsertionKind(points[stage][1]))
+                    block.append(np.arange(total, total + size))
+                    total += size
+        self.latents = torch.zeros(total, self.model.reasoner.backbone.hidden_size, device=self.device)
+        return [
+            Stream(line[:length], points, block)
+            for line, length, points, block in zip(ids, lengths, rows, blocks, strict=True)
+        ]
+
+    def _sharing(self, batch: TokenBatch, ids: np.ndarray) -> tuple[list[int], list[int]]:
+        """For each row, how many leading positions it may take from another row of its group, and the group."""
+        count = len(self.streams)
+        if batch.group is None or batch.shared is None:
+            return [0] * count, list(range(count))
+        group = batch.group.tolist()
+        shared = []
+        for row, limit in enumerate(batch.shared.tolist()):
+            first = self.insertions[row][0].begin if self.insertions[row] else self.ends[row]
+            shared.append(min(limit, first, self.ends[row]))
+        longest: dict[int, int] = {}
+        for row, number in enumerate(group):
+            if number not in longest or shared[row] > shared[longest[number]]:
+                longest[number] = row
+        for row, number in enumerate(group):
+            if not np.array_equal(ids[row, : shared[row]], ids[longest[number], : shared[row]]):
+                raise ValueError(f"rows {longest[number]} and {row} are of one group but do not begin alike")
+        return shared, group
+
+    def run(self) -> Woven:
+        model = self.model
+        rows = [row for row, end in enumerate(self.ends) if end]
+        self.reasoner_store = PackedStore(len(self.streams), self.device)
+        self.weaver_store = PackedStore(len(self.streams), self.device)
+        self.states: list[Tensor] = []
+        # Where each row's stream positions lie in the packed states of all reasoner passes.
+        self.state_index = [np.full(end, -1, dtype=np.int64) for end in self.ends]
+        self.state_count = 0
+        self._read_prefixes(rows)
+        weaver_done = self._share_for_weaver(rows)
+        for stage in range(max((len(self.insertions[row]) for row in rows), default=0)):
+            active = [row for row in self.weaver_order if len(self.insertions[row]) > stage]
+            if model.weaver.config.reads == "hidden_states":
+                self._read({row: self.insertions[row][stage].begin for row in active})
+            self._weave(active, stage, weaver_done)
+        self._read({row: self.ends[row] for row in rows})
+        states = self._all_states()
+        wanted = np.concatenate([self.state_index[row][self.reads[row]] for row in rows] or [np.zeros(0, int)])
+        return Woven(
+            hidden=states[torch.from_numpy(wanted).to(self.device)],
+            latents=self.latents,
+            work=WorkCount(**self.work),
+        )
+
+    def _all_states(self) -> Tensor:
+        if not self.states:
+            return self.latents.new_zeros(0, self.latents.shape[1])
+        return self.states[0] if len(self.states) == 1 else torch.cat(self.states)
+
+    def _embeddings(self, spans: list[tuple[int, int, int]]) -> Tensor:
+        """Reasoner-space embeddings of stream spans (row, begin, end), packed."""
+        ids = np.concatenate([self.streams[row].ids[begin:end] for row, begin, end in spans])
+        sources = np.concatenate([self.streams[row].sources[begin:end] for row, begin, end in spans])
+        return weave(
+            self.model.reasoner.backbone.embedding,
+            torch.from_numpy(ids).to(self.device),
+            self.latents,
+            torch.from_numpy(sources).to(self.device),
+        )
+
+    def _read_prefixes(self, rows: list[int]) -> None:
+        """What lies before a row's first latent needs no gradient (frozen, causal), and is read once per group."""
+        prefix = {
+            row: self.insertions[row][0].begin if self.insertions[row] else self.ends[row] for row in rows
+        }
+        leaders: dict[int, int] = {}
+        for row in rows:
+            number = self.group[row]
+            if number not in leaders or self.shared[row] > self.shared[leaders[number]]:
+                leaders[number] = row
+        with torch.no_grad():
+            self._read({row: prefix[row] for row in leaders.values()})
+        for row in rows:
+            leader = leaders[self.group[row]]
+            if row != leader and self.shared[row]:
+                self.reasoner_store.share(row, leader, self.shared[row])
+                self.state_index[row][: self.shared[row]] = self.state_index[leader][: self.shared[row]]
+        with torch.no_grad():
+            self._read({row: prefix[row] for row in rows if row not in leaders.values()})
+
+    def _share_for_weaver(self, rows: list[int]) -> dict[int, int]:
+        """Lets rows of a group share the weaver's reading too. Leaders come first, so that a pass may serve both."""
+        leaders: dict[int, int] = {}
+        for row in rows:
+            number = self.group[row]
+            if self.insertions[row] and (
+                number not in leaders or self.shared[row] > self.shared[leaders[number]]
+            ):
+                leaders[number] = row
+        done = dict.fromkeys(rows, 0)
+        for row in rows:
+            leader = leaders.get(self.group[row])
+            if self.insertions[row] and leader is not None and row != leader and self.shared[row]:
+                self.weaver_store.share(row, leader, self.shared[row])
+                done[row] = self.shared[row]
+        first = set(leaders.values())
+        self.weaver_order = [row for row in rows if row in first] + [row for row in rows if row not in first]
+        return done
+
+    def _read(self, until: dict[int, int]) -> None:
+        """Reads rows through the reasoner up to a stream position each."""
+        spans = []
+        for row, end in until.items():
+            begin = self.reasoner_store.length(row)
+            if begin < end:
+                spans.append((row, begin, end))
+                count = end - begin
+                self.state_index[row][begin:end] = np.arange(self.state_count, self.state_count + count)
+                self.state_count += count
+        if not spans:
+            return
+        view = self.reasoner_store.open(
+            [Segment(rows=[row for row, _, _ in spans], counts=[end - begin for _, begin, end in spans])]
+        )
+        self.states.append(self.model.reasoner.read(self._embeddings(spans), view))
+        self.work["reasoner_forwards"] += 1
+        self.work["reasoner_positions"] += sum(end - begin for _, begin, end in spans)
+
+    def _weave(self, rows: list[int], stage: int, done: dict[int, int]) -> None:
+        """Writes the latents of each row's insertion of this stage."""
+        weaver = self.model.weaver
+        insertions = [self.insertions[row][stage] for row in rows]
+        spans = [(row, done[row], insertion.begin) for row, insertion in zip(rows, insertions, strict=True)]
+        fed = [span for span in spans if span[1] < span[2]]
+        if not fed:
+            hidden = weaver.reasoner_to_weaver.weight.new_zeros(0, self.latents.shape[1])
+        elif weaver.config.reads == "hidden_states":
+            index = np.concatenate([self.state_index[row][begin:end] for row, begin, end in fed])
+            hidden = self._all_states()[torch.from_numpy(index).to(self.device)]
+        else:
+            hidden = self._embeddings(fed)
+        kinds = [InsertionKind(insertion.kind) for insertion in insertions]
+        counts = [end - begin for _, begin, end in spans]
+        latents = weaver.weave(hidden, counts, kinds, rows, self.weaver_store)
+        places = np.concatenate([insertion.latents for insertion in insertions])
+        # Latents of other rows beside this stage's were numbered too, where nobody reads them: scatter, not cat.
+        self.latents = self.latents.index_copy(0, torch.from_numpy(places).to(self.device), latents.to(self.latents.dtype))
+        self.work["weaver_forwards"] += 1
+        self.work["weaver_positions"] += sum(counts) + latents.shape[0]
+        for row, insertion in zip(rows, insertions, strict=True):
+            done[row] = insertion.begin

@@ -1,0 +1,49 @@
+"""The reasoner: the frozen language model that thinks, and is never trained."""
+
+from __future__ import annotations
+
+from typing import cast, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from memgen.kernels.reference import linear_logprob
+from memgen.model.backbone import Backbone
+from memgen.model.cache import View
+
+
+@final
+class Reasoner(nn.Module):
+    """Reads a stream of tokens and latents; its head is applied only where somebody reads the logits.
+
+    Args:
+        backbone: the frozen base.
+        end_ids: token ids that end an answer.
+    """
+
+    def __init__(self, backbone: Backbone, end_ids: tuple[int, ...]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.end_ids = end_ids
+
+    def read(self, embeddings: Float[Tensor, "time hidden"], view: View) -> Float[Tensor, "time hidden"]:
+        """Hidden states of packed stream positions, without any adapter."""
+        return self.backbone(embeddings, view)
+
+    def logits(self, hidden: Float[Tensor, "*shape hidden"]) -> Float[Tensor, "*shape vocab"]:
+        """Next-token logits, float32."""
+        return cast(Tensor, self.backbone.head(hidden)).float()
+
+    def logprobs(
+        self, hidden: Float[Tensor, "labels hidden"], targets: Int[Tensor, " labels"]
+    ) -> Float[Tensor, " labels"]:
+        """Log-probability of a next token for each state, float32, without holding (labels, vocabulary)."""
+        head = self.backbone.head
+        return linear_logprob(hidden, head.weight, targets, head.bias)
+
+    @torch.no_grad()
+    def predictions(self, hidden: Float[Tensor, "labels hidden"], chunk: int = 512) -> Int[Tensor, " labels"]:
+        """The most probable next token for each state."""
+        parts = [self.backbone.head(part).argmax(dim=-1) for part in hidden.split(chunk)]
+        return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.int64)

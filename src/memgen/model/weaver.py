@@ -1,0 +1,156 @@
+"""The weaver: turns the reasoner's state into K latent vectors (paper, Eq. 5).
+
+As in the released code, and unlike the paper's Eq. 5, it reads by default the reasoner's input embeddings so far,
+earlier latents included, through a linear map; K learned queries behind them carry the latents out. With
+`reads="hidden_states"` it reads the reasoner's last hidden states, as in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from memgen.model.adapters import LoraSettings
+from memgen.model.backbone import Backbone, BackboneConfig
+from memgen.model.cache import Memory, Segment
+from memgen.types import InsertionKind
+
+ADAPTER = "weaver"
+
+
+@dataclass(frozen=True)
+class WeaverConfig:
+    """How latents are made."""
+
+    backbone: BackboneConfig | None = None
+    """A base of its own; None shares the reasoner's (one copy of the weights)."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """The adapter that is trained."""
+    prompt_latents: int = 8
+    """K at the end of a prompt; 0 switches that insertion off."""
+    inference_latents: int = 8
+    """K after a delimiter; 0 switches those insertions off."""
+    reads: Literal["embeddings", "hidden_states"] = "embeddings"
+    """What it reads of the reasoner: input embeddings (released code) or last hidden states (paper, Eq. 5)."""
+    query_scale: float | None = None
+    """Initial scale of the normalised queries; None takes the standard deviation of its base's embeddings."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_latents", "inference_latents"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"weaver.{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@final
+class QueryBank(nn.Module):
+    """K learned queries: LayerNorm(latents) * scale.
+
+    Args:
+        count: K.
+        hidden: width of the weaver's base.
+        scale: initial scale.
+    """
+
+    def __init__(self, count: int, hidden: int, scale: float) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(count, hidden))
+        self.norm = nn.LayerNorm(hidden)
+        self.scale = nn.Parameter(torch.tensor([scale]))
+
+    def forward(self) -> Float[Tensor, "latent hidden"]:
+        """The queries as input embeddings of the weaver's base."""
+        return self.norm(self.latents) * self.scale
+
+
+@final
+class Weaver(nn.Module):
+    """LoRA adapter, learned queries and the maps between the two spaces.
+
+    Args:
+        backbone: its base, shared with the reasoner or its own; the adapter is added here.
+        config: how latents are made.
+        reasoner_hidden: width of the reasoner.
+    """
+
+    def __init__(self, backbone: Backbone, config: WeaverConfig, reasoner_hidden: int) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        backbone.add_adapter(ADAPTER, config.lora)
+        hidden = backbone.hidden_size
+        scale = config.query_scale
+        if scale is None:
+            scale = float(backbone.embedding.float().std())
+        self.reasoner_to_weaver = nn.Linear(reasoner_hidden, hidden)
+        self.weaver_to_reasoner = nn.Linear(hidden, reasoner_hidden)
+        self.prompt_queries = QueryBank(config.prompt_latents, hidden, scale) if config.prompt_latents else None
+        self.inference_queries = (
+            QueryBank(config.inference_latents, hidden, scale) if config.inference_latents else None
+        )
+
+    def latents_per_insertion(self, kind: InsertionKind) -> int:
+        """K of a kind of insertion; 0 if it is switched off."""
+        prompt = kind == InsertionKind.PROMPT
+        return self.config.prompt_latents if prompt else self.config.inference_latents
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that training moves, by its name in this module: maps, queries and the adapter."""
+        own = {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if not name.startswith("backbone.")
+        }
+        adapter = {f"backbone.model.{n}": p for n, p in self.backbone.adapters.parameters(ADAPTER).items()}
+        return own | adapter
+
+    def weave(
+        self,
+        states: Float[Tensor, "time hidden"],
+        counts: Sequence[int],
+        kinds: Sequence[InsertionKind],
+        rows: Sequence[int],
+        memory: Memory,
+    ) -> Float[Tensor, "latents hidden"]:
+        """Writes the latents of one insertion per row.
+
+        Only what a row's memory has not read yet is passed in; the queries are read with it and then forgotten, so
+        the next call reads the latents themselves in their place.
+
+        Args:
+            states: the reasoner's embeddings (or hidden states) of the new stream positions, packed row by row.
+            counts: new positions of each row; may be 0 only if the memory holds some of the row already.
+            kinds: which queries each row uses.
+            rows: each row's line in the memory.
+            memory: what the weaver read before.
+
+        Returns:
+            Latents in the reasoner's embedding space, float32, packed row by row: K of its kind for each row.
+        """
+        queries = {
+            kind: bank()
+            for kind, bank in (
+                (InsertionKind.PROMPT, self.prompt_queries),
+                (InsertionKind.INFERENCE, self.inference_queries),
+            )
+            if bank is not None and kind in kinds
+        }
+        projected = self.reasoner_to_weaver(states.to(self.reasoner_to_weaver.weight.dtype))
+        parts: list[Tensor] = []
+        lengths: list[int] = []
+        places: list[Tensor] = []
+        end = 0
+        for part, kind in zip(projected.split(list(counts)), kinds, strict=True):
+            bank = queries[kind]
+            parts += [part, bank.to(part.dtype)]
+            lengths.append(part.shape[0] + bank.shape[0])
+            end += lengths[-1]
+            places.append(torch.arange(end - bank.shape[0], end, device=states.device))
+        view = memory.open([Segment(rows=rows, counts=lengths, keep=counts)])
+        hidden = self.backbone(torch.cat(parts), view, ADAPTER)
+        read = hidden[torch.cat(places)].to(self.weaver_to_reasoner.weight.dtype)
+        return self.weaver_to_reasoner(read)

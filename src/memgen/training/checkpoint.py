@@ -1,0 +1,393 @@
+"""Checkpoints of what was trained, and the released code's format.
+
+A checkpoint directory holds `memgen.json` (format version, model configuration, the backbones' names and
+fingerprints), `weaver.safetensors` and, only if the trigger was trained, `trigger.safetensors`. Tensors have their
+names in the modules. A load is strict: a missing, unexpected or wrongly shaped tensor is an error that lists names.
+
+The released code writes LoRA weights correctly but loses them on load, because it wraps the adapted model once more;
+`import_released` reads the same files into the right place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from memgen.model.backbone import Backbone
+from memgen.model.memgen import MemGenConfig, MemGenModel
+from memgen.model.trigger import TokenTrigger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "memgen.json"
+WEAVER_FILE = "weaver.safetensors"
+TRIGGER_FILE = "trigger.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not fit: the message lists what is wrong and what to change."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did.
+
+    Attributes:
+        matched: tensors that were read into the model.
+        missing: tensors of the model that the file lacks. Always empty unless a load raises.
+        unexpected: tensors of the file that the model lacks. Always empty unless a load raises.
+    """
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+
+# Our format
+
+
+def save_checkpoint(model: MemGenModel, config: MemGenConfig, directory: Path, *, with_trigger: bool) -> None:
+    """Writes a checkpoint directory. It appears whole or not at all; one that stood there before survives a failure.
+
+    Args:
+        model: whose weaver (and trigger) to write.
+        config: the model's configuration, written beside the tensors.
+        directory: where. Its parent is made if it does not exist.
+        with_trigger: whether the trigger was trained.
+
+    Raises:
+        OSError: if the disk is full or not writable; `directory` is then as it was.
+    """
+    header = {
+        "format_version": FORMAT_VERSION,
+        "config": asdict(config),
+        "backbones": {part: base.fingerprint for part, base in _bases(model).items()},
+    }
+    with _replacing(directory) as temporary:
+        _write_tensors(model.weaver.own_parameters(), temporary / WEAVER_FILE)
+        if with_trigger:
+            _write_tensors(model.trigger.own_parameters(), temporary / TRIGGER_FILE)
+        _write_text(json.dumps(header, indent=2) + "\n", temporary / CONFIG_FILE)
+
+
+def read_config(directory: Path) -> MemGenConfig:
+    """The model configuration of a checkpoint directory.
+
+    Raises:
+        CheckpointError: if it is not a checkpoint directory, or of another format version.
+    """
+    return _parse(MemGenConfig, _header(directory)["config"], str(directory / CONFIG_FILE))
+
+
+def load_checkpoint(model: MemGenModel, directory: Path) -> LoadReport:
+    """Reads a checkpoint directory into a model built on the same backbones.
+
+    Args:
+        model: built from an equal configuration of weaver (and trigger).
+        directory: what `save_checkpoint` wrote.
+
+    Raises:
+        CheckpointError: if the directory is no checkpoint, was made on another backbone, or its tensors do not match.
+    """
+    header = _header(directory)
+    for part, base in _bases(model).items():
+        recorded = header["backbones"].get(part)
+        if recorded is not None and recorded != base.fingerprint:
+            raise CheckpointError(
+                f"{directory} was made on another backbone: its {part} base has fingerprint {recorded[:12]}, "
+                f"{base.name or 'this one'} has {base.fingerprint[:12]}; set model.memgen.backbone.name to "
+                f"{header['config']['backbone']['name']}"
+            )
+    matched = _load(model.weaver.own_parameters(), _read_tensors(directory / WEAVER_FILE), directory / WEAVER_FILE)
+    trigger = directory / TRIGGER_FILE
+    if trigger.exists():
+        expected = model.trigger.own_parameters()
+        # An untrained kind of trigger (always, never, random) has nothing to load into, and was asked for by name.
+        if expected:
+            matched += _load(expected, _read_tensors(trigger), trigger)
+    return LoadReport(matched=tuple(matched))
+
+
+def open_checkpoint(
+    directory: Path,
+    tokenizer: Callable[[str], PreTrainedTokenizerBase],
+    resolve_asset: Callable[[str], str],
+) -> tuple[MemGenModel, MemGenConfig]:
+    """Builds the model that a checkpoint directory describes, and loads it.
+
+    Args:
+        directory: what `save_checkpoint` wrote.
+        tokenizer: loads a tokenizer from a directory or hub name.
+        resolve_asset: turns an asset name into a directory; other names pass through.
+    """
+    config = read_config(directory)
+    model = MemGenModel.build(config, tokenizer(resolve_asset(config.backbone.name)), resolve_asset)
+    load_checkpoint(model, directory)
+    return model.eval(), config
+
+
+def _bases(model: MemGenModel) -> dict[str, Backbone]:
+    bases = {"reasoner": model.reasoner.backbone, "weaver": model.weaver.backbone}
+    if isinstance(model.trigger, TokenTrigger):
+        bases["trigger"] = model.trigger.backbone
+    return bases
+
+
+def _header(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is not a checkpoint directory: it has no {CONFIG_FILE}")
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
+        found = header.get("format_version") if isinstance(header, dict) else None
+        raise CheckpointError(f"{path} has format version {found}, this memgen reads {FORMAT_VERSION}")
+    return header
+
+
+def _load(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], source: Path) -> list[str]:
+    missing = sorted(set(parameters) - set(tensors))
+    unexpected = sorted(set(tensors) - set(parameters))
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(parameters[name].shape)}"
+        for name in sorted(set(parameters) & set(tensors))
+        if tensors[name].shape != parameters[name].shape
+    ]
+    problems = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{source} does not fit this model; {'; '.join(problems)}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return sorted(parameters)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; the checkpoint is incomplete") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _write_tensors(parameters: Mapping[str, Tensor], path: Path) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"could not write {path}: {error}") from error
+    _sync(path)
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _replacing(directory: Path) -> Iterator[Path]:
+    """A temporary directory beside the target that takes its place, by renames, once the block has succeeded."""
+    directory = directory.absolute()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.new-", dir=directory.parent))
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.chmod(0o755)
+        if directory.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old-", dir=directory.parent))
+            directory.rename(retired / directory.name)
+            try:
+                temporary.rename(directory)
+            except BaseException:
+                (retired / directory.name).rename(directory)
+                raise
+            finally:
+                shutil.rmtree(retired, ignore_errors=True)
+        else:
+            temporary.rename(directory)
+        _sync(directory.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """Builds a configuration record from JSON, refusing unknown keys."""
+    origin = get_origin(kind)
+    if origin in (Union, UnionType):
+        if value is None:
+            return None
+        return _parse(next(arg for arg in get_args(kind) if arg is not type(None)), value, where)
+    if is_dataclass(kind) and isinstance(value, dict):
+        known = {field.name for field in fields(kind)}
+        unknown = sorted(set(value) - known)
+        if unknown:
+            raise CheckpointError(f"{where}: unknown keys {', '.join(unknown)} in {kind.__name__}; known: {sorted(known)}")
+        hints = get_type_hints(kind)
+        return kind(**{name: _parse(hints[name], inner, where) for name, inner in value.items()})
+    return tuple(value) if isinstance(value, list) else value
+
+
+# The released code's format
+
+
+def released_names(model: MemGenModel) -> dict[str, nn.Parameter]:
+    """Every trained tensor under the released code's parameter name."""
+    names: dict[str, nn.Parameter] = {}
+    for name, parameter in model.weaver.own_parameters().items():
+        if name.startswith(("reasoner_to_weaver.", "weaver_to_reasoner.")):
+            names[name] = parameter
+        elif name.startswith("backbone.model."):
+            names[f"weaver.model.base_model.model.{name.removeprefix('backbone.model.')}"] = parameter
+        else:
+            bank, _, rest = name.partition(".")
+            kind = bank.removesuffix("_queries")
+            if rest == "latents":
+                names[f"weaver.{kind}_query_latents"] = parameter
+            elif rest == "scale":
+                names[f"weaver.{kind}_latent_scale"] = parameter
+            else:
+                names[f"weaver.{kind}_latent_ln.{rest.removeprefix('norm.')}"] = parameter
+    if isinstance(model.trigger, TokenTrigger):
+        for name, parameter in model.trigger.own_parameters().items():
+            inner = name.replace("backbone.model.", "model.base_model.model.", 1)
+            names[f"trigger.{inner}"] = parameter
+    return names
+
+
+def import_released(model: MemGenModel, directory: Path) -> LoadReport:
+    """Reads a checkpoint of the released code (projs.bin, weaver.bin, trigger.bin and two adapter directories).
+
+    Args:
+        model: built on the same base(s), with a trigger of kind `tokens` if the trigger is wanted.
+        directory: what the released code's `save_pretrained` wrote.
+
+    Raises:
+        CheckpointError: if a file or a tensor is missing, unexpected or wrongly shaped.
+    """
+    tensors: dict[str, Tensor] = {}
+    for prefix, file in (("", "projs.bin"), ("weaver.", "weaver.bin"), ("trigger.", "trigger.bin")):
+        tensors |= _flatten(_unpickled_safely(directory / file), prefix)
+    for part in ("weaver", "trigger"):
+        for name, tensor in _read_tensors(directory / part / part / "adapter_model.safetensors").items():
+            stem, _, leaf = name.rpartition(".")
+            tensors[f"{part}.model.{stem}.{part}.{leaf}"] = tensor
+    names = released_names(model)
+    if not isinstance(model.trigger, TokenTrigger):
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("trigger.")}
+    return LoadReport(matched=tuple(_load(names, tensors, directory)))
+
+
+def export_released(model: MemGenModel, config: MemGenConfig, directory: Path) -> None:
+    """Writes a checkpoint in the released code's format.
+
+    Args:
+        model: with a trigger of kind `tokens`: the format has no place for the others.
+        config: the model's configuration.
+        directory: where; it appears whole or not at all.
+
+    Raises:
+        ValueError: if the model has something that the format cannot hold.
+    """
+    if not isinstance(model.trigger, TokenTrigger):
+        raise ValueError(f"the released format holds a trigger of kind tokens, this model's is {config.trigger.kind}")
+    if model.weaver.prompt_queries is None or model.weaver.inference_queries is None:
+        raise ValueError("the released format holds both kinds of queries; this weaver has K = 0 for one of them")
+    names = {name: parameter.detach().cpu().clone() for name, parameter in released_names(model).items()}
+
+    def nested(prefix: str, modules: tuple[str, ...], tensors: tuple[str, ...] = ()) -> dict[str, Any]:
+        leaves = {m: {k.rsplit(".", 1)[1]: v for k, v in names.items() if k.startswith(f"{prefix}{m}.")} for m in modules}
+        return leaves | {tensor: names[f"{prefix}{tensor}"] for tensor in tensors}
+
+    kinds = ("prompt", "inference")
+    with _replacing(directory) as temporary:
+        torch.save(nested("", ("reasoner_to_weaver", "weaver_to_reasoner")), temporary / "projs.bin")
+        torch.save(
+            nested(
+                "weaver.",
+                tuple(f"{kind}_latent_ln" for kind in kinds),
+                tuple(f"{kind}_{what}" for kind in kinds for what in ("query_latents", "latent_scale")),
+            ),
+            temporary / "weaver.bin",
+        )
+        torch.save(nested("trigger.", ("output_layer",)), temporary / "trigger.bin")
+        for part, lora in (("weaver", config.weaver.lora), ("trigger", config.trigger.lora)):
+            folder = temporary / part / part
+            folder.mkdir(parents=True)
+            prefix, suffix = f"{part}.model.", f".{part}.weight"
+            adapter = {
+                f"{name.removeprefix(prefix).removesuffix(suffix)}.weight": tensor
+                for name, tensor in names.items()
+                if name.startswith(prefix)
+            }
+            save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            _write_text(json.dumps(_adapter_config(lora), indent=2) + "\n", folder / "adapter_config.json")
+        header = {
+            "model_type": "memgen",
+            "hidden_size": model.reasoner.backbone.hidden_size,
+            "vocab_size": model.reasoner.backbone.embedding.shape[0],
+            "prompt_latents_len": config.weaver.prompt_latents,
+            "inference_latents_len": config.weaver.inference_latents,
+            "max_prompt_aug_num": 1,
+            "max_inference_aug_num": config.boundaries.max_inference_insertions,
+            "trigger_active": True,
+            "weaver_lora_config": _adapter_config(config.weaver.lora),
+            "trigger_lora_config": _adapter_config(config.trigger.lora),
+        }
+        _write_text(json.dumps(header, indent=2) + "\n", temporary / "config.json")
+
+
+def _adapter_config(lora: Any) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "",
+        "bias": "none",
+        "inference_mode": True,
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": list(lora.target_modules),
+    }
+
+
+def _unpickled_safely(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; the released checkpoint is incomplete")
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def _flatten(value: Any, prefix: str) -> dict[str, Tensor]:
+    if isinstance(value, Tensor):
+        return {prefix.removesuffix("."): value}
+    return {name: tensor for key, inner in value.items() for name, tensor in _flatten(inner, f"{prefix}{key}.").items()}

@@ -1,0 +1,282 @@
+"""The records that travel between the parts. Start reading here.
+
+Axis letters, in the whole package: B rows, L token positions, E insertion points, K latents per insertion,
+N new tokens, H hidden size, V vocabulary size, T packed stream positions.
+
+Two conventions hold everywhere. Rows lie left-aligned: row b's tokens are `ids[b, :lengths[b]]`, what stands
+behind them has no meaning, and padding is never inferred from token ids (pad may equal end-of-sequence).
+An insertion point p of a row means "directly before token p": the latents follow token p - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Decision(IntEnum):
+    """What the trigger said before a token."""
+
+    NOT_ASKED = -1
+    """No boundary, or the cap was reached: the trigger was not consulted."""
+    SKIP = 0
+    INVOKE = 1
+
+
+class InsertionKind(IntEnum):
+    """Which query bank of the weaver writes the latents."""
+
+    PROMPT = 0
+    """At the end of a prompt (of every turn)."""
+    INFERENCE = 1
+    """After a delimiter inside an answer."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rows of token ids of different length, left-aligned.
+
+    Attributes:
+        ids: token ids, int64 (B, L).
+        lengths: tokens of each row, int64 (B,), each at least 1.
+        supervised: True where the token is a target of the loss, bool (B, L). Never True behind a row's end.
+        group: rows with the same number begin with the same tokens (the turns of one conversation, the answers to
+            one prompt), int64 (B,). None: nothing is known to be shared. The forward then reads the shared part once.
+        shared: how many leading tokens of a row are of that kind, int64 (B,): of two rows of a group, the one that
+            shares more begins with the other's shared tokens. Set together with `group`.
+    """
+
+    ids: Int[Tensor, "batch length"]
+    lengths: Int[Tensor, " batch"]
+    supervised: Bool[Tensor, "batch length"]
+    group: Int[Tensor, " batch"] | None = None
+    shared: Int[Tensor, " batch"] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.ids.shape == self.supervised.shape, "ids and supervised are aligned"
+        assert self.lengths.shape == self.ids.shape[:1], "one length per row"
+        assert (self.group is None) == (self.shared is None), "group and shared go together"
+
+    @classmethod
+    def from_rows(
+        cls, rows: Sequence[Sequence[int]], supervised: Sequence[Sequence[bool]] | None = None
+    ) -> TokenBatch:
+        """Builds a batch from lists of token ids.
+
+        Args:
+            rows: token ids of each row; none may be empty.
+            supervised: for each token, whether it is a target; default: none is.
+
+        Raises:
+            ValueError: if there is no row, a row is empty, or the two arguments differ in length.
+        """
+        if not rows:
+            raise ValueError("a TokenBatch needs at least one row, got none")
+        for index, row in enumerate(rows):
+            if len(row) == 0:
+                raise ValueError(f"row {index} has no tokens; every row needs at least one")
+            if supervised is not None and len(supervised[index]) != len(row):
+                raise ValueError(
+                    f"row {index} has {len(row)} tokens but {len(supervised[index])} supervision marks"
+                )
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+        marks = torch.zeros_like(ids, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+            if supervised is not None:
+                marks[index, : len(row)] = torch.tensor(supervised[index], dtype=torch.bool)
+        return cls(ids=ids, lengths=lengths, supervised=marks)
+
+    @classmethod
+    def from_padded(
+        cls,
+        ids: Int[Tensor, "batch length"],
+        attention_mask: Int[Tensor, "batch length"] | Bool[Tensor, "batch length"],
+        supervised: Bool[Tensor, "batch length"] | None = None,
+    ) -> TokenBatch:
+        """Left-aligns rows padded on any side, in the middle too (left-padded prompt + right-padded answer).
+
+        Args:
+            ids: token ids, int64 (B, L).
+            attention_mask: non-zero where a token is real, (B, L).
+            supervised: True where the token is a target, bool (B, L); marks on padding are dropped.
+        """
+        real = attention_mask.bool()
+        # A stable sort on "is padding" moves the real tokens to the front and keeps their order.
+        order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)
+        marks = torch.zeros_like(real) if supervised is None else supervised & real
+        lengths = real.sum(dim=1)
+        width = int(lengths.max())
+        return cls(
+            ids=ids.gather(1, order)[:, :width],
+            lengths=lengths,
+            supervised=marks.gather(1, order)[:, :width],
+        )
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Targets in the batch."""
+        return int(self.supervised.sum())
+
+    def rows(self) -> list[list[int]]:
+        """Token ids of each row without padding."""
+        return [
+            row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)
+        ]
+
+    def select(self, index: Int[Tensor, " rows"]) -> TokenBatch:
+        """The given rows, in the given order, cropped to the longest of them."""
+        lengths = self.lengths[index]
+        width = int(lengths.max())
+        return TokenBatch(
+            ids=self.ids[index, :width],
+            lengths=lengths,
+            supervised=self.supervised[index, :width],
+            group=None if self.group is None else self.group[index],
+            shared=None if self.shared is None else self.shared[index],
+        )
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """The same batch on another device."""
+        return TokenBatch(
+            ids=self.ids.to(device),
+            lengths=self.lengths.to(device),
+            supervised=self.supervised.to(device),
+            group=None if self.group is None else self.group.to(device),
+            shared=None if self.shared is None else self.shared.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class InsertionPlan:
+    """Where each row's latents go. A rollout records its plan, and every later pass replays it.
+
+    Attributes:
+        points: token index before which latents go, ascending in a row, -1 behind a row's last point, int64 (B, E).
+        kinds: an `InsertionKind` for each point (meaningless where points is -1), int64 (B, E).
+    """
+
+    points: Int[Tensor, "batch insertions"]
+    kinds: Int[Tensor, "batch insertions"]
+
+    def __post_init__(self) -> None:
+        assert self.points.shape == self.kinds.shape, "every point has a kind"
+
+    @classmethod
+    def from_rows(cls, points: Sequence[Sequence[int]], kinds: Sequence[Sequence[int]]) -> InsertionPlan:
+        """Builds a plan from lists.
+
+        Args:
+            points: token indices of each row, strictly ascending, each at least 1.
+            kinds: an `InsertionKind` for each of them.
+
+        Raises:
+            ValueError: if the lists differ in length, a point is below 1, or points do not ascend.
+        """
+        if len(points) != len(kinds):
+            raise ValueError(f"{len(points)} rows of points but {len(kinds)} rows of kinds")
+        width = max((len(row) for row in points), default=0)
+        all_points = torch.full((len(points), width), -1, dtype=torch.int64)
+        all_kinds = torch.zeros((len(points), width), dtype=torch.int64)
+        for index, (row, row_kinds) in enumerate(zip(points, kinds, strict=True)):
+            if len(row) != len(row_kinds):
+                raise ValueError(f"row {index} has {len(row)} points but {len(row_kinds)} kinds")
+            if any(point < 1 for point in row) or any(a >= b for a, b in zip(row, row[1:], strict=False)):
+                raise ValueError(
+                    f"row {index}: insertion points must be at least 1 and strictly ascending, got {list(row)}"
+                )
+            all_points[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+            all_kinds[index, : len(row)] = torch.tensor(row_kinds, dtype=torch.int64)
+        return cls(points=all_points, kinds=all_kinds)
+
+    @classmethod
+    def empty(cls, rows: int) -> InsertionPlan:
+        """A plan that inserts nothing."""
+        return cls.from_rows([[]] * rows, [[]] * rows)
+
+    @property
+    def counts(self) -> Int[Tensor, " batch"]:
+        """Insertions of each row."""
+        return (self.points >= 0).sum(dim=1)
+
+    def rows(self) -> list[list[tuple[int, int]]]:
+        """(point, kind) pairs of each row."""
+        return [
+            [(p, k) for p, k in zip(points, kinds, strict=True) if p >= 0]
+            for points, kinds in zip(self.points.tolist(), self.kinds.tolist(), strict=True)
+        ]
+
+    def select(self, index: Int[Tensor, " rows"]) -> InsertionPlan:
+        """The plan of the given rows, in the given order."""
+        return InsertionPlan(points=self.points[index], kinds=self.kinds[index])
+
+
+@dataclass(frozen=True)
+class WorkCount:
+    """Exact work of a call: what was fed to each part, in positions (padding is never fed).
+
+    Attributes:
+        reasoner_forwards: passes through the reasoner.
+        reasoner_positions: tokens and latents read by the reasoner.
+        weaver_forwards: passes through the weaver.
+        weaver_positions: tokens, latents and queries read by the weaver.
+        trigger_forwards: passes through a trigger that has its own pass over the text.
+        trigger_positions: tokens read by it.
+    """
+
+    reasoner_forwards: int = 0
+    reasoner_positions: int = 0
+    weaver_forwards: int = 0
+    weaver_positions: int = 0
+    trigger_forwards: int = 0
+    trigger_positions: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Answers to a batch of prompts, with what is needed to replay them.
+
+    Attributes:
+        prompt: the prompts as they were read, one row per answer.
+        tokens: new token ids, int64 (B, N); meaningless behind a row's length.
+        lengths: new tokens of each row, the end token included, int64 (B,).
+        finished: True if the row ended with an end token, False if it was cut at its limit, bool (B,).
+        logprobs: log-probability of each new token under the distribution it was drawn from, float32 (B, N).
+        decisions: a `Decision` taken before each new token, int64 (B, N).
+        invoke_probs: the trigger's probability of INVOKE where it was asked, else 0, float32 (B, N).
+        plan: where latents were inserted, in token indices of prompt + answer.
+        work: exact work counts.
+        latents: inserted latents per row in order of insertion, each (K, H), if they were asked for.
+    """
+
+    prompt: TokenBatch
+    tokens: Int[Tensor, "batch new"]
+    lengths: Int[Tensor, " batch"]
+    finished: Bool[Tensor, " batch"]
+    logprobs: Float[Tensor, "batch new"]
+    decisions: Int[Tensor, "batch new"]
+    invoke_probs: Float[Tensor, "batch new"]
+    plan: InsertionPlan
+    work: WorkCount
+    latents: list[list[Tensor]] | None = None
+
+    def answers(self) -> list[list[int]]:
+        """New token ids of each row, the end token included."""
+        return [
+            row[:length] for row, length in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
+        ]
+
+    def as_batch(self) -> TokenBatch:
+        """Prompt + answer as one batch whose answer tokens are supervised: what a later pass replays with `plan`."""
+        rows = [p + a for p, a in zip(self.prompt.rows(), self.answers(), strict=True)]
+        marks = [
+            [False] * len(p) + [True] * len(a)
+            for p, a in zip(self.prompt.rows(), self.answers(), strict=True)
+        ]
+        return TokenBatch.from_rows(rows, marks).to(self.tokens.device)
