@@ -36,11 +36,12 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
     ) -> Tensor:
-        logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = torch.empty(hidden.shape[0], dtype=exact, device=hidden.device)
         normalisers = torch.empty_like(logprobs)
         for begin in range(0, hidden.shape[0], chunk):
             part = slice(begin, begin + chunk)
-            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            logits = torch.nn.functional.linear(hidden[part], weight, bias).to(exact)
             normalisers[part] = logits.logsumexp(dim=-1)
             logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - normalisers[part]
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
@@ -53,7 +54,7 @@ class _LinearLogprob(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         for begin in range(0, hidden.shape[0], ctx.chunk):
             part = slice(begin, begin + ctx.chunk)
-            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            logits = torch.nn.functional.linear(hidden[part], weight, bias).to(normalisers.dtype)
             # d logprob[target] / d logits = onehot - softmax
             grad_logits = (logits - normalisers[part, None]).exp_().mul_(-grad[part, None])
             grad_logits.scatter_add_(1, targets[part, None], grad[part, None])
@@ -72,6 +73,6 @@ def linear_logprob(
         chunk: rows whose logits exist at the same time.
 
     Returns:
-        float32 (N,).
+        (N,), float32 or wider.
     """
     return cast(Tensor, _LinearLogprob.apply(hidden, weight, bias, targets, chunk))

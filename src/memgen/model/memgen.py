@@ -224,7 +224,12 @@ class _Forward:
                     size = weaver.latents_per_insertion(InsertionKind(points[stage][1]))
                     block.append(np.arange(total, total + size))
                     total += size
-        self.latents = torch.zeros(total, self.model.reasoner.backbone.hidden_size, device=self.device)
+        self.latents = torch.zeros(
+            total,
+            self.model.reasoner.backbone.hidden_size,
+            device=self.device,
+            dtype=weaver.weaver_to_reasoner.weight.dtype,
+        )
         return [
             Stream(line[:length], points, block)
             for line, length, points, block in zip(ids, lengths, rows, blocks, strict=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,28 +29,48 @@ def token_loss(logprobs: Float[Tensor, " labels"], window_tokens: int, parts: in
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Where latents go while the weaver learns. The end of the prompt always has them."""
+    """Where latents go while the weaver learns: for each answer one of four rules is drawn.
+
+    The end of the prompt always has latents. The released code always takes the first delimiters; the paper names
+    all boundaries, or a random subset of them, whose probability it does not give.
+    """
 
     first: float = 1.0
-    """Chance that an answer gets latents at its first delimiters, up to the cap (the released code: always)."""
+    """Share of answers with latents at their first delimiters, up to the cap."""
     all: float = 0.0
-    """Chance that it gets them at all its delimiters, beyond the cap."""
+    """Share with latents at all their delimiters, beyond the cap."""
     random: float = 0.0
-    """Chance that it gets them at a random subset of its delimiters, up to the cap (REV, the random inserter)."""
+    """Share with latents at a random subset of their delimiters, up to the cap."""
     none: float = 0.0
-    """Chance that it gets them at the end of the prompt only."""
+    """Share with latents at the end of the prompt only."""
     probability: float = 0.5
     """Chance of each delimiter in a random subset."""
 
     def __post_init__(self) -> None:
-        total = self.first + self.all + self.random + self.none
-        if abs(total - 1.0) > 1e-6:
-            raise ValueError(f"the shares of a curriculum (first, all, random, none) must add up to 1, got {total}")
+        shares = {"first": self.first, "all": self.all, "random": self.random, "none": self.none}
+        if min(shares.values()) < 0 or abs(sum(shares.values()) - 1.0) > 1e-6:
+            raise ValueError(f"the shares of a curriculum must be 0 or more and add up to 1, got {shares}")
+        if not 0.0 <= self.probability <= 1.0:
+            raise ValueError(f"curriculum.probability must be in [0, 1], got {self.probability}")
 
-    def mode(self, draw: float) -> Literal["first", "all", "random", "none"]:
-        """The insertion rule for an answer, from a uniform draw in [0, 1)."""
-        if draw < self.first:
-            return "first"
-        if draw < self.first + self.all:
-            return "all"
-        return "random" if draw < self.first + self.all + self.random else "none"
+
+def choose_points(
+    points: Sequence[int], cap: int, curriculum: Curriculum, generator: torch.Generator
+) -> list[int]:
+    """The delimiters of one answer that get latents.
+
+    Args:
+        points: all of its candidates, ascending.
+        cap: most insertions inside an answer (of the rules that keep to it).
+        curriculum: the shares of the four rules.
+        generator: draws the rule, then one number per candidate.
+    """
+    rule, *draws = torch.rand(1 + len(points), generator=generator).tolist()
+    if rule < curriculum.first:
+        return list(points[:cap])
+    if rule < curriculum.first + curriculum.all:
+        return list(points)
+    if rule < curriculum.first + curriculum.all + curriculum.random:
+        drawn = [point for point, draw in zip(points, draws, strict=True) if draw < curriculum.probability]
+        return drawn[:cap]
+    return []

@@ -1,0 +1,273 @@
+"""Stage 1a: the weaver learns from reference answers through the frozen reasoner (paper, Eq. 11-13).
+
+Differs from the released code: (1) latents lie in training exactly where decoding puts them; (2) the loss is divided
+by the tokens of the whole optimizer step over all micro-batches and ranks; (3) the insertion curriculum is a
+setting; (4) validation decodes answers and rewards them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from memgen.data import EnvironmentData, EvalBatch, SFTBatch, no_assets
+from memgen.environments.base import Reward
+from memgen.generation.decode import generate
+from memgen.generation.sampling import GenerationSettings
+from memgen.model.memgen import MemGenConfig, MemGenModel, Woven
+from memgen.objectives.sft import Curriculum, choose_points, token_loss
+from memgen.tracking.metrics import AnswerMetrics
+from memgen.tracking.mlflow import Sample, log_samples
+from memgen.tracking.samples import marked_answer
+from memgen.training.checkpoint import load_checkpoint
+from memgen.training.optimizer import OptimizerSettings
+from memgen.types import Generation, InsertionPlan
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 16
+"""Sample generations kept for the page that each evaluation writes."""
+
+
+@final
+class WeaverSFT(LightningModule):
+    """Trains a weaver on reference answers.
+
+    Args:
+        memgen: the model.
+        optimizer: AdamW, warm-up and cosine.
+        curriculum: where latents go while the weaver learns.
+        generation: how answers are drawn in validation and test.
+        init_from: a checkpoint directory to start from (test, validate and predict: to score).
+        checkpointing: recompute activations in the backward pass: less memory, more time.
+        seed: of the insertion curriculum; the Trainer's own seed is `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        memgen: MemGenConfig,
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008 - a frozen record
+        curriculum: Curriculum = Curriculum(),  # noqa: B008 - a frozen record
+        generation: GenerationSettings = GenerationSettings(),  # noqa: B008 - a frozen record
+        init_from: str | None = None,
+        checkpointing: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config = memgen
+        self.optimizer_settings = optimizer
+        self.curriculum = curriculum
+        self.generation = generation
+        self.init_from = init_from
+        self.recompute = checkpointing
+        self.seed = seed
+        self.resolve_asset: Callable[[str], str] = no_assets
+        # A .ckpt holds what is trained; the frozen base is loaded from where it came.
+        self.strict_loading = False
+        self.memgen: MemGenModel
+        self.train_loss = MeanMetric()
+        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
+        self.answers = AnswerMetrics()
+        self._samples: list[Sample] = []
+        self._clock = 0.0
+
+    # Set-up
+
+    @override
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "memgen"):
+            self.memgen = MemGenModel.build(self.config, self.tokenizer, self.resolve_asset)
+            if self.init_from is not None:
+                report = load_checkpoint(self.memgen, Path(self.resolve_asset(self.init_from)))
+                logger.info("%s: %d tensors loaded", self.init_from, len(report.matched))
+        self.memgen.train_only(self.memgen.weaver)
+        self.memgen.use_checkpointing(self.recompute)
+        if stage != "fit" and self.init_from is None and self.trainer.ckpt_path is None:
+            logger.warning("no checkpoint was given: this scores an untrained weaver (--checkpoint DIR)")
+
+    @property
+    def data(self) -> EnvironmentData:
+        """The Trainer's data module."""
+        module = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(module, EnvironmentData):
+            raise TypeError(f"a stage needs a memgen.data.EnvironmentData, got {type(module).__name__}")
+        return module
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The reasoner's."""
+        return self.data.tokenizer_object
+
+    @override
+    def configure_optimizers(self) -> Any:
+        parameters = list(self.memgen.weaver.own_parameters().values())
+        return self.optimizer_settings.build(parameters, int(self.trainer.estimated_stepping_batches))
+
+    # Training
+
+    @override
+    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+        logprobs, woven = self.memgen.label_logprobs(batch.tokens, self.plan(batch))
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        loss = token_loss(logprobs, batch.window_tokens, parts)
+        self._log_step(batch, logprobs.detach(), woven)
+        return loss
+
+    def plan(self, batch: SFTBatch) -> InsertionPlan:
+        """Where latents go in a batch: drawn per item, epoch and seed, so that batching does not change it."""
+        group = batch.tokens.group
+        items = range(len(batch.examples)) if group is None else group.tolist()
+        rows = [batch.examples[item] for item in items]
+        cap = self.config.boundaries.max_inference_insertions
+
+        def choose(row: int, points: tuple[int, ...]) -> list[int]:
+            # Points are part of the key: turns of one item draw for themselves.
+            key = f"{self.seed} {batch.epoch} {rows[row]} {points}"
+            generator = torch.Generator().manual_seed(_hash(key))
+            return choose_points(points, cap, self.curriculum, generator)
+
+        return self.memgen.boundaries.plan(batch.tokens, choose)
+
+    def _log_step(self, batch: SFTBatch, logprobs: Tensor, woven: Woven) -> None:
+        count = logprobs.shape[0]
+        self.train_loss.update(-logprobs.mean(), weight=count)
+        self.log("train/loss", self.train_loss, prog_bar=True, on_step=True, on_epoch=False)
+        now = time.perf_counter()
+        if self._clock:
+            rate = int(batch.tokens.lengths.sum()) * self.trainer.world_size / (now - self._clock)
+            self.log("perf/tokens_per_second", rate, prog_bar=True)
+        self._clock = now
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            targets = batch.tokens.ids[:, 1:][batch.tokens.supervised[:, 1:]]
+            hits = self.memgen.reasoner.predictions(woven.hidden.detach()) == targets
+            self.log("train/token_accuracy", hits.float().mean(), prog_bar=True)
+            self.log_dict(_latent_metrics(self.memgen, woven))
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._clock = 0.0
+
+    # Evaluation
+
+    @override
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        assert batch.sft is not None, "validation items come with their reference answers"
+        tokens = batch.sft.tokens
+        logprobs, woven = self.memgen.label_logprobs(tokens, self.memgen.boundaries.plan(tokens))
+        targets = tokens.ids[:, 1:][tokens.supervised[:, 1:]]
+        hits = (self.memgen.reasoner.predictions(woven.hidden) == targets).float()
+        self.val_loss.update(-logprobs.mean(), weight=len(targets))
+        self.val_accuracy.update(hits.mean(), weight=len(targets))
+        self.log("val/loss", self.val_loss, prog_bar=True, on_epoch=True)
+        self.log("val/token_accuracy", self.val_accuracy, on_epoch=True)
+        self._answer(batch)
+
+    @override
+    def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        self._answer(batch)
+
+    @override
+    def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[dict[str, Any]]:
+        generation, texts, rewards = self._generate(batch)
+        return [
+            {
+                "id": example.id,
+                "question": example.question,
+                "answer": text,
+                "reward": reward.total,
+                "parts": dict(reward.parts),
+                "insertions": [point - len(prompt) for point, _ in points],
+                "finished": finished,
+            }
+            for example, prompt, text, reward, points, finished in zip(
+                batch.examples,
+                batch.prompts,
+                texts,
+                rewards,
+                generation.plan.rows(),
+                generation.finished.tolist(),
+                strict=True,
+            )
+        ]
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._finish_answers("val", f"step_{self.global_step:06d}")
+        self._clock = 0.0
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._finish_answers("test", "test")
+
+    def _answer(self, batch: EvalBatch) -> None:
+        generation, texts, rewards = self._generate(batch)
+        self.answers.update(generation, rewards)
+        for row in range(min(len(texts), SHOWN - len(self._samples))):
+            segments = marked_answer(self.tokenizer, self.memgen.weaver.config, generation, row)
+            title = f"{batch.examples[row].id}: reward {rewards[row].total:g}"
+            self._samples.append(Sample(batch.examples[row].question, segments, title))
+
+    def _generate(self, batch: EvalBatch) -> tuple[Generation, list[str], list[Reward]]:
+        generation = generate(self.memgen, batch.prompts, self.generation)
+        texts = self.tokenizer.batch_decode(generation.answers(), skip_special_tokens=True)
+        rewards = [
+            self.data.environment.reward(example, text)
+            for example, text in zip(batch.examples, texts, strict=True)
+        ]
+        return generation, texts, rewards
+
+    def _finish_answers(self, split: str, name: str) -> None:
+        for key, value in self.answers.compute().items():
+            # Every rank has the same means already; the flag only says so to Lightning.
+            self.log(f"{split}/{key}", value, prog_bar=key in ("reward", "exact_match"), sync_dist=True)
+        self.answers.reset()
+        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            log_samples(self.trainer.loggers, self._samples, f"{split}_{name}")
+        self._samples = []
+
+    # Lightning's own checkpoint
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in trained}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        found = set(checkpoint["state_dict"])
+        if found != trained:
+            raise ValueError(
+                f"the .ckpt does not fit this model; missing: {sorted(trained - found)}, "
+                f"unexpected: {sorted(found - trained)}"
+            )
+
+
+def _hash(text: str) -> int:
+    """A 63-bit seed from a text, the same on every machine."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@torch.no_grad()
+def _latent_metrics(memgen: MemGenModel, woven: Woven) -> dict[str, Tensor]:
+    """How large latents are against token embeddings: norms that run away are the first sign of trouble."""
+    if woven.latents.shape[0] == 0:
+        return {}
+    table = memgen.reasoner.backbone.embedding
+    sample = table[:: max(1, table.shape[0] // 1024)].float()
+    norm = woven.latents.detach().float().norm(dim=-1).mean()
+    return {"latents/norm": norm, "latents/norm_over_embedding": norm / sample.norm(dim=-1).mean()}
