@@ -27,7 +27,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         [AddedToken(token, special=True) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>", clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -75,7 +78,11 @@ def tiny_memgen(
     """A MemGenModel on a tiny base; `trained` moves every new tensor away from its initial value."""
     config = MemGenConfig(
         weaver=WeaverConfig(
-            lora=lora, prompt_latents=prompt_latents, inference_latents=inference_latents, reads=reads, query_scale=0.3
+            lora=lora,
+            prompt_latents=prompt_latents,
+            inference_latents=inference_latents,
+            reads=reads,
+            query_scale=0.3,
         ),
         trigger=TriggerConfig(kind=trigger, lora=lora, probability=probability),
         boundaries=BoundaryConfig(delimiters=delimiters, max_inference_insertions=cap),

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -126,9 +127,7 @@ class TokenBatch:
 
     def rows(self) -> list[list[int]]:
         """Token ids of each row without padding."""
-        return [
-            row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)
-        ]
+        return [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)]
 
     def select(self, index: Int[Tensor, " rows"]) -> TokenBatch:
         """The given rows, in the given order, cropped to the longest of them."""
@@ -187,7 +186,7 @@ class InsertionPlan:
         for index, (row, row_kinds) in enumerate(zip(points, kinds, strict=True)):
             if len(row) != len(row_kinds):
                 raise ValueError(f"row {index} has {len(row)} points but {len(row_kinds)} kinds")
-            if any(point < 1 for point in row) or any(a >= b for a, b in zip(row, row[1:], strict=False)):
+            if any(point < 1 for point in row) or any(a >= b for a, b in pairwise(row)):
                 raise ValueError(
                     f"row {index}: insertion points must be at least 1 and strictly ascending, got {list(row)}"
                 )
@@ -268,9 +267,7 @@ class Generation:
 
     def answers(self) -> list[list[int]]:
         """New token ids of each row, the end token included."""
-        return [
-            row[:length] for row, length in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
-        ]
+        return [row[:length] for row, length in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
 
     def as_batch(self) -> TokenBatch:
         """Prompt + answer as one batch whose answer tokens are supervised: what a later pass replays with `plan`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.types import Decision, InsertionKind, TokenBatch
@@ -71,7 +72,11 @@ def test_a_row_that_skips_equals_the_same_row_where_nobody_weaves():
     assert 0 < len(skipping) < len(prompts)
     for row in skipping:
         assert mixed.answers()[row] == plain.answers()[row]
-        assert_close(f"row {row}", mixed.logprobs[row, : int(mixed.lengths[row])], plain.logprobs[row, : int(plain.lengths[row])])
+        assert_close(
+            f"row {row}",
+            mixed.logprobs[row, : int(mixed.lengths[row])],
+            plain.logprobs[row, : int(plain.lengths[row])],
+        )
 
 
 def test_work_counts_are_exact_for_rows_that_insert_at_different_steps():
@@ -177,7 +182,9 @@ def test_an_intervention_replaces_what_is_inserted():
 def test_the_observer_hears_every_token_and_insertion_in_order():
     model = tiny_memgen()
     heard = {0: [], 1: []}
-    generation = generate(model, random_rows([9, 4]), GREEDY, observe=lambda row, token: heard[row].append(token))
+    generation = generate(
+        model, random_rows([9, 4]), GREEDY, observe=lambda row, token: heard[row].append(token)
+    )
     for row, points in enumerate(generation.plan.rows()):
         expected = list(generation.answers()[row])
         prompt = int(generation.prompt.lengths[row])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from memgen.model.adapters import LoraSettings
 from memgen.types import InsertionKind, InsertionPlan, TokenBatch
 from tiny import random_batch, random_rows, tiny_memgen
@@ -45,7 +46,9 @@ def dense(backbone, embeddings, adapter):
     backbone.model.set_attn_implementation("sdpa")
     try:
         with backbone.adapters.using(adapter):
-            return backbone.model.get_decoder()(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state[0]
+            return backbone.model.get_decoder()(
+                inputs_embeds=embeddings[None], use_cache=False
+            ).last_hidden_state[0]
     finally:
         backbone.model.set_attn_implementation("memgen")
 
@@ -216,9 +219,7 @@ def test_any_plan_gives_each_row_what_it_gets_alone(seed, rows):
     draw = lambda low, high: int(torch.randint(low, high, (1,), generator=generator))  # noqa: E731
     lengths = [draw(3, 16) for _ in range(rows)]
     prompts = [draw(1, n) for n in lengths]
-    points = [
-        sorted({draw(p, n) for _ in range(draw(0, 4))}) for n, p in zip(lengths, prompts, strict=True)
-    ]
+    points = [sorted({draw(p, n) for _ in range(draw(0, 4))}) for n, p in zip(lengths, prompts, strict=True)]
     batch, plan = random_batch(lengths, prompts, points, seed)
     with torch.no_grad():
         together = MODEL.label_logprobs(batch, plan)[0].split(batch.supervised.sum(1).tolist())

@@ -71,7 +71,9 @@ class Golden:
         model.tie_weights()
         return Backbone(model, f"golden:{part}")
 
-    def memgen(self, trigger: str = "tokens", cap: int | None = None, *, with_weights: bool = True) -> MemGenModel:
+    def memgen(
+        self, trigger: str = "tokens", cap: int | None = None, *, with_weights: bool = True
+    ) -> MemGenModel:
         lora = self.config["lora"]
         settings = LoraSettings(
             r=lora["r"],

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from golden_data import VARIANTS, Golden, golden, report, tokenizer
+
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel

@@ -57,7 +57,9 @@ def generate(
         RuntimeError: if the model is in training mode.
     """
     if model.training:
-        raise RuntimeError("generate needs model.eval(): dropout in rollouts would train on another distribution")
+        raise RuntimeError(
+            "generate needs model.eval(): dropout in rollouts would train on another distribution"
+        )
     return _Decoder(model, prompts, settings, row_seeds, observe, intervene, keep_latents=keep_latents).run()
 
 
@@ -97,7 +99,9 @@ class _Decoder:
         if intervene is not None and group > 1:
             raise ValueError(f"intervene works with group_size 1, got {group}")
         if row_seeds is not None and len(row_seeds) != len(prompts) * group:
-            raise ValueError(f"{len(prompts)} prompts x group_size {group} need as many row_seeds, got {len(row_seeds)}")
+            raise ValueError(
+                f"{len(prompts)} prompts x group_size {group} need as many row_seeds, got {len(row_seeds)}"
+            )
         if not prompts:
             raise ValueError("there is no prompt to answer")
         self.model, self.settings = model, settings
@@ -119,7 +123,11 @@ class _Decoder:
         steps = settings.max_new_tokens
         self.draws_decisions = settings.sample_decisions or model.trigger.stochastic
         # Tokens and decisions have their own numbers, so that one more decision does not move the tokens.
-        draws = row_uniforms(seeds, 2 * steps).tolist() if settings.temperature > 0 or self.draws_decisions else None
+        draws = (
+            row_uniforms(seeds, 2 * steps).tolist()
+            if settings.temperature > 0 or self.draws_decisions
+            else None
+        )
         self.token_draws = [line[:steps] for line in draws] if draws else None
         self.decision_draws = [line[steps:] for line in draws] if draws else None
         self.work = dict.fromkeys(WorkCount.__dataclass_fields__, 0)
@@ -305,7 +313,9 @@ class _Decoder:
         """Feeds every live row its new token, and latents where it inserts. Returns the states that predict, (n, H)."""
         lines = list(range(len(live)))
         embeddings = self.model.reasoner.backbone.embed(torch.tensor(tokens, device=self.device))
-        asked = [line for line in lines if self._at_boundary(self.rows[live[line]], tokens[line], previous[line])]
+        asked = [
+            line for line in lines if self._at_boundary(self.rows[live[line]], tokens[line], previous[line])
+        ]
         everybody = Segment(lines, [1] * len(lines))
         states = self._reasoner(embeddings, [everybody]) if self.states_first else None
         for line, row in enumerate(live):
@@ -330,11 +340,11 @@ class _Decoder:
             return hidden
         ends = torch.tensor(sizes, device=self.device).cumsum(0) - 1
         for line, block, block_states in zip(inserting, latents, latent_states.split(sizes), strict=True):
-            row = self.rows[live[line]]
-            self._insert(row, live[line], block, InsertionKind.INFERENCE)
-            row.inserted += 1
+            answer = self.rows[live[line]]
+            self._insert(answer, live[line], block, InsertionKind.INFERENCE)
+            answer.inserted += 1
             if self.reads_states:
-                row.weaver_states = [block_states]
+                answer.weaver_states = [block_states]
         return hidden.index_copy(0, torch.tensor(inserting, device=self.device), latent_states[ends])
 
     def _at_boundary(self, row: _Row, token: int, previous: int) -> bool:
@@ -352,9 +362,9 @@ class _Decoder:
         if asked:
             unread = []
             for line in asked:
-                row = self.rows[live[line]]
-                unread.append((row.prompt + row.tokens)[row.trigger_read :])
-                row.trigger_read = len(row.prompt) + len(row.tokens)
+                answer = self.rows[live[line]]
+                unread.append((answer.prompt + answer.tokens)[answer.trigger_read :])
+                answer.trigger_read = len(answer.prompt) + len(answer.tokens)
             index = torch.tensor(asked, device=self.device)
             probs = self._ask(Boundary(asked, unread, None if states is None else states[index]))
         by_line = dict(zip(asked, probs, strict=True))
@@ -375,7 +385,11 @@ class _Decoder:
             else:
                 ids = torch.tensor(row.weaver_unread, device=self.device)
                 embedded = self.model.reasoner.backbone.embed(ids)
-                new = [embedded] if row.weaver_latents is None else [row.weaver_latents.to(embedded.dtype), embedded]
+                new = (
+                    [embedded]
+                    if row.weaver_latents is None
+                    else [row.weaver_latents.to(embedded.dtype), embedded]
+                )
             pieces += new
             counts.append(sum(piece.shape[0] for piece in new))
             events.append(len(row.points))
@@ -418,7 +432,7 @@ class _Decoder:
     def _decide(self, index: int, row: _Row, prob: float, step: int) -> bool:
         if self.draws_decisions:
             assert self.decision_draws is not None, "drawn decisions need draws"
-            invoke = self.decision_draws[index][step] < prob
+            invoke = bool(self.decision_draws[index][step] < prob)
         else:
             invoke = prob > 0.5
         self._record(row, Decision.INVOKE if invoke else Decision.SKIP, prob)

@@ -44,7 +44,10 @@ class GenerationSettings:
 
 def row_uniforms(seeds: Sequence[int], count: int) -> Float[Tensor, "rows count"]:
     """Uniform numbers in [0, 1), float64, a reproducible line for each seed."""
-    lines = [torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    lines = [
+        torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed in seeds
+    ]
     return torch.stack(lines)
 
 

@@ -33,7 +33,7 @@ class _LinearLogprob(torch.autograd.Function):
     """Chunked log-softmax of a linear map, read at one class per row; nothing of size (N, V) outlives a chunk."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
     ) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -49,7 +49,7 @@ class _LinearLogprob(torch.autograd.Function):
         return logprobs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         for begin in range(0, hidden.shape[0], ctx.chunk):
@@ -68,8 +68,10 @@ def linear_logprob(
     """Log-probability of a class under softmax(hidden @ weight.T + bias), for a frozen weight.
 
     Args:
-        hidden: (N, H). weight: (V, H), no gradient is computed for it. bias: (V,) or None.
+        hidden: (N, H).
+        weight: (V, H); no gradient is computed for it.
         targets: class of each row, int64 (N,).
+        bias: (V,) or None; no gradient is computed for it.
         chunk: rows whose logits exist at the same time.
 
     Returns:

@@ -134,4 +134,6 @@ class AdapterSwitch:
         """
         for path, parameter in self.parameters(name).items():
             if ".lora_B." in path and bool((parameter != 0).any()):
-                raise RuntimeError(f"the new adapter's {path} is not zero: its initialisation was overwritten")
+                raise RuntimeError(
+                    f"the new adapter's {path} is not zero: its initialisation was overwritten"
+                )

@@ -72,7 +72,9 @@ def _decoder_layers(decoder: nn.Module, count: int) -> nn.ModuleList:
     for child in decoder.children():
         if isinstance(child, nn.ModuleList) and len(child) == count:
             return child
-    raise ValueError(f"found no list of {count} decoder layers in {type(decoder).__name__}; it is not supported")
+    raise ValueError(
+        f"found no list of {count} decoder layers in {type(decoder).__name__}; it is not supported"
+    )
 
 
 class Backbone(nn.Module):
@@ -92,10 +94,14 @@ class Backbone(nn.Module):
         config = model.config
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if not kinds <= {"full_attention", "sliding_attention"}:
-            raise ValueError(f"{name or type(model).__name__} has layers of kind {sorted(kinds)}; memgen reads only attention")
+            raise ValueError(
+                f"{name or type(model).__name__} has layers of kind {sorted(kinds)}; memgen reads only attention"
+            )
         for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
             if getattr(config, key, None) not in (None, 1, 1.0):
-                raise ValueError(f"{name or type(model).__name__} scales its logits ({key}), which memgen does not support")
+                raise ValueError(
+                    f"{name or type(model).__name__} scales its logits ({key}), which memgen does not support"
+                )
         self.name = name
         self.fingerprint = fingerprint(model)
         model.set_attn_implementation("memgen")
@@ -106,7 +112,7 @@ class Backbone(nn.Module):
         self._recompute = False
         self._layers = _decoder_layers(self._decoder, int(config.num_hidden_layers))
         for layer in self._layers:
-            layer.forward = partial(self._layer, layer.forward)  # type: ignore[method-assign]
+            layer.forward = partial(self._layer, layer.forward)
 
     @property
     def _decoder(self) -> nn.Module:
@@ -205,7 +211,14 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     config = model.config.to_dict()
     # What a save, a library version or a run-time switch changes says nothing about the weights.
-    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"):
+    for key in (
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "architectures",
+    ):
         config.pop(key, None)
     digest.update(json.dumps(_plain(config), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -1,13 +1,14 @@
-"""Boundaries: where memory may be woven in. The end of a prompt, and after a delimiter token inside an answer.
+r"""Boundaries: where memory may be woven in. The end of a prompt, and after a delimiter token inside an answer.
 
 Delimiters are a table over token ids: a token counts if its own text ends in a delimiter, so fused tokens such as
-".\\n" count too (the released code decodes the whole prefix for this; the last token alone decides it).
+".\n" count too (the released code decodes the whole prefix for this; the last token alone decides it).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,6 +104,12 @@ class Boundaries(nn.Module):
         texts = tokenizer.batch_decode([[i] for i in range(known)], clean_up_tokenization_spaces=False)
         return cls(config, [*texts, *[""] * (vocabulary - known)])
 
+    def capped(self, insertions: int) -> Boundaries:
+        """The same table with another cap on the insertions inside an answer."""
+        twin = copy.copy(self)
+        twin.config = replace(self.config, max_inference_insertions=insertions)
+        return twin
+
     def after(self, token: Tensor, previous: Tensor) -> Tensor:
         """Whether a boundary lies behind `token`, given the token before it. Any shape, element by element."""
         return self.is_delimiter[token] & ~(self.is_number_mark[token] & self.ends_in_digit[previous])
@@ -149,7 +156,11 @@ class Boundaries(nn.Module):
             points.append([])
             kinds.append([])
             for turn in turns:
-                inside = turn.points[: self.config.max_inference_insertions] if choose is None else choose(row, turn.points)
+                inside = (
+                    turn.points[: self.config.max_inference_insertions]
+                    if choose is None
+                    else choose(row, turn.points)
+                )
                 points[-1] += [turn.begin, *inside]
                 kinds[-1] += [int(InsertionKind.PROMPT), *[int(InsertionKind.INFERENCE)] * len(inside)]
         return InsertionPlan.from_rows(points, kinds)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 # R rows of a pass, Q queries per row (padded), S key slots per row (padded), T packed positions,
 # h query heads, g key-value heads, d head size
@@ -54,7 +55,9 @@ class View(ABC):
 
         Args:
             layer: index of the layer.
-            query: (1, h, T, d). key, value: (1, g, T, d), of the packed input.
+            query: (1, h, T, d), of the packed input.
+            key: (1, g, T, d), likewise.
+            value: (1, g, T, d), likewise.
             scale: factor on the scores.
             window: sliding window in positions, or None.
 
@@ -83,7 +86,9 @@ def _grouped_attention(
     The query heads of a group are folded into the query axis: exact, and neither keys nor values are copied.
 
     Args:
-        query: (R, h, Q, d). key, value: (R, g, S, d).
+        query: (R, h, Q, d).
+        key: (R, g, S, d).
+        value: (R, g, S, d).
         mask: True where a query sees a slot, (R, Q, S), or None.
         scale: factor on the scores.
         causal: query i sees slots up to i; only without a mask, and where Q = S.
@@ -137,7 +142,8 @@ class _Padding:
         part = packed[0, :, self.begin : self.end]
         if not self.uniform:
             part = part.index_select(1, self.pad_index)
-        return part.unflatten(1, (self.rows, self.width)).transpose(0, 1)
+        padded: Tensor = part.unflatten(1, (self.rows, self.width)).transpose(0, 1)
+        return padded
 
     def unpad(self, padded: Tensor) -> Tensor:
         """(R, heads, Q, d) -> (the segment's positions, heads, d)."""
@@ -197,6 +203,7 @@ class _RowView(View):
         self.positions = torch.from_numpy(np.concatenate(all_positions)).to(cache.device)
         self._end = cursor
 
+    @override
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
@@ -241,6 +248,7 @@ class RowCache(Memory):
         self._keys: dict[int, Tensor] = {}  # layer -> (rows, g, capacity, d)
         self._values: dict[int, Tensor] = {}
 
+    @override
     def length(self, row: int) -> int:
         return self._lengths[row]
 
@@ -253,6 +261,7 @@ class RowCache(Memory):
             self._values[layer] = like.new_zeros(shape)
         return self._keys[layer], self._values[layer]
 
+    @override
     def open(self, segments: Sequence[Segment]) -> View:
         view = _RowView(self, segments)
         for segment in segments:
@@ -334,10 +343,13 @@ class _PackedView(View):
             )
         self.positions = torch.from_numpy(np.concatenate(positions)).to(store.device)
 
+    @override
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        keys, values = self._store.with_chunk(layer, self._chunk, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        keys, values = self._store.with_chunk(
+            layer, self._chunk, key[0].transpose(0, 1), value[0].transpose(0, 1)
+        )
         outputs = []
         for padding, index, where, fresh in self._parts:
             padded = padding.pad(query)
@@ -375,6 +387,7 @@ class PackedStore(Memory):
         self._chunks: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._passes = 0
 
+    @override
     def length(self, row: int) -> int:
         return len(self.slots(row))
 
@@ -395,6 +408,7 @@ class PackedStore(Memory):
         assert len(self._slots[row]) == 0, "only an empty row can begin with another's positions"
         self._shared[row] = (source, length)
 
+    @override
     def open(self, segments: Sequence[Segment]) -> View:
         view = _PackedView(self, self._passes, segments)
         self._passes += 1

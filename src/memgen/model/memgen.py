@@ -8,7 +8,7 @@ only for the places that somebody reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
@@ -86,7 +86,7 @@ class MemGenModel(nn.Module):
         config: MemGenConfig,
         tokenizer: PreTrainedTokenizerBase,
         resolve_asset: Callable[[str], str],
-        trigger_translate: Callable[[list[int]], list[int]] | None = None,
+        trigger_translate: Callable[[Sequence[int]], list[int]] | None = None,
     ) -> MemGenModel:
         """Loads the bases and adds new adapters, queries and heads.
 
@@ -97,8 +97,9 @@ class MemGenModel(nn.Module):
             trigger_translate: from the reasoner's token ids to those of the trigger's own base, where they differ.
         """
         base = load_backbone(config.backbone, resolve_asset)
-        weaver_base = config.weaver.backbone and load_backbone(config.weaver.backbone, resolve_asset)
-        trigger_base = config.trigger.backbone and load_backbone(config.trigger.backbone, resolve_asset)
+        own_weaver, own_trigger = config.weaver.backbone, config.trigger.backbone
+        weaver_base = None if own_weaver is None else load_backbone(own_weaver, resolve_asset)
+        trigger_base = None if own_trigger is None else load_backbone(own_trigger, resolve_asset)
         return cls.assemble(config, base, tokenizer, weaver_base, trigger_base, trigger_translate)
 
     @classmethod
@@ -109,7 +110,7 @@ class MemGenModel(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         weaver_base: Backbone | None = None,
         trigger_base: Backbone | None = None,
-        trigger_translate: Callable[[list[int]], list[int]] | None = None,
+        trigger_translate: Callable[[Sequence[int]], list[int]] | None = None,
     ) -> MemGenModel:
         """As `build`, on bases that are already loaded. None shares the reasoner's."""
         weaver = Weaver(weaver_base or base, config.weaver, base.hidden_size)
@@ -180,7 +181,9 @@ def end_ids(base: Backbone, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ..
     listed = configured if isinstance(configured, list) else [configured]
     found = {int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None}
     if not found:
-        raise ValueError(f"{base.name} has no end-of-sequence token in its tokenizer or generation configuration")
+        raise ValueError(
+            f"{base.name} has no end-of-sequence token in its tokenizer or generation configuration"
+        )
     return tuple(sorted(found))
 
 
@@ -197,9 +200,7 @@ class _Forward:
         lengths = batch.lengths.tolist()
         reads = [np.flatnonzero(line[:n]) for line, n in zip(read.cpu().numpy(), lengths, strict=True)]
         self.streams = self._streams(ids, lengths, plan)
-        self.reads = [
-            stream.predictors(places) for stream, places in zip(self.streams, reads, strict=True)
-        ]
+        self.reads = [stream.predictors(places) for stream, places in zip(self.streams, reads, strict=True)]
         self.ends = [int(places[-1]) + 1 if len(places) else 0 for places in self.reads]
         self.insertions = [
             [i for i in stream.insertions if i.begin < end]
@@ -214,7 +215,9 @@ class _Forward:
         for index, (points, length) in enumerate(zip(plan.rows(), lengths, strict=True)):
             for point, _ in points:
                 if point > length:
-                    raise ValueError(f"row {index} has {length} tokens but its plan inserts before token {point}")
+                    raise ValueError(
+                        f"row {index} has {length} tokens but its plan inserts before token {point}"
+                    )
             rows.append([(p, k) for p, k in points if weaver.latents_per_insertion(InsertionKind(k))])
         blocks: list[list[np.ndarray]] = [[] for _ in rows]
         total = 0
@@ -272,7 +275,9 @@ class _Forward:
             self._weave(active, stage, weaver_done)
         self._read({row: self.ends[row] for row in rows})
         states = self._all_states()
-        wanted = np.concatenate([self.state_index[row][self.reads[row]] for row in rows] or [np.zeros(0, int)])
+        wanted = np.concatenate(
+            [self.state_index[row][self.reads[row]] for row in rows] or [np.zeros(0, int)]
+        )
         return Woven(
             hidden=states[torch.from_numpy(wanted).to(self.device)],
             latents=self.latents,
@@ -371,7 +376,9 @@ class _Forward:
         latents = weaver.weave(hidden, counts, kinds, rows, self.weaver_store)
         places = np.concatenate([insertion.latents for insertion in insertions])
         # Latents of other rows beside this stage's were numbered too, where nobody reads them: scatter, not cat.
-        self.latents = self.latents.index_copy(0, torch.from_numpy(places).to(self.device), latents.to(self.latents.dtype))
+        self.latents = self.latents.index_copy(
+            0, torch.from_numpy(places).to(self.device), latents.to(self.latents.dtype)
+        )
         self.work["weaver_forwards"] += 1
         self.work["weaver_positions"] += sum(counts) + latents.shape[0]
         for row, insertion in zip(rows, insertions, strict=True):

@@ -29,7 +29,8 @@ class Reasoner(nn.Module):
 
     def read(self, embeddings: Float[Tensor, "time hidden"], view: View) -> Float[Tensor, "time hidden"]:
         """Hidden states of packed stream positions, without any adapter."""
-        return self.backbone(embeddings, view)
+        hidden: Tensor = self.backbone(embeddings, view)
+        return hidden
 
     def logits(self, hidden: Float[Tensor, "*shape hidden"]) -> Float[Tensor, "*shape vocab"]:
         """Next-token logits, float32."""
@@ -40,7 +41,8 @@ class Reasoner(nn.Module):
     ) -> Float[Tensor, " labels"]:
         """Log-probability of a next token for each state, float32, without holding (labels, vocabulary)."""
         head = self.backbone.head
-        return linear_logprob(hidden, head.weight, targets, head.bias)
+        logprobs: Tensor = linear_logprob(hidden, head.weight, targets, head.bias)
+        return logprobs
 
     @torch.no_grad()
     def predictions(self, hidden: Float[Tensor, "labels hidden"], chunk: int = 512) -> Int[Tensor, " labels"]:

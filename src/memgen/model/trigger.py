@@ -15,6 +15,7 @@ from typing import Literal, final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import override
 
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone, BackboneConfig
@@ -91,6 +92,7 @@ class ConstantTrigger(Trigger):
         super().__init__()
         self.probability = probability
 
+    @override
     def invoke_probs(self, boundary: Boundary, memory: Memory | None) -> Float[Tensor, " rows"]:
         return torch.full((len(boundary.rows),), self.probability)
 
@@ -117,15 +119,18 @@ class TokenTrigger(Trigger):
         backbone.add_adapter(ADAPTER, config.lora)
         self.output_layer = _decision_head(backbone.hidden_size, config.initial_invoke_bias)
 
+    @override
     def memory(self, rows: int, capacity: int, device: torch.device) -> RowCache:
         # A translation may need more tokens than the reasoner's text; the bound only sizes the buffer.
         return RowCache(rows, capacity * (4 if self.translate else 1), device)
 
+    @override
     def own_parameters(self) -> dict[str, nn.Parameter]:
         own = {f"output_layer.{name}": p for name, p in self.output_layer.named_parameters()}
         adapter = {f"backbone.model.{n}": p for n, p in self.backbone.adapters.parameters(ADAPTER).items()}
         return own | adapter
 
+    @override
     def invoke_probs(self, boundary: Boundary, memory: Memory | None) -> Float[Tensor, " rows"]:
         assert memory is not None, "the caller made this trigger's memory"
         unread = [list(ids) if self.translate is None else self.translate(ids) for ids in boundary.unread]
@@ -171,11 +176,15 @@ class StateTrigger(Trigger):
         self.norm = nn.LayerNorm(hidden)
         self.output_layer = _decision_head(hidden, config.initial_invoke_bias)
 
+    @override
     def own_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.named_parameters())
 
+    @override
     def invoke_probs(self, boundary: Boundary, memory: Memory | None) -> Float[Tensor, " rows"]:
-        assert boundary.states is not None, "the caller reads the reasoner first for a trigger that needs states"
+        assert boundary.states is not None, (
+            "the caller reads the reasoner first for a trigger that needs states"
+        )
         return self.logits(boundary.states).softmax(dim=-1)[:, int(Decision.INVOKE)]
 
     def logits(self, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows 2"]:

@@ -64,7 +64,8 @@ class QueryBank(nn.Module):
 
     def forward(self) -> Float[Tensor, "latent hidden"]:
         """The queries as input embeddings of the weaver's base."""
-        return self.norm(self.latents) * self.scale
+        queries: Tensor = self.norm(self.latents) * self.scale
+        return queries
 
 
 @final
@@ -88,7 +89,9 @@ class Weaver(nn.Module):
             scale = float(backbone.embedding.float().std())
         self.reasoner_to_weaver = nn.Linear(reasoner_hidden, hidden)
         self.weaver_to_reasoner = nn.Linear(hidden, reasoner_hidden)
-        self.prompt_queries = QueryBank(config.prompt_latents, hidden, scale) if config.prompt_latents else None
+        self.prompt_queries = (
+            QueryBank(config.prompt_latents, hidden, scale) if config.prompt_latents else None
+        )
         self.inference_queries = (
             QueryBank(config.inference_latents, hidden, scale) if config.inference_latents else None
         )
@@ -101,9 +104,7 @@ class Weaver(nn.Module):
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that training moves, by its name in this module: maps, queries and the adapter."""
         own = {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if not name.startswith("backbone.")
+            name: parameter for name, parameter in self.named_parameters() if not name.startswith("backbone.")
         }
         adapter = {f"backbone.model.{n}": p for n, p in self.backbone.adapters.parameters(ADAPTER).items()}
         return own | adapter
@@ -153,4 +154,5 @@ class Weaver(nn.Module):
         view = memory.open([Segment(rows=rows, counts=lengths, keep=counts)])
         hidden = self.backbone(torch.cat(parts), view, ADAPTER)
         read = hidden[torch.cat(places)].to(self.weaver_to_reasoner.weight.dtype)
-        return self.weaver_to_reasoner(read)
+        latents: Tensor = self.weaver_to_reasoner(read)
+        return latents

@@ -14,7 +14,14 @@ from typing_extensions import override
 from memgen.environments.base import Reward
 from memgen.types import Generation, InsertionKind
 
-_FIELDS = ("reward", "exact_match", "finished", "answer_tokens", "insertions_per_answer", "invoked_at_prompt_end")
+_FIELDS = (
+    "reward",
+    "exact_match",
+    "finished",
+    "answer_tokens",
+    "insertions_per_answer",
+    "invoked_at_prompt_end",
+)
 
 
 @final

@@ -52,7 +52,7 @@ class AdapterCheckpoint(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        name: str = datetime.now().strftime("%Y%m%d-%H%M%S")  # noqa: DTZ005 - a person's own clock
+        name: str = datetime.now().strftime("%Y%m%d-%H%M%S")
         for run_logger in trainer.loggers:
             if isinstance(run_logger, MLFlowLogger) and run_logger.run_id is not None:
                 name = run_logger.run_id

@@ -91,7 +91,8 @@ def read_config(directory: Path) -> MemGenConfig:
     Raises:
         CheckpointError: if it is not a checkpoint directory, or of another format version.
     """
-    return _parse(MemGenConfig, _header(directory)["config"], str(directory / CONFIG_FILE))
+    config: MemGenConfig = _parse(MemGenConfig, _header(directory)["config"], str(directory / CONFIG_FILE))
+    return config
 
 
 def load_checkpoint(model: MemGenModel, directory: Path) -> LoadReport:
@@ -113,7 +114,9 @@ def load_checkpoint(model: MemGenModel, directory: Path) -> LoadReport:
                 f"{base.name or 'this one'} has {base.fingerprint[:12]}; set model.memgen.backbone.name to "
                 f"{header['config']['backbone']['name']}"
             )
-    matched = _load(model.weaver.own_parameters(), _read_tensors(directory / WEAVER_FILE), directory / WEAVER_FILE)
+    matched = _load(
+        model.weaver.own_parameters(), _read_tensors(directory / WEAVER_FILE), directory / WEAVER_FILE
+    )
     trigger = directory / TRIGGER_FILE
     if trigger.exists():
         expected = model.trigger.own_parameters()
@@ -248,11 +251,13 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
         return _parse(next(arg for arg in get_args(kind) if arg is not type(None)), value, where)
-    if is_dataclass(kind) and isinstance(value, dict):
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         known = {field.name for field in fields(kind)}
         unknown = sorted(set(value) - known)
         if unknown:
-            raise CheckpointError(f"{where}: unknown keys {', '.join(unknown)} in {kind.__name__}; known: {sorted(known)}")
+            raise CheckpointError(
+                f"{where}: unknown keys {', '.join(unknown)} in {kind.__name__}; known: {sorted(known)}"
+            )
         hints = get_type_hints(kind)
         return kind(**{name: _parse(hints[name], inner, where) for name, inner in value.items()})
     return tuple(value) if isinstance(value, list) else value
@@ -320,13 +325,20 @@ def export_released(model: MemGenModel, config: MemGenConfig, directory: Path) -
         ValueError: if the model has something that the format cannot hold.
     """
     if not isinstance(model.trigger, TokenTrigger):
-        raise ValueError(f"the released format holds a trigger of kind tokens, this model's is {config.trigger.kind}")
+        raise ValueError(  # noqa: TRY004 - a setting is wrong, not a type
+            f"the released format holds a trigger of kind tokens, this model's is {config.trigger.kind}"
+        )
     if model.weaver.prompt_queries is None or model.weaver.inference_queries is None:
-        raise ValueError("the released format holds both kinds of queries; this weaver has K = 0 for one of them")
+        raise ValueError(
+            "the released format holds both kinds of queries; this weaver has K = 0 for one of them"
+        )
     names = {name: parameter.detach().cpu().clone() for name, parameter in released_names(model).items()}
 
     def nested(prefix: str, modules: tuple[str, ...], tensors: tuple[str, ...] = ()) -> dict[str, Any]:
-        leaves = {m: {k.rsplit(".", 1)[1]: v for k, v in names.items() if k.startswith(f"{prefix}{m}.")} for m in modules}
+        leaves = {
+            m: {k.rsplit(".", 1)[1]: v for k, v in names.items() if k.startswith(f"{prefix}{m}.")}
+            for m in modules
+        }
         return leaves | {tensor: names[f"{prefix}{tensor}"] for tensor in tensors}
 
     kinds = ("prompt", "inference")
@@ -390,4 +402,8 @@ def _unpickled_safely(path: Path) -> Any:
 def _flatten(value: Any, prefix: str) -> dict[str, Tensor]:
     if isinstance(value, Tensor):
         return {prefix.removesuffix("."): value}
-    return {name: tensor for key, inner in value.items() for name, tensor in _flatten(inner, f"{prefix}{key}.").items()}
+    return {
+        name: tensor
+        for key, inner in value.items()
+        for name, tensor in _flatten(inner, f"{prefix}{key}.").items()
+    }

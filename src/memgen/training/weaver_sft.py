@@ -140,14 +140,15 @@ class WeaverSFT(LightningModule):
 
     def _log_step(self, batch: SFTBatch, logprobs: Tensor, woven: Woven) -> None:
         count = logprobs.shape[0]
-        self.train_loss.update(-logprobs.mean(), weight=count)
+        self.train_loss(-logprobs.mean(), weight=count)
         self.log("train/loss", self.train_loss, prog_bar=True, on_step=True, on_epoch=False)
         now = time.perf_counter()
         if self._clock:
             rate = int(batch.tokens.lengths.sum()) * self.trainer.world_size / (now - self._clock)
             self.log("perf/tokens_per_second", rate, prog_bar=True)
         self._clock = now
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.global_step % every == 0:
             targets = batch.tokens.ids[:, 1:][batch.tokens.supervised[:, 1:]]
             hits = self.memgen.reasoner.predictions(woven.hidden.detach()) == targets
             self.log("train/token_accuracy", hits.float().mean(), prog_bar=True)

@@ -1,0 +1,1 @@
+"""What the latents hold: analysis of trained memories, ablations and comparisons."""

@@ -1,0 +1,160 @@
+"""Does memory do the work? The same items answered with and without it, and with what only looks like it.
+
+Conditions: the bare reasoner; untrained latents; the trained weaver at all boundaries and at the prompt's end only;
+and the trained weaver with each item's latents given to another item, which keeps everything that is not about the item.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from memgen.environments.base import Environment, Example, Reward
+from memgen.generation.decode import Intervention, generate
+from memgen.generation.sampling import GenerationSettings
+from memgen.model.memgen import MemGenModel
+from memgen.model.trigger import ConstantTrigger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is answered, and how.
+
+    Attributes:
+        environment: rewards the answers.
+        examples: the items.
+        prompts: token ids of each item's prompt.
+        tokenizer: the reasoner's.
+        settings: how answers are drawn.
+        batch_size: items decoded together.
+    """
+
+    environment: Environment
+    examples: Sequence[Example]
+    prompts: Sequence[Sequence[int]]
+    tokenizer: PreTrainedTokenizerBase
+    settings: GenerationSettings
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One condition's score.
+
+    Attributes:
+        name: the condition.
+        rewards: total reward of each item, in the items' order.
+        parts: mean of each part of the reward.
+        insertions: mean insertions per answer.
+        cpu_seconds: process CPU time that answering took.
+    """
+
+    name: str
+    rewards: tuple[float, ...]
+    parts: dict[str, float]
+    insertions: float
+    cpu_seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Mean total reward."""
+        return float(np.mean(self.rewards))
+
+    def interval(self, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+        """Bootstrap confidence interval of the mean over items (percentile method)."""
+        values = np.asarray(self.rewards)
+        draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+        low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+
+def without_memory(model: MemGenModel) -> MemGenModel:
+    """The same model that never invokes."""
+    return MemGenModel(model.reasoner, model.weaver, ConstantTrigger(0.0), model.boundaries).eval()
+
+
+def always_invoking(model: MemGenModel, insertions: int | None = None) -> MemGenModel:
+    """The same model that invokes at every boundary.
+
+    Args:
+        model: whose weaver to use.
+        insertions: cap inside an answer; 0 leaves the prompt's end. None: the model's own.
+    """
+    boundaries = model.boundaries if insertions is None else model.boundaries.capped(insertions)
+    return MemGenModel(model.reasoner, model.weaver, ConstantTrigger(1.0), boundaries).eval()
+
+
+def score(name: str, model: MemGenModel, task: Task) -> Outcome:
+    """Answers every item and rewards the answers."""
+    return _score(name, model, task, lambda begin: None)
+
+
+def score_with_swapped_latents(name: str, model: MemGenModel, task: Task) -> Outcome:
+    """Gives every item the latents that the next item got, insertion by insertion.
+
+    Where the other item had fewer insertions, its last latents are repeated.
+    """
+    recorded: list[list[Tensor]] = []
+    for begin, prompts in _batches(task):
+        generation = generate(
+            model, prompts, task.settings, row_seeds=_seeds(task, begin, prompts), keep_latents=True
+        )
+        assert generation.latents is not None, "they were asked for"
+        recorded += generation.latents
+    if not all(recorded):
+        raise ValueError("an item got no latents, so there is nothing to swap; let the trigger invoke always")
+
+    def swap(begin: int) -> Intervention:
+        def intervene(rows: Sequence[int], events: Sequence[int], latents: list[Tensor]) -> list[Tensor]:
+            others = [recorded[(begin + row + 1) % len(recorded)] for row in rows]
+            return [other[min(event, len(other) - 1)] for other, event in zip(others, events, strict=True)]
+
+        return intervene
+
+    return _score(name, model, task, swap)
+
+
+def _score(
+    name: str, model: MemGenModel, task: Task, intervention: Callable[[int], Intervention | None]
+) -> Outcome:
+    clock = time.process_time()
+    rewards: list[Reward] = []
+    insertions = 0
+    for begin, prompts in _batches(task):
+        generation = generate(
+            model,
+            prompts,
+            task.settings,
+            row_seeds=_seeds(task, begin, prompts),
+            intervene=intervention(begin),
+        )
+        texts = task.tokenizer.batch_decode(generation.answers(), skip_special_tokens=True)
+        examples = task.examples[begin : begin + len(prompts)]
+        rewards += [task.environment.reward(e, text) for e, text in zip(examples, texts, strict=True)]
+        insertions += int(generation.plan.counts.sum())
+    names = sorted({part for reward in rewards for part in reward.parts})
+    return Outcome(
+        name=name,
+        rewards=tuple(reward.total for reward in rewards),
+        parts={part: float(np.mean([reward.parts.get(part, 0.0) for reward in rewards])) for part in names},
+        insertions=insertions / len(rewards),
+        cpu_seconds=time.process_time() - clock,
+    )
+
+
+def _batches(task: Task) -> Iterator[tuple[int, list[list[int]]]]:
+    for begin in range(0, len(task.prompts), task.batch_size):
+        yield begin, [list(prompt) for prompt in task.prompts[begin : begin + task.batch_size]]
+
+
+def _seeds(task: Task, begin: int, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """A seed for each item: its draws are the same whatever the batch size."""
+    return [task.settings.seed * 1_000_003 + begin + row for row in range(len(prompts))]

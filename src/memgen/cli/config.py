@@ -1,0 +1,402 @@
+"""From the command line to one resolved configuration.
+
+LightningCLI resolves `${...}` file by file and replaces what a later file only adds to. So the files and the overrides
+are merged here, deeply and in their order, and resolved once; LightningCLI gets a single document.
+
+Below `model` and `data` the arguments stand beside `class_path`, without `init_args` in between. This is the form that
+files, overrides, references and `--print_config` use; a document with `init_args` is read as well.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from memgen.cli.errors import UsageError, nearest
+
+Document = dict[str, Any]
+
+SECTIONS = ("model", "data")
+"""Where the arguments of a class stand beside its `class_path`."""
+VARIABLES = "vars"
+"""A section of a person's own, for values that several places refer to; it ends with the resolution."""
+CLASS_KEYS = ("class_path", "dict_kwargs")
+OPTIONS = ("config", "print_config", "checkpoint", "help")
+"""What a Trainer command takes besides overrides."""
+
+COMMAND_LINE = "the command line"
+"""The name of the layer of overrides."""
+
+_OVERRIDE = re.compile(r"--([A-Za-z_][\w]*(?:\.\w+)*)(?:=(.*))?", re.DOTALL)
+_SECTION_REFERENCE = re.compile(r"\$\{(\s*)(" + "|".join(SECTIONS) + r")\.init_args\.")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of configuration values.
+
+    Attributes:
+        name: what to call it in a message: a file name, or "the command line".
+        text: as the person wrote it.
+        values: what it sets, in tidy form, unresolved.
+    """
+
+    name: str
+    text: str
+    values: Document
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a Trainer command was asked to do.
+
+    Attributes:
+        files: configuration files, in order.
+        overrides: (key, value as typed), in order.
+        print_config: print the configuration and stop.
+        arguments: the command line as it was typed.
+    """
+
+    files: tuple[Path, ...]
+    overrides: tuple[tuple[str, str], ...]
+    print_config: bool
+    arguments: tuple[str, ...]
+
+    @classmethod
+    def from_argv(cls, argv: Sequence[str]) -> Request:
+        """Reads `--config FILE`, `--print_config`, `--checkpoint DIR`, `--a.b.c value` and `--a.b.c=value`.
+
+        Args:
+            argv: the arguments behind the command.
+
+        Raises:
+            UsageError: if an argument is no option, an option lacks its value, or there is no `--config`.
+        """
+        files: list[Path] = []
+        overrides: list[tuple[str, str]] = []
+        print_config = False
+        remaining = ["--config" if token == "-c" else token for token in argv]
+        while remaining:
+            token = remaining.pop(0)
+            match = _OVERRIDE.fullmatch(token)
+            if match is None:
+                raise UsageError(
+                    f"'{token}' is not an option; write --config FILE, --key value or --key=value "
+                    "(quote a value that holds spaces)"
+                )
+            key, value = match.groups()
+            if key == "print_config":
+                print_config = True
+                continue
+            if value is None:
+                if not remaining or remaining[0].startswith("--"):
+                    raise UsageError(f"--{key} needs a value: --{key} VALUE or --{key}=VALUE")
+                value = remaining.pop(0)
+            if key == "config":
+                files.append(Path(value))
+            elif key == "checkpoint":
+                overrides.append(("model.init_from", value))
+            elif key not in OPTIONS and nearest(key, OPTIONS) is not None and "." not in key:
+                raise UsageError(f"unknown option --{key}; did you mean --{nearest(key, OPTIONS)}?")
+            else:
+                overrides.append((key, value))
+        if not files:
+            raise UsageError("--config is missing; for example: --config conf/weaver_sft.yaml")
+        return cls(tuple(files), tuple(overrides), print_config, tuple(argv))
+
+    def layers(self) -> list[Layer]:
+        """The sources in the order in which they are merged: the files, then the command line.
+
+        Raises:
+            UsageError: if a file cannot be read or an override cannot be placed.
+        """
+        layers = [_read_layer(path) for path in self.files]
+        if self.overrides:
+            layers.append(
+                Layer(
+                    name=COMMAND_LINE,
+                    text=shlex.join(self.arguments),
+                    values=_nest_overrides(self.overrides),
+                )
+            )
+        return layers
+
+
+def merge(layers: Sequence[Layer]) -> DictConfig:
+    """Merges deeply: mappings key by key, later layers win, lists are replaced.
+
+    A layer that names another `class_path` replaces the whole section: the arguments of one class mean nothing to another.
+
+    Args:
+        layers: sources in order.
+
+    Returns:
+        The configuration in tidy form, unresolved.
+    """
+    merged: Document = {}
+    for layer in layers:
+        merged = cast(Document, _merge_values(merged, layer.values))
+    return OmegaConf.create(merged)
+
+
+def resolve(merged: DictConfig, layers: Sequence[Layer]) -> Document:
+    """Replaces every `${...}` by its value.
+
+    Args:
+        merged: the result of `merge`.
+        layers: what it was merged from, to say where a reference stands.
+
+    Raises:
+        UsageError: if a reference points nowhere or in a circle, or a value is marked `???`.
+    """
+    resolved: Document = {}
+    _resolve_into(resolved, merged, layers)
+    resolved.pop(VARIABLES, None)
+    return resolved
+
+
+def to_lightning(document: Document) -> Document:
+    """The same document with `init_args`, as LightningCLI reads it."""
+    nested = dict(document)
+    for section in SECTIONS:
+        values = document.get(section)
+        if isinstance(values, dict):
+            arguments = {key: value for key, value in values.items() if key not in CLASS_KEYS}
+            nested[section] = {key: values[key] for key in CLASS_KEYS if key in values}
+            if arguments:
+                nested[section]["init_args"] = arguments
+    return nested
+
+
+def to_tidy(document: Mapping[str, Any]) -> Document:
+    """The same document without `init_args` below `model` and `data`."""
+    tidy = dict(document)
+    for section in SECTIONS:
+        values = document.get(section)
+        if isinstance(values, Mapping) and isinstance(values.get("init_args"), Mapping | None):
+            rest = {key: value for key, value in values.items() if key != "init_args"}
+            tidy[section] = _merge_values(rest, dict(values.get("init_args") or {}))
+    return cast(Document, _rewrite_references(tidy))
+
+
+def to_yaml(document: Document) -> str:
+    """A resolved document as YAML that reads back as the same document."""
+    return cast(str, yaml.safe_dump(_escape(document), sort_keys=False, allow_unicode=True, width=110))
+
+
+def source_of(key: str, layers: Sequence[Layer]) -> str | None:
+    """The name of the last layer that sets a key (or what stands above it), or None."""
+    parts = key.split(".")
+    for layer in reversed(layers):
+        node: Any = layer.values
+        for part in parts:
+            if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+                node = node[int(part)]
+            elif isinstance(node, Mapping) and part in node:
+                node = node[part]
+            else:
+                break
+        else:
+            return layer.name
+    return None
+
+
+def parse_value(text: str) -> Any:
+    """A value typed on the command line: a YAML scalar, or a list or mapping in YAML's flow syntax.
+
+    Text that is neither, such as `a: b` or a date, stays the text it is.
+
+    Raises:
+        UsageError: if flow syntax is not closed or otherwise broken.
+    """
+    stripped = text.strip()
+    if not stripped:
+        return text
+    structured = stripped[0] in "[{\"'"
+    try:
+        # OmegaConf reads YAML with its own rules (1e-4 is a number); this is its public way to read one value.
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        if structured:
+            problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise UsageError(f"the value {text} is not valid YAML: {problem}") from error
+        return text
+    assert isinstance(value, dict), "a dotlist makes a mapping"
+    parsed = value["value"]
+    if structured or isinstance(parsed, bool | int | float):
+        return parsed
+    return None if stripped.lower() in ("null", "~") else text
+
+
+def _read_layer(path: Path) -> Layer:
+    """Reads one configuration file."""
+    if not path.is_file():
+        raise UsageError(_missing_file(path))
+    text = path.read_text(encoding="utf-8")
+    try:
+        loaded = OmegaConf.load(path) if text.strip() else OmegaConf.create({})
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        raise UsageError(f"{place}: not valid YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        first = str(error).strip().splitlines()
+        raise UsageError(f"{path}: not valid YAML: {first[0] if first else error}") from error
+    values = OmegaConf.to_container(loaded, resolve=False)
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"{path}: a configuration is a mapping of keys to values, got a {type(values).__name__}"
+        )
+    if any(not isinstance(key, str) for key in values):
+        raise UsageError(f"{path}: keys must be text, got {[k for k in values if not isinstance(k, str)]}")
+    return Layer(name=str(path), text=text, values=to_tidy(cast(Document, values)))
+
+
+def _missing_file(path: Path) -> str:
+    """Says which file is meant by a path that does not exist."""
+    if path.is_dir():
+        return f"{path} is a folder; --config takes a YAML file"
+    if not path.parent.is_dir():
+        return f"{path} does not exist: there is no folder {path.parent} in {Path.cwd()}"
+    present = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))
+    stems = {Path(name).stem: name for name in present}
+    guess = nearest(path.stem, stems)
+    if guess is not None:
+        return f"{path} does not exist; did you mean {path.parent / stems[guess]}?"
+    if present:
+        return f"{path} does not exist; {path.parent} has: {', '.join(present)}"
+    return f"{path} does not exist, and {path.parent} has no YAML file"
+
+
+def _nest_overrides(overrides: Sequence[tuple[str, str]]) -> Document:
+    """The overrides as a nested document; the keys below `model` and `data` in tidy form."""
+    nested: Document = {}
+    for key, text in overrides:
+        value = parse_value(text)
+        if key in SECTIONS and isinstance(value, str):
+            key = f"{key}.class_path"
+        parts = key.split(".")
+        if parts[0] in SECTIONS and len(parts) > 2 and parts[1] == "init_args":
+            del parts[1]
+        for part in reversed(parts):
+            value = {part: value}
+        nested = cast(Document, _merge_values(nested, to_tidy(value)))
+    return nested
+
+
+def _merge_values(base: Any, layer: Any) -> Any:
+    """`layer` over `base`. A mapping whose keys are all numbers changes the items of a list."""
+    if isinstance(base, list) and isinstance(layer, dict) and layer and all(k.isdigit() for k in layer):
+        items = list(base)
+        for index, value in layer.items():
+            if int(index) >= len(items):
+                raise UsageError(
+                    f"item {index} does not exist: the list has {len(items)} items, counted from 0"
+                )
+            items[int(index)] = _merge_values(items[int(index)], value)
+        return items
+    if not isinstance(base, dict) or not isinstance(layer, dict):
+        return layer
+    chosen = layer.get("class_path")
+    if chosen is not None and base.get("class_path") not in (None, chosen):
+        return layer
+    merged = dict(base)
+    for key, value in layer.items():
+        merged[key] = _merge_values(base[key], value) if key in base else value
+    return merged
+
+
+def _rewrite_references(value: Any) -> Any:
+    """References that go through `model.init_args` or `data.init_args`, in tidy form."""
+    if isinstance(value, dict):
+        return {key: _rewrite_references(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rewrite_references(item) for item in value]
+    if isinstance(value, str):
+        return _SECTION_REFERENCE.sub(r"${\1\2.", value)
+    return value
+
+
+def _escape(value: Any) -> Any:
+    """Resolved text that happens to hold `${` is marked, so that reading it back does not resolve it."""
+    if isinstance(value, dict):
+        return {key: _escape(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escape(item) for item in value]
+    if isinstance(value, str):
+        return value.replace("${", r"\${")
+    return value
+
+
+def _resolve_into(target: Document, node: DictConfig, layers: Sequence[Layer], prefix: str = "") -> None:
+    """Resolves key by key, so that an error can name the key it stands at."""
+    for name in node:
+        key = str(name)
+        target[key] = _resolve_key(node, key, f"{prefix}{key}", layers)
+
+
+def _resolve_key(node: Any, key: Any, full: str, layers: Sequence[Layer]) -> Any:
+    """The value at one key, resolved."""
+    try:
+        value = node[key]
+    except OmegaConfBaseException as error:
+        raise UsageError(_unresolved(full, node, key, error, layers)) from error
+    if OmegaConf.is_dict(value):
+        resolved: Document = {}
+        _resolve_into(resolved, value, layers, prefix=f"{full}.")
+        return resolved
+    if OmegaConf.is_list(value):
+        return [_resolve_key(value, index, f"{full}.{index}", layers) for index in range(len(value))]
+    return value
+
+
+def _unresolved(
+    full: str, node: Any, key: Any, error: OmegaConfBaseException, layers: Sequence[Layer]
+) -> str:
+    """Says which key has a reference that cannot be resolved, and what it refers to."""
+    source = source_of(full, layers)
+    at = f"{full} ({source})" if source else full
+    if isinstance(error, MissingMandatoryValue):
+        return f"{at} is marked ??? and needs a value: --{full} VALUE"
+    written = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(written, dict | list), "a container converts to a container"
+    text = written[key]
+    if isinstance(error, InterpolationKeyError):
+        found = re.search(r"Interpolation key '(.+?)' not found", str(error))
+        missing = found.group(1) if found else text
+        guess = nearest(missing, _all_keys(node._get_root())) if not missing.startswith(".") else None
+        hint = f"; did you mean ${{{guess}}}?" if guess else ""
+        return f"{at} refers to ${{{missing}}}, which is not set{hint}"
+    if isinstance(error, GrammarParseError):
+        return f"{at}: {text} is not a valid reference; write ${{section.key}}"
+    if isinstance(error, InterpolationResolutionError) and "Recursive" in str(error):
+        return f"{at}: {text} refers to itself"
+    reason = str(error).strip().splitlines()[0]
+    reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", reason).strip("\"'")
+    return f"{at}: {text} cannot be resolved: {reason}"
+
+
+def _all_keys(node: Any, prefix: str = "") -> list[str]:
+    """Every full key of a configuration."""
+    keys: list[str] = []
+    raw = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
+    if isinstance(raw, dict):
+        for name, value in raw.items():
+            key = f"{prefix}{name!s}"
+            keys.append(key)
+            keys.extend(_all_keys(value, f"{key}."))
+    return keys

@@ -1,0 +1,112 @@
+"""The command `memgen`. Imports nothing but the standard library until a command is chosen, so that help is instant."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import memgen
+from memgen.cli.errors import UsageError, nearest, refuses_input
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C: 128 + SIGINT, as a shell reports it."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command and where it lives.
+
+    Attributes:
+        summary: one line for the help.
+        module: holds `main(argv) -> int`; imported when the command runs.
+        trainer: True if the command is a method of the Trainer; its name then begins argv.
+    """
+
+    summary: str
+    module: str
+    trainer: bool = False
+
+
+COMMANDS = {
+    "fit": Command("train a stage", "memgen.cli.run", trainer=True),
+    "validate": Command("score on the validation split", "memgen.cli.run", trainer=True),
+    "test": Command("score on the test split", "memgen.cli.run", trainer=True),
+    "predict": Command("write a prediction for every item", "memgen.cli.run", trainer=True),
+    "generate": Command("answer a prompt and mark where memory was woven in", "memgen.cli.generate"),
+    "demo": Command("the whole pipeline on the embedded default", "memgen.cli.demo"),
+    "ui": Command("open the record of runs in MLflow", "memgen.cli.ui"),
+}
+
+HELP = """\
+usage: memgen <command> [options]
+
+Generative latent memory for language models.
+
+commands:
+{commands}
+
+The first four take configuration files, merged in their order, and values that override them:
+
+  memgen fit --config conf/weaver_sft.yaml [--config overlay.yaml ...] [--trainer.max_steps 100 ...]
+  memgen test --config conf/weaver_sft.yaml --checkpoint DIR
+
+  --print_config   print the complete resolved configuration and stop
+  --checkpoint DIR start from what was trained before
+
+`memgen <command> --help` lists a command's options. MEMGEN_TRACEBACK=1 shows a traceback with every error.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments behind `memgen`; default: those of the process.
+
+    Returns:
+        The exit status: 0, 2 for input that cannot be used, 130 after Ctrl-C, or what the command returns.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        listing = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+        print(HELP.format(commands=listing), end="")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name in ("-V", "--version"):
+        print(f"memgen {memgen.__version__}")
+        return 0
+    if name not in COMMANDS:
+        guess = nearest(name, COMMANDS)
+        hint = f"did you mean '{guess}'?" if guess else f"choose one of: {', '.join(COMMANDS)}"
+        print(f"memgen: unknown command '{name}'; {hint}", file=sys.stderr)
+        return 2
+    return _guarded(name, rest)
+
+
+def _guarded(name: str, rest: list[str]) -> int:
+    """Runs a command and turns what it refuses into a message and an exit status."""
+    command = COMMANDS[name]
+    try:
+        run = cast("Callable[[list[str]], int]", importlib.import_module(command.module).main)
+        return run([name, *rest] if command.trainer else rest)
+    except KeyboardInterrupt:
+        print(f"memgen {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has left. Point stdout elsewhere so that the interpreter's last flush is quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UsageError, ValueError, OSError, RuntimeError) as error:
+        wanted = os.environ.get("MEMGEN_TRACEBACK", "0") not in ("", "0")
+        if wanted or not (isinstance(error, UsageError) or refuses_input(error)):
+            raise
+        print(f"memgen {name}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""`memgen fit|validate|test|predict`: one resolved configuration, one Trainer, LightningCLI in between."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast, final
+
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import MLFlowLogger
+from omegaconf import DictConfig, OmegaConf
+from typing_extensions import override
+
+from memgen.cli import config, explain
+from memgen.cli.config import Document, Layer, Request
+from memgen.cli.errors import UsageError, refuses_input
+from memgen.tracking.mlflow import DEFAULT_ROOT, RunDescription, RunRecord, run_logger
+from memgen.training.checkpoint import CONFIG_FILE
+
+STAGE_EXAMPLE = "conf/weaver_sft.yaml"
+HELP_OPTIONS = ("-h", "--help")
+SECTION_CLASSES = {"model": LightningModule, "data": LightningDataModule}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a method of the Trainer.
+
+    Args:
+        argv: the command (fit, validate, test or predict) and the arguments behind it.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UsageError: if the command line or the configuration cannot be used.
+        KeyboardInterrupt: after Ctrl-C, once Lightning has shut down.
+    """
+    command, *arguments = argv
+    if any(argument in HELP_OPTIONS or argument.split("=")[0].endswith(".help") for argument in arguments):
+        return _print_help(command, arguments)
+    request = Request.from_argv(arguments)
+    layers = request.layers()
+    merged = config.merge(layers)
+    _require_stage(merged, layers)
+    document = config.resolve(merged, layers)
+    _require_checkpoints(document)
+    _quieten()
+    try:
+        TrainerCommand(command=command, request=request, layers=layers, document=document)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            # Lightning has saved and torn down, and then left through sys.exit(1).
+            raise KeyboardInterrupt from stop
+        return stop.code if isinstance(stop.code, int) else 0
+    return 0
+
+
+@final
+class TrainerCommand(LightningCLI):
+    """LightningCLI that reads its configuration from a document instead of its own arguments.
+
+    Building one runs the command, as with LightningCLI.
+
+    Args:
+        command: fit, validate, test or predict.
+        request: what was asked for; None only to print help.
+        layers: the sources of the configuration.
+        document: the resolved configuration, in tidy form; None only to print help.
+        args: arguments for LightningCLI's own parser, to print help.
+
+    Raises:
+        UsageError: if the configuration is refused.
+    """
+
+    def __init__(
+        self,
+        *,
+        command: str,
+        request: Request | None = None,
+        layers: Sequence[Layer] = (),
+        document: Document | None = None,
+        args: ArgsType = None,
+    ) -> None:
+        self._command = command
+        self._request = request
+        self._layers = layers
+        self._document = document
+        # Errors are raised, so that they can be told in one line.
+        strict: dict[str, Any] = {"exit_on_error": document is None}
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={**strict, command: strict},
+            args=args,
+        )
+
+    @override
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        # Only the parser of the command at hand: building one takes as long as all the rest of the parsing.
+        everything = self.subcommands()
+        self.subcommands = lambda: {self._command: everything[self._command]}  # type: ignore[method-assign]
+        super()._add_subcommands(parser, **kwargs)
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if self._document is None:
+            self.config = parser.parse_args(args)
+            return
+        try:
+            self.config = parser.parse_object(
+                {"subcommand": self._command, self._command: config.to_lightning(self._document)}
+            )
+        except ArgumentError as error:
+            raise UsageError(self._explain(error)) from error
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        if self._request is not None and self._request.print_config:
+            print(self.resolved_yaml(), end="")
+            raise SystemExit(0)
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            cause = _root_cause(error)
+            if isinstance(cause, ValueError) and refuses_input(cause, within=None):
+                raise UsageError(str(cause)) from error
+            # What jsonargparse lets through to the constructor: a missing argument, a number where a record belongs.
+            problem = None if self._document is None else self._find_problem()
+            if problem is not None:
+                raise UsageError(_locate(problem, self._layers)) from error
+            raise cause from None
+        from memgen.lab.assets import resolve_asset
+
+        for part in (self.model, self.datamodule):
+            if hasattr(part, "resolve_asset"):
+                part.resolve_asset = resolve_asset
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self._get(self.config_init, "trainer", default={})
+        if settings.get("logger") in (None, True):
+            # Lightning switches every logger off for a fast_dev_run.
+            kwargs["logger"] = False if settings.get("fast_dev_run") else run_logger()
+        kwargs["callbacks"] = [*_as_list(settings.get("callbacks")), RunRecord(self._describe())]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, MisconfigurationException) as error:
+            raise UsageError(f"the Trainer refuses its settings: {_one_line(str(error))}") from error
+
+    def predict(self, **kwargs: Any) -> None:
+        """Calls the Trainer's `predict`, as LightningCLI does, and keeps what it returns: one JSON line per item."""
+        batches = self.trainer.predict(**kwargs) or []
+        root = Path(self._get(self.config_init, "trainer").get("default_root_dir") or DEFAULT_ROOT)
+        loggers = [logger for logger in self.trainer.loggers if isinstance(logger, MLFlowLogger)]
+        name = self.trainer.strategy.broadcast(
+            loggers[0].run_id if loggers else datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+        )
+        part = f".rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        path = root / "predictions" / f"{name}{part}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            for batch in batches:
+                file.writelines(
+                    json.dumps(item, ensure_ascii=False) + "\n" for item in cast(list[Any], batch)
+                )
+        print(f"predictions: {path}")
+
+    def resolved(self) -> Document:
+        """The complete configuration in tidy form, defaults included."""
+        dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_link_targets=False))
+        values = {key: value for key, value in dumped[self._command].items() if key != "config"}
+        return config.to_tidy(values)
+
+    def resolved_yaml(self) -> str:
+        """The complete configuration as YAML that `--config` reads back as the same."""
+        return config.to_yaml(self.resolved())
+
+    def _describe(self) -> RunDescription:
+        assert self._request is not None, "a command that runs has a request"
+        resolved = self.resolved()
+        return RunDescription(
+            command=self._command,
+            arguments=self._request.arguments,
+            raw={layer.name: layer.text for layer in self._layers if layer.name != config.COMMAND_LINE},
+            resolved_yaml=config.to_yaml(resolved),
+            resolved=resolved,
+        )
+
+    def _find_problem(self) -> explain.Problem | None:
+        assert self._document is not None, "only a document can be refused"
+        method = explain.parameters(getattr(Trainer, self._command))
+        skipped = {"self", *LightningCLI.subcommands()[self._command]}
+        top_level: dict[str, Any] = {"seed_everything": bool | int}
+        top_level |= {name: item.annotation for name, item in method.items() if name not in skipped}
+        return explain.find_problem(self._document, top_level, {"trainer": Trainer, **SECTION_CLASSES})
+
+    def _explain(self, error: ArgumentError) -> str:
+        problem = self._find_problem()
+        return _locate(problem, self._layers) if problem is not None else _one_line(str(error))
+
+
+def _print_help(command: str, arguments: list[str]) -> int:
+    """Prints LightningCLI's own help: of the command, or of a class (`--model.help CLASS`)."""
+    try:
+        TrainerCommand(command=command, args=[command, *arguments])
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    return 0
+
+
+def _require_stage(merged: DictConfig, layers: Sequence[Layer]) -> None:
+    """Checks what everything else hangs on, before references into a class that was mistyped lead astray.
+
+    A configuration without a stage is the commonest slip: only overlays were given.
+    """
+    values = cast(Document, OmegaConf.to_container(merged, resolve=False))
+    for section in ("trainer", *SECTION_CLASSES):
+        settings = values.get(section)
+        if settings is not None and not isinstance(settings, dict):
+            problem = explain.Problem(section, f"must be a mapping, got {settings!r}")
+            raise UsageError(_locate(problem, layers))
+    for section, base in SECTION_CLASSES.items():
+        chosen = (values.get(section) or {}).get("class_path")
+        if chosen is None and section == "model":
+            raise UsageError(
+                "model.class_path is not set, so there is no stage to run; "
+                f"begin with a stage file: --config {STAGE_EXAMPLE}"
+            )
+        reason = None if chosen is None or "${" in str(chosen) else explain.load_class(chosen, base)[1]
+        if reason is not None:
+            raise UsageError(_locate(explain.Problem(f"{section}.class_path", reason), layers))
+
+
+def _require_checkpoints(document: Document) -> None:
+    """A checkpoint that is not there is told before anything is loaded."""
+    start = document["model"].get("init_from")
+    # A name with a colon, such as lab:weaver_sft, is resolved by the stage.
+    if isinstance(start, str) and ":" not in start and not (Path(start) / CONFIG_FILE).is_file():
+        raise UsageError(
+            f"{start} is no checkpoint directory: it has no {CONFIG_FILE} (--checkpoint, model.init_from)"
+        )
+    resumed = document.get("ckpt_path")
+    if isinstance(resumed, str) and resumed.endswith(".ckpt") and not Path(resumed).exists():
+        raise UsageError(f"{resumed} does not exist (ckpt_path)")
+
+
+def _quieten() -> None:
+    """Keeps advertisements and warnings about Lightning's own code out of the terminal."""
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_not_advertisement)
+
+
+def _is_not_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless cloud" not in record.getMessage()
+
+
+def _root_cause(error: Exception) -> Exception:
+    """What a constructor raised, below jsonargparse's report that no branch of a union fits."""
+    cause = error
+    while isinstance(cause.__cause__, Exception) and "Union subtypes" in str(cause):
+        cause = cause.__cause__
+    return cause
+
+
+def _locate(problem: explain.Problem, layers: Sequence[Layer]) -> str:
+    source = config.source_of(problem.key, layers)
+    return f"{problem.key}{f' ({source})' if source else ''} {problem.message}"
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _one_line(message: str) -> str:
+    """The message of jsonargparse, as far as it is about one key."""
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+    return " ".join(line for line in lines if not line.startswith(noise))

@@ -1,0 +1,58 @@
+"""`memgen ui`: MLflow's pages on the record of runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from memgen.cli.errors import UsageError
+
+DEFAULT_STORE = "sqlite:///runs/mlflow.db"
+
+
+def main(argv: list[str]) -> int:
+    """Starts `mlflow ui` on the store that the stages write to, and waits until it is stopped.
+
+    Args:
+        argv: the arguments behind `memgen ui`.
+
+    Returns:
+        The exit status of MLflow.
+
+    Raises:
+        UsageError: if the store does not exist yet.
+    """
+    parser = argparse.ArgumentParser(prog="memgen ui", description=__doc__)
+    parser.add_argument(
+        "--store",
+        default=os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE,
+        help="tracking URI; default: MLFLOW_TRACKING_URI, else %(default)s",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")
+    parser.add_argument("--port", type=int, default=5000, help="port to listen on; default: %(default)s")
+    parser.add_argument("--print", action="store_true", help="print MLflow's command and stop")
+    options = parser.parse_args(argv)
+
+    if options.store.startswith(("http://", "https://")):
+        print(f"The runs are kept by a server, which has pages of its own: {options.store}")
+        return 0
+    if (
+        options.store.startswith("sqlite:///")
+        and not Path(options.store.removeprefix("sqlite:///")).is_file()
+    ):
+        raise UsageError(
+            f"{options.store} does not exist in {Path.cwd()}; run `memgen fit` or `memgen demo` first, "
+            "or name another store with --store"
+        )
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", options.store]
+    command += ["--host", options.host, "--port", str(options.port)]
+    if options.print:
+        print(shlex.join(["mlflow", *command[3:]]))
+        return 0
+    print(f"MLflow on http://{options.host}:{options.port} (Ctrl-C stops it)")
+    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", **os.environ}
+    return subprocess.run(command, env=environment, check=False).returncode

@@ -1,0 +1,116 @@
+"""Names of things that are built here instead of downloaded: `lab:reasoner`, `tiny:PATH`.
+
+The command line hands `resolve_asset` to the stages and the data module, so that a configuration may say
+`lab:reasoner` wherever it may say a directory or a name on the hub.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl
+
+from memgen.lab.cache import build_once, memgen_home
+
+if TYPE_CHECKING:
+    from memgen.lab.pretrain import ReasonerRecipe
+
+logger = logging.getLogger(__name__)
+
+RECIPE_VERSION = 1
+"""Raised whenever code changes what a recipe builds, so that cached results of the old code are not used."""
+
+STAGE_OF = {
+    "weaver_sft_half": "weaver_sft",
+    "weaver_sft": "weaver_sft",
+    "weaver_grpo": "weaver_grpo",
+    "trigger_rl": "trigger_rl",
+}
+"""Trained assets, and the stage that trains each."""
+
+
+def resolve_asset(name: str) -> str:
+    """Turns a name into something that `from_pretrained` or a checkpoint load takes.
+
+    Args:
+        name: one of
+
+            - `lab:reasoner` or `lab:reasoner?seed=1`: the pretrained tiny reasoner of a base seed (default 0), built on
+              first use in two to three CPU minutes;
+            - `tiny:PATH`: a small random Qwen2 with a byte-level tokenizer made from the text found in PATH;
+            - anything else: a directory or a name on the hub.
+
+    Returns:
+        The absolute path of a directory for the first two; any other name unchanged.
+
+    Raises:
+        ValueError: if a `lab:` name or its parameters are not known, or PATH has no text.
+        FileNotFoundError: if PATH does not exist, or the name is of a trained asset that is not there yet.
+    """
+    kind, colon, rest = name.partition(":")
+    if colon and kind == "lab":
+        return str(_resolve_lab(name, rest))
+    if colon and kind == "tiny":
+        return str(build_tiny(Path(rest)))
+    return name
+
+
+def build_reasoner(recipe: ReasonerRecipe) -> Path:
+    """The directory of a pretrained reasoner (model and tokenizer), trained first if it is not cached."""
+
+    def build(directory: Path) -> None:
+        from memgen.lab.pretrain import pretrain_reasoner
+        from memgen.lab.saving import save_backbone
+        from memgen.lab.tokenizer import lab_tokenizer
+
+        logger.warning("Building lab:reasoner (seed %d), once; it takes a few CPU minutes.", recipe.seed)
+        begin = time.process_time()
+        tokenizer = lab_tokenizer()
+        save_backbone(pretrain_reasoner(recipe, tokenizer), tokenizer, directory)
+        logger.warning("Built lab:reasoner in %.0f CPU seconds.", time.process_time() - begin)
+
+    settings = {"version": RECIPE_VERSION, **dataclasses.asdict(recipe)}
+    path = build_once(memgen_home(), "lab-reasoner", settings, build)
+    logger.info("lab:reasoner is %s", path)
+    return path
+
+
+def build_tiny(source: Path) -> Path:
+    """The directory of a small random model whose tokenizer was made from the text in `source`."""
+    from memgen.lab.tiny import TinyRecipe, read_text, save_tiny
+
+    text = read_text(source)
+    recipe = TinyRecipe.for_text(text)
+
+    def build(directory: Path) -> None:
+        save_tiny(recipe, text, directory)
+
+    settings = {"version": RECIPE_VERSION, **dataclasses.asdict(recipe)}
+    path = build_once(memgen_home(), "tiny", settings, build)
+    logger.info("tiny:%s is %s", source, path)
+    return path
+
+
+def _resolve_lab(name: str, rest: str) -> Path:
+    asset, _, query = rest.partition("?")
+    if asset in STAGE_OF:
+        stage = STAGE_OF[asset]
+        raise FileNotFoundError(
+            f"{name} has to be trained first: run `memgen fit --config conf/{stage}.yaml` "
+            "and give the checkpoint directory that it prints instead of the name"
+        )
+    if asset != "reasoner":
+        raise ValueError(
+            f"{name!r} is not an asset of the lab; there are lab:reasoner, lab:reasoner?seed=N, "
+            + ", ".join(f"lab:{trained}" for trained in STAGE_OF)
+        )
+    from memgen.lab.pretrain import ReasonerRecipe
+
+    parameters = dict(parse_qsl(query, keep_blank_values=True))
+    seed = parameters.pop("seed", "0")
+    if parameters or not seed.isdecimal() or (query and "seed=" not in query):
+        raise ValueError(f"{name!r}: lab:reasoner takes one parameter, a seed, as in lab:reasoner?seed=1")
+    return build_reasoner(ReasonerRecipe(seed=int(seed)))

@@ -1,0 +1,221 @@
+"""The lab's tasks: a small shop whose prices only experience tells, and four skills that need no memory.
+
+`shop` is closed book: the prices of 16 items are fixed by a world seed and stand in no prompt and in no pretraining
+text, so a model can answer only after learning them from solved problems. `open` is the same with the prices written
+in the prompt (drawn per problem, so they contradict the world); `add`, `rev` and `walk` have nothing to do with it.
+
+Shop problems are split by their unordered triple of items: every item's price occurs in training, the combinations of
+the other splits do not. The other tasks are split by their prompt.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, permutations
+from typing import Literal, get_args
+
+from memgen.environments.base import Split
+
+Task = Literal["shop", "open", "add", "rev", "walk"]
+"""What can be asked. `look`, an open-book problem whose solution names the items, occurs in pretraining only."""
+
+ITEMS = (
+    "fig", "nut", "tea", "oat", "ham", "egg", "jam", "pie",
+    "rye", "bun", "cod", "leek", "corn", "plum", "rice", "salt",
+)  # fmt: skip
+PRICES = (1, 2, 3, 4, 5)
+
+TEST_PERCENT = 27
+VAL_PERCENT = 10
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt and its worked solution.
+
+    Attributes:
+        task: what is asked; `look` only in pretraining.
+        prompt: ends in a newline, e.g. "shop : fig , nut , tea .\\n".
+        steps: the working before the answer, e.g. "4 , 1 , 5 .".
+        answer: what follows "#", digits apart, e.g. "1 0".
+        items: the items it is about, in the order in which they are asked.
+    """
+
+    task: Task | Literal["look"]
+    prompt: str
+    steps: str
+    answer: str
+    items: tuple[str, ...] = ()
+
+    @property
+    def solution(self) -> str:
+        """Steps and answer as a model writes them, without end token."""
+        return f"{self.steps}\n# {self.answer}"
+
+
+@dataclass(frozen=True)
+class World:
+    """A price for each item, dealt as evenly as 16 items and five prices allow (one price four times, the others three)."""
+
+    seed: int = 0
+    """Decides which item has which price; the split into train, val and test does not depend on it."""
+
+    def prices(self) -> dict[str, int]:
+        """The price of each item."""
+        rng = random.Random(f"world {self.seed}")
+        extra = rng.sample(PRICES, len(ITEMS) % len(PRICES))
+        dealt = [*PRICES * (len(ITEMS) // len(PRICES)), *extra]
+        rng.shuffle(dealt)
+        return dict(zip(ITEMS, dealt, strict=True))
+
+
+def digits(number: int) -> str:
+    """A number as the lab writes it: one token for each digit."""
+    return " ".join(str(number))
+
+
+def split_of(key: str) -> Split:
+    """The split that a triple of items or a prompt belongs to, by its checksum: the same in every run and every world."""
+    bucket = zlib.crc32(key.encode()) % 100
+    if bucket < TEST_PERCENT:
+        return "test"
+    return "val" if bucket < TEST_PERCENT + VAL_PERCENT else "train"
+
+
+def shop_triples(split: Split) -> list[tuple[str, ...]]:
+    """The unordered item triples of a split; each triple is in exactly one split."""
+    return [triple for triple in combinations(ITEMS, 3) if split_of(" ".join(sorted(triple))) == split]
+
+
+def shop_problems(world: World, split: Split) -> list[Problem]:
+    """Every closed-book problem of a split (each triple in its six orders), shuffled the same way in every run."""
+    prices = world.prices()
+    problems = [
+        shop_problem(items, [prices[item] for item in items])
+        for triple in shop_triples(split)
+        for items in permutations(triple)
+    ]
+    random.Random(f"shop {split}").shuffle(problems)
+    return problems
+
+
+def shop_problem(items: Sequence[str], prices: Sequence[int]) -> Problem:
+    """Asks for the prices of three items, without saying them, and for their sum."""
+    return Problem(
+        task="shop",
+        prompt=f"shop : {' , '.join(items)} .\n",
+        steps=f"{' , '.join(str(price) for price in prices)} .",
+        answer=digits(sum(prices)),
+        items=tuple(items),
+    )
+
+
+def sample_problems(task: Task, split: Split, count: int) -> list[Problem]:
+    """Different problems of a task other than `shop`, the same ones in every run; a longer list begins with the shorter.
+
+    Raises:
+        ValueError: if the task is `shop` (its problems are enumerated, not sampled) or has not as many problems.
+    """
+    if task == "shop":
+        raise ValueError("the problems of 'shop' depend on a world; use shop_problems(world, split)")
+    rng = random.Random(f"{task} {split}")
+    found: dict[str, Problem] = {}
+    misses = 0
+    while len(found) < count:
+        problem = draw_problem(task, rng)
+        if split_of(problem.prompt) != split or problem.prompt in found:
+            misses += 1
+            if misses > 200 * (count + 100):
+                raise ValueError(
+                    f"task {task!r} has fewer than {count} different problems in its {split} split "
+                    f"({len(found)} found); ask for fewer"
+                )
+            continue
+        found[problem.prompt] = problem
+    return list(found.values())
+
+
+def draw_problem(task: Task | Literal["look"], rng: random.Random) -> Problem:
+    """Draws a problem; shop problems get prices of their own, unrelated to any world."""
+    match task:
+        case "shop":
+            return shop_problem(rng.sample(ITEMS, 3), rng.choices(PRICES, k=3))
+        case "open":
+            return _open(rng)
+        case "look":
+            return _look(rng)
+        case "add":
+            return _add(rng)
+        case "rev":
+            return _rev(rng)
+        case "walk":
+            return _walk(rng)
+    raise ValueError(f"unknown task {task!r}; there are {', '.join(get_args(Task))}")
+
+
+def _price_list(rng: random.Random) -> tuple[dict[str, int], str]:
+    items = rng.sample(ITEMS, rng.randint(3, 4))
+    prices = {item: rng.choice(PRICES) for item in items}
+    return prices, f"list : {' , '.join(f'{item} {price}' for item, price in prices.items())} .\n"
+
+
+def _open(rng: random.Random) -> Problem:
+    prices, text = _price_list(rng)
+    asked = rng.sample(list(prices), 3)
+    closed = shop_problem(asked, [prices[item] for item in asked])
+    return Problem("open", text + closed.prompt, closed.steps, closed.answer, tuple(prices))
+
+
+def _look(rng: random.Random) -> Problem:
+    prices, text = _price_list(rng)
+    asked = rng.sample(list(prices), 3)
+    return Problem(
+        task="look",
+        prompt=f"{text}find : {' , '.join(asked)} .\n",
+        steps=f"{' , '.join(f'{item} {prices[item]}' for item in asked)} .",
+        answer=digits(sum(prices[item] for item in asked)),
+        items=tuple(prices),
+    )
+
+
+def _add(rng: random.Random) -> Problem:
+    numbers = [rng.randint(1, 9) for _ in range(rng.randint(3, 4))]
+    sums = [sum(numbers[: count + 1]) for count in range(1, len(numbers))]
+    return Problem(
+        task="add",
+        prompt=f"add : {' , '.join(str(number) for number in numbers)} .\n",
+        steps=f"{' , '.join(digits(value) for value in sums)} .",
+        answer=digits(sums[-1]),
+    )
+
+
+def _rev(rng: random.Random) -> Problem:
+    numbers = [str(rng.randint(0, 9)) for _ in range(rng.randint(3, 4))]
+    backwards = numbers[::-1]
+    return Problem(
+        task="rev",
+        prompt=f"rev : {' , '.join(numbers)} .\n",
+        steps=f"{' , '.join(backwards)} .",
+        answer=" ".join(backwards),
+    )
+
+
+def _walk(rng: random.Random) -> Problem:
+    """A position from 0 to 9 and two to four moves that never leave that range."""
+    start = position = rng.randint(0, 9)
+    moves: list[str] = []
+    visited: list[int] = []
+    for _ in range(rng.randint(2, 4)):
+        step = rng.choice([step for step in (-3, -2, -1, 1, 2, 3) if 0 <= position + step <= 9])
+        position += step
+        moves.append(f"{'up' if step > 0 else 'down'} {abs(step)}")
+        visited.append(position)
+    return Problem(
+        task="walk",
+        prompt=f"walk : {start} , {' , '.join(moves)} .\n",
+        steps=f"{' , '.join(str(place) for place in visited)} .",
+        answer=str(position),
+    )

@@ -1,0 +1,1 @@
+"""Metrics and the MLflow record of a run."""

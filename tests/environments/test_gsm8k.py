@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memgen.environments.gsm8k import GSM8K
+
+LINES = [
+    {
+        "question": f"How many eggs are {i} and 2?",
+        "answer": f"{i}+2 = <<{i}+2={i + 2}>>{i + 2} eggs.\n#### {i + 2}",
+    }
+    for i in range(400)
+]
+SHARED = Path(os.environ.get("MEMGEN_SHARED", Path(__file__).parents[2].parent / "shared")) / "data" / "gsm8k"
+needs_real_data = pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"the real GSM8K data is not in {SHARED} (set MEMGEN_SHARED)"
+)
+
+
+def write(directory: Path, train: list[object] | None = None, test: list[object] | None = None) -> Path:
+    for name, lines in (("train.jsonl", train or LINES), ("test.jsonl", test or LINES[:3])):
+        text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+        (directory / name).write_text(text, encoding="utf-8")
+    return directory
+
+
+def test_the_prompt_is_the_released_one_to_the_letter(tmp_path):
+    environment = GSM8K(str(write(tmp_path)))
+    assert environment.messages(environment.examples("test")[0]) == [
+        {
+            "role": "user",
+            "content": "Solve the math problem with proper reasoning, and make sure to put the FINAL ANSWER inside "
+            "\\boxed{}.Question: How many eggs are 0 and 2?\n",
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("style", "target"),
+    [
+        ("boxed", "0+2 = 2 eggs.\n\\boxed{2}"),
+        ("released", "0+2 = <<0+2=2>>2 eggs.\\boxed{2}"),
+        ("hashes", "0+2 = 2 eggs.\n#### 2"),
+    ],
+)
+def test_the_target_is_the_solution_in_the_chosen_style_and_scores_one(tmp_path, style, target):
+    environment = GSM8K(str(write(tmp_path)), target_style=style)
+    example = environment.examples("test")[0]
+    assert (example.id, example.target, example.answer) == ("test-1", target, "2")
+    assert environment.reward(example, example.target).total == 1.0
+    assert (
+        environment.reward(example, example.target.replace("{2}", "{3}").replace("# 2", "# 3")).total == 0.0
+    )
+    assert environment.reward(example, "2").total == 0.0
+
+
+@given(st.floats(0.0, 0.5), st.integers(0, 399), st.integers(0, 399))
+def test_validation_and_training_share_no_question_and_miss_none(tmp_path_factory, fraction, first, second):
+    lines = [*LINES, LINES[first], LINES[second]]  # Repeated questions go to the same side.
+    environment = GSM8K(
+        str(write(tmp_path_factory.mktemp("gsm8k"), train=lines)), validation_fraction=fraction
+    )
+    train, val = environment.examples("train"), environment.examples("val")
+    assert not {e.question for e in train} & {e.question for e in val}
+    assert {e.id for e in train} | {e.id for e in val} == {f"train-{i}" for i in range(1, 403)}
+    assert abs(len(val) - fraction * 402) < 60
+
+
+def test_the_validation_split_does_not_depend_on_the_order_of_the_file(tmp_path):
+    forward, backward = tmp_path / "a", tmp_path / "b"
+    forward.mkdir()
+    backward.mkdir()
+    val = {e.question for e in GSM8K(str(write(forward))).examples("val")}
+    assert val
+    assert val == {e.question for e in GSM8K(str(write(backward, train=LINES[::-1]))).examples("val")}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "a", "answer": ', "not a JSON object"),
+        ("", "not a JSON object"),
+        ("[1, 2]", "expected an object"),
+        ({"answer": "b #### 1"}, '"question" is missing'),
+        ({"question": "a"}, '"answer" is missing'),
+        ({"question": " ", "answer": "b #### 1"}, '"question" is empty'),
+        ({"question": "a", "answer": 5}, '"answer" is empty or no text: 5'),
+        ({"question": "a", "answer": "b"}, "does not end in"),
+        ({"question": "a", "answer": "b\n#### "}, "does not end in"),
+    ],
+)
+def test_a_broken_line_is_an_error_that_names_file_and_number(tmp_path, line, message):
+    environment = GSM8K(str(write(tmp_path, train=[*LINES[:6], line, *LINES[7:9]])))
+    with pytest.raises(ValueError, match=message) as caught:
+        environment.examples("train")
+    assert str(caught.value).startswith(f"{tmp_path / 'train.jsonl'}, line 7: ")
+    assert "\n" not in str(caught.value)
+    assert len(environment.examples("test")) == 3, "the other file is not affected"
+
+
+def test_bytes_that_are_no_utf8_and_odd_line_separators_do_not_shift_line_numbers(tmp_path):
+    write(tmp_path, train=[{"question": "a\u2028b", "answer": "c #### 1"}])
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(file.read_bytes() + json.dumps(LINES[0]).encode() + b"\r\n" + b'{"question": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 3: not a JSON object"):
+        GSM8K(str(tmp_path)).examples("train")
+
+
+def test_absent_data_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no directory \.\./nowhere"):
+        GSM8K("../nowhere").examples("train")
+    with pytest.raises(FileNotFoundError, match=r"no file .*test\.jsonl"):
+        GSM8K(str(tmp_path)).examples("test")
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(FileNotFoundError, match="is a file; path must be a directory"):
+        GSM8K(str(tmp_path / "train.jsonl")).examples("train")
+    with pytest.raises(ValueError, match="has no lines"):
+        GSM8K(str(tmp_path)).examples("train")
+
+
+def test_files_may_have_other_names(tmp_path):
+    write(tmp_path)
+    (tmp_path / "test.jsonl").rename(tmp_path / "held_out.jsonl")
+    elsewhere = GSM8K(str(tmp_path / "."), test_file=str(tmp_path / "held_out.jsonl"))
+    assert len(elsewhere.examples("test")) == 3
+
+
+def test_a_hub_name_is_read_through_datasets(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return LINES[:3]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    examples = GSM8K("openai/gsm8k").examples("test")
+    assert [e.answer for e in examples] == ["2", "3", "4"]
+    assert calls == [(("openai/gsm8k", "main"), {"split": "test"})]
+
+
+def test_an_unreachable_hub_is_one_line_that_says_what_to_set(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the hub\n  many more lines")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(FileNotFoundError, match=r"could not be read from the hub .*set data\.path") as caught:
+        GSM8K("openai/gsm8k").examples("test")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"validation_fraction": 1.0},
+        {"validation_fraction": -0.1},
+        {"prompt": "Solve it"},
+        {"target_style": "plain"},
+    ],
+)
+def test_settings_out_of_range_are_named(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        GSM8K(**settings)
+
+
+@needs_real_data
+@pytest.mark.parametrize("style", ["boxed", "released"])
+def test_all_1319_real_gold_answers_score_one(style):
+    environment = GSM8K(str(SHARED), target_style=style)
+    examples = environment.examples("test")
+    assert sum(environment.reward(e, e.target).total for e in examples) == 1319.0
+    assert len(examples) == 1319
+
+
+@needs_real_data
+def test_corrupted_real_answers_score_zero():
+    environment = GSM8K(str(SHARED))
+    for example in environment.examples("test")[:150]:
+        wrong = str(float(example.answer.replace(",", "")) + 1)
+        assert environment.reward(example, f"{example.target}\n\\boxed{{{wrong}}}").total == 0.0
+        assert environment.reward(example, example.target.replace("\\boxed", "")).total == 0.0
+
+
+@needs_real_data
+def test_the_real_splits_are_disjoint_and_complete():
+    environment = GSM8K(str(SHARED))
+    splits = [{e.question for e in environment.examples(split)} for split in ("train", "val", "test")]
+    assert [len(split) for split in splits] == [7081, 392, 1319]
+    assert len(set.union(*splits)) == 7473 + 1319
+    assert not any("<<" in e.target or ">>" in e.target for e in environment.examples("train"))

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memgen.environments.maths import MathsVerifier, final_answer
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    verifier = MathsVerifier(timeout_s=10.0)
+    yield verifier
+    verifier.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{5}", "5"),
+        (r"\boxed{3}, no: \boxed{5}.", "5"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed {5}", "5"),
+        (r"\boxed{5} and then \boxed{6", "5"),
+        ("work\n#### 72", "72"),
+        ("#### 1\n#### 2\n", "2"),
+        ("#### 5.", "5"),
+        ("#### 7\n" + r"\boxed{5}", "5"),
+        (r"\boxed{5}" + "\n#### 7", "5"),
+        ("the answer is 5", None),
+        (r"\boxed{}", None),
+        (r"\boxed{5", None),
+        ("##### 5", None),
+        ("it is #### 5", None),
+        ("####", None),
+        ("", None),
+    ],
+)
+def test_only_the_last_complete_box_or_hashes_line_is_the_final_answer(text, answer):
+    assert final_answer(text) == answer
+
+
+@given(st.text(alphabet="ab{}\\ \n#1."), st.text(alphabet="0123456789/+", min_size=1))
+def test_a_box_at_the_end_of_any_text_is_its_final_answer(text, answer):
+    # A backslash at the end of the text would escape the box's.
+    assert final_answer(text.rstrip("\\") + "\n\\boxed{" + answer + "}") == answer
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        ("1,200", "1200", True),
+        ("1200", "1,200", True),
+        ("0.5", r"\frac{1}{2}", True),
+        ("5", r"\$5", True),
+        ("5", r"5\text{ apples}", True),
+        ("5", "5.00", True),
+        ("-3", "-3", True),
+        ("5", "x = 5", True),
+        ("5", "3", False),
+        ("5", "3 or 5", False),
+        ("5", "3, 5", False),
+        ("5", "eggs", False),
+        ("5", r"\frac{", False),
+        ("5", "{" * 3000 + "5" + "}" * 3000, False),
+    ],
+)
+def test_answers_are_compared_as_mathematics(verifier, gold, answer, equal):
+    assert verifier.equivalent(gold, answer) is equal
+
+
+def test_the_reference_comes_first_because_the_order_matters(verifier):
+    assert verifier.equivalent("5", "4 = 5")
+    assert not verifier.equivalent("4 = 5", "5")
+
+
+def test_text_without_a_marked_answer_is_wrong_and_starts_no_worker():
+    verifier = MathsVerifier()
+    assert not verifier.correct("5", "I think it is 5")
+    assert verifier.worker_pids == ()
+
+
+def test_a_hung_comparison_is_wrong_and_the_next_one_is_answered_by_a_new_worker():
+    verifier = MathsVerifier(timeout_s=3.0)
+    assert verifier.correct("5", r"\boxed{5}")
+    (hung,) = verifier.worker_pids
+    start = time.monotonic()
+    assert not verifier.correct("5", r"\boxed{9^{9^{9^{9}}}}")
+    assert time.monotonic() - start < 60
+    assert not _is_running(hung)
+    assert verifier.correct("5", r"\boxed{5}")
+    assert verifier.worker_pids != (hung,)
+    verifier.close()
+
+
+def test_a_worker_that_died_is_replaced():
+    verifier = MathsVerifier()
+    assert verifier.correct("5", r"\boxed{5}")
+    (pid,) = verifier.worker_pids
+    os.kill(pid, signal.SIGKILL)
+    while _is_running(pid):  # It is reaped by the next question at the latest.
+        time.sleep(0.01)
+        if verifier.correct("5", r"\boxed{5}") and verifier.worker_pids != (pid,):
+            break
+    assert verifier.correct("5", r"\boxed{5}")
+    verifier.close()
+
+
+def test_any_thread_may_ask_and_gets_its_own_answer():
+    verifier = MathsVerifier(workers=2)
+    questions = [(str(i % 7), f"\\boxed{{{i % 5}}}") for i in range(60)]
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        verdicts = list(threads.map(lambda question: verifier.correct(*question), questions))
+    assert verdicts == [i % 7 == i % 5 for i in range(60)]
+    assert len(verifier.worker_pids) <= 2
+    verifier.close()
+    assert verifier.worker_pids == ()
+
+
+def test_closing_or_dropping_a_verifier_ends_its_workers():
+    verifier = MathsVerifier()
+    verifier.correct("5", r"\boxed{5}")
+    (pid,) = verifier.worker_pids
+    verifier.close()
+    assert not _is_running(pid)
+    assert verifier.correct("5", r"\boxed{5}"), "a closed verifier starts again when it is asked"
+    (pid,) = verifier.worker_pids
+    del verifier
+    assert not _is_running(pid)
+
+
+def test_a_copy_has_workers_of_its_own(verifier):
+    assert verifier.correct("5", r"\boxed{5}")
+    for duplicate in (copy.deepcopy(verifier), pickle.loads(pickle.dumps(verifier))):
+        assert duplicate.timeout_s == verifier.timeout_s
+        assert duplicate.worker_pids == ()
+
+
+def test_a_program_that_ends_takes_its_workers_along_even_without_a_main_guard(tmp_path):
+    script = tmp_path / "score.py"
+    script.write_text(
+        "from memgen.environments.maths import MathsVerifier\n"
+        "verifier = MathsVerifier()\n"
+        "print(verifier.correct('5', '#### 5'), *verifier.worker_pids)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+        timeout=120,
+    )
+    verdict, pid = done.stdout.split()
+    assert verdict == "True"
+    assert not _is_running(int(pid))
+
+
+def test_a_checker_that_cannot_start_is_an_error_and_not_a_wrong_answer(monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('broken on purpose')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match=r"could not be started.*broken on purpose"):
+        MathsVerifier().correct("5", r"\boxed{5}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("timeout_s", 0.0), ("timeout_s", float("inf")), ("workers", 0)]
+)
+def test_settings_out_of_range_are_named(argument, value):
+    with pytest.raises(ValueError, match=argument):
+        MathsVerifier(**{argument: value})
+
+
+def test_the_reward_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys, memgen.environments.gsm8k\n"
+        "bad = {'torch', 'transformers', 'peft', 'lightning', 'datasets', 'math_verify'} & set(sys.modules)\n"
+        "assert not bad, bad\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+
+
+def test_no_thread_is_left_behind():
+    before = threading.active_count()
+    verifier = MathsVerifier()
+    verifier.correct("5", r"\boxed{5}")
+    verifier.close()
+    assert threading.active_count() == before
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

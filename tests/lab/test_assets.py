@@ -1,0 +1,203 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from memgen.chat import conversation_ids
+from memgen.lab import assets
+from memgen.lab.assets import build_reasoner, build_tiny, resolve_asset
+from memgen.lab.pretrain import ReasonerRecipe, pretrain_reasoner
+from memgen.lab.tiny import MAX_CHARACTERS, read_text, tiny_tokenizer
+from memgen.lab.tokenizer import lab_tokenizer
+
+SMALL = ReasonerRecipe(
+    steps=3, batch_size=4, hidden_size=16, layers=1, heads=2, key_value_heads=1, intermediate_size=16
+)
+ROWS = [
+    {"question": f"Anna buys {n} red apples, and {n + 1} green ones.", "answer": f"{2 * n + 1}"}
+    for n in range(40)
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    directory = tmp_path / "data"
+    directory.mkdir()
+    (directory / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (directory / "test.jsonl").write_text(json.dumps({"question": "Zebras?"}) + "\n")
+    return directory
+
+
+def weights(path):
+    return AutoModelForCausalLM.from_pretrained(path).state_dict()
+
+
+def test_a_reasoner_loads_with_the_auto_classes(home):
+    path = build_reasoner(SMALL)
+    assert path.is_relative_to(home)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    text = "shop : fig , nut , tea .\n4 , 1 , 5 .\n# 1 0"
+    ids = tokenizer(text).input_ids
+    assert ids == lab_tokenizer()(text).input_ids
+    assert tokenizer.decode(ids) == text
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_what_is_loaded_is_what_was_trained(home):
+    trained = pretrain_reasoner(SMALL, lab_tokenizer()).state_dict()
+    loaded = weights(build_reasoner(SMALL))
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[name], trained[name]) for name in trained)
+
+
+def test_a_seed_decides_the_weights(home):
+    tokenizer = lab_tokenizer()
+    first, again = (pretrain_reasoner(SMALL, tokenizer).state_dict() for _ in range(2))
+    other = pretrain_reasoner(dataclasses.replace(SMALL, seed=1), tokenizer).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_pretraining_leaves_the_callers_state_alone():
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    with torch.inference_mode():
+        pretrain_reasoner(SMALL, lab_tokenizer())
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+def test_pretraining_lowers_the_loss(caplog):
+    recipe = dataclasses.replace(SMALL, steps=200, batch_size=8, warmup_steps=5, learning_rate=1e-2)
+    with caplog.at_level("INFO", logger="memgen.lab.pretrain"):
+        pretrain_reasoner(recipe, lab_tokenizer())
+    losses = [float(record.getMessage().rpartition(" ")[2]) for record in caplog.records]
+    assert len(losses) == 2
+    assert losses[1] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [dataclasses.replace(SMALL, steps=4), dataclasses.replace(SMALL, seed=7)],
+    ids=["steps", "seed"],
+)
+def test_another_recipe_is_built_anew(home, changed):
+    assert build_reasoner(SMALL) != build_reasoner(changed)
+
+
+def test_another_version_of_the_code_is_built_anew(home, monkeypatch):
+    first = build_reasoner(SMALL)
+    monkeypatch.setattr(assets, "RECIPE_VERSION", assets.RECIPE_VERSION + 1)
+    assert build_reasoner(SMALL) != first
+
+
+def test_a_reasoner_that_lost_a_file_is_built_again(home):
+    path = build_reasoner(SMALL)
+    before = weights(path)
+    (path / "model.safetensors").unlink()
+    assert build_reasoner(SMALL) == path
+    after = weights(path)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_the_name_of_a_reasoner_tells_its_seed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(assets, "build_reasoner", lambda recipe: asked.append(recipe) or "path")
+    for name in ("lab:reasoner", "lab:reasoner?seed=0", "lab:reasoner?seed=12"):
+        assert resolve_asset(name) == "path"
+    assert asked == [ReasonerRecipe(), ReasonerRecipe(), ReasonerRecipe(seed=12)]
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-1.5B-Instruct", "some/dir", "../here", "hf:there"])
+def test_any_other_name_is_unchanged(name):
+    assert resolve_asset(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lab:reasoner?sed=1",
+        "lab:reasoner?seed=x",
+        "lab:reasoner?seed=",
+        "lab:reasoner?seed=1&a=2",
+        "lab:reasoner?5",
+    ],
+)
+def test_bad_parameters_are_named(name):
+    with pytest.raises(ValueError, match="takes one parameter, a seed"):
+        resolve_asset(name)
+
+
+def test_an_unknown_asset_lists_those_that_there_are():
+    with pytest.raises(ValueError, match=r"lab:reasonr.*lab:reasoner.*lab:weaver_sft"):
+        resolve_asset("lab:reasonr")
+
+
+def test_a_trained_asset_that_is_not_there_names_the_command():
+    with pytest.raises(FileNotFoundError, match=r"memgen fit --config conf/weaver_sft\.yaml"):
+        resolve_asset("lab:weaver_sft")
+
+
+def test_tiny_is_a_small_chat_model_of_the_datas_own_text(home, data):
+    path = resolve_asset(f"tiny:{data}")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert model.config.vocab_size == len(tokenizer) <= 2048
+    assert model.config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert len(tokenizer("apples").input_ids) == 1  # a word of the data
+    chat = conversation_ids(
+        tokenizer, [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "12 ü."}]
+    )
+    (turn,) = chat.turns
+    assert tokenizer.decode(chat.ids[turn.prompt_end : turn.end]) == "12 ü.<|im_end|>"
+
+
+def test_tinys_tokenizer_is_loaded_as_it_was_made(home, data):
+    made = tiny_tokenizer(read_text(data), vocab_size=2048, max_length=4096)
+    loaded = AutoTokenizer.from_pretrained(build_tiny(data))
+    for text in ("Anna's 48/2 = <<48/2=24>>24.\n\n#### 72", "  ünïcode 日本 <|im_end|>\n x", "a\tb"):
+        assert loaded(text).input_ids == made(text).input_ids
+        assert loaded.decode(loaded(text).input_ids) == text
+
+
+def test_other_text_makes_another_tiny(home, data):
+    first = build_tiny(data)
+    assert build_tiny(data) == first
+    with (data / "train.jsonl").open("a") as lines:
+        lines.write(json.dumps({"question": "More."}) + "\n")
+    assert build_tiny(data) != first
+
+
+def test_train_is_read_first_and_every_string_of_it(data):
+    (data / "a.json").write_text(json.dumps([{"deep": ["inside"]}, 3]))
+    text = read_text(data)
+    assert text.startswith(ROWS[0]["question"] + "\n" + ROWS[0]["answer"])
+    assert "Zebras?" in text
+    assert "inside" in text
+
+
+def test_long_text_is_cut(tmp_path):
+    (tmp_path / "long.txt").write_text("abc " * MAX_CHARACTERS)
+    assert len(read_text(tmp_path / "long.txt")) == MAX_CHARACTERS
+
+
+def test_a_broken_line_is_named(data):
+    with (data / "train.jsonl").open("a") as lines:
+        lines.write("{broken\n")
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 41: not valid JSON"):
+        resolve_asset(f"tiny:{data}")
+
+
+def test_a_path_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        resolve_asset(f"tiny:{tmp_path / 'nowhere'}")
+
+
+def test_a_directory_without_text_is_named(tmp_path):
+    with pytest.raises(ValueError, match="has no text"):
+        resolve_asset(f"tiny:{tmp_path}")
