@@ -170,6 +170,11 @@ class WindowSampler(Sampler[BatchIndex]):
         """Steps of an epoch, before the trainer's limit."""
         return self._steps
 
+    @property
+    def windows(self) -> int:
+        """Optimizer steps of an epoch, within the trainer's limit."""
+        return -(-self._used // self._accumulate)
+
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer at the start of each epoch."""
         self.epoch = epoch
@@ -524,8 +529,30 @@ class EnvironmentData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Micro-batches of this rank, `SFTBatch`."""
         build = self._rows(self.items["train"], self.max_turns)
+        return ResumableLoader(_TrainDataset(build), self._sampler(build), self.num_workers)
+
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run, over all its epochs.
+
+        For schedules: reading `trainer.estimated_stepping_batches` instead makes the Trainer set up its loaders before
+        it restores a checkpoint, and then drop the place within the epoch that the checkpoint holds.
+
+        Raises:
+            ValueError: if the run has no end.
+        """
         trainer = self.trainer
-        sampler = WindowSampler(
+        assert trainer is not None, "a schedule belongs to a run"
+        if trainer.max_epochs in (None, -1):
+            if trainer.max_steps == -1:
+                raise ValueError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
+            return trainer.max_steps
+        windows = self._sampler(self._rows(self.items["train"], self.max_turns)).windows
+        steps = windows * int(trainer.max_epochs or 0)
+        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+    def _sampler(self, build: _RowBuilder) -> WindowSampler:
+        trainer = self.trainer
+        return WindowSampler(
             lengths=[len(conversation.ids) for conversation in build.conversations],
             targets=build.targets,
             batch_size=self.batch_size,
@@ -537,7 +564,6 @@ class EnvironmentData(LightningDataModule):
             bucket=self.bucket,
             whole_windows=trainer is not None and trainer.strategy.handles_gradient_accumulation,
         )
-        return ResumableLoader(_TrainDataset(build), sampler, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[EvalBatch]:
         """Items of this rank with their reference completions, `EvalBatch`."""

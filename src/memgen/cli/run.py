@@ -151,6 +151,9 @@ class TrainerCommand(LightningCLI):
         for part in (self.model, self.datamodule):
             if hasattr(part, "resolve_asset"):
                 part.resolve_asset = resolve_asset
+        for callback in getattr(self.trainer, "callbacks"):  # noqa: B009 - Lightning sets it later than it is typed
+            if hasattr(callback, "resumed_from"):
+                callback.resumed_from = self._get(self.config, "ckpt_path")
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -264,6 +267,10 @@ def _require_checkpoints(document: Document) -> None:
 def _quieten() -> None:
     """Keeps advertisements and warnings about Lightning's own code out of the terminal."""
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    # A resumed run goes on in its folder.
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+    # The frozen base stays in evaluation mode by design.
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_not_advertisement)
 

@@ -46,6 +46,13 @@ class _LinearLogprob(torch.autograd.Function):
             logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - normalisers[part]
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
         ctx.chunk = chunk
+        # A backward pass runs outside autocast; its logits must be those whose normalisers were kept.
+        device = hidden.device.type
+        ctx.autocast = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+        }
         return logprobs
 
     @staticmethod
@@ -54,7 +61,8 @@ class _LinearLogprob(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         for begin in range(0, hidden.shape[0], ctx.chunk):
             part = slice(begin, begin + ctx.chunk)
-            logits = torch.nn.functional.linear(hidden[part], weight, bias).to(normalisers.dtype)
+            with torch.autocast(**ctx.autocast):
+                logits = torch.nn.functional.linear(hidden[part], weight, bias).to(normalisers.dtype)
             # d logprob[target] / d logits = onehot - softmax
             grad_logits = (logits - normalisers[part, None]).exp_().mul_(-grad[part, None])
             grad_logits.scatter_add_(1, targets[part, None], grad[part, None])

@@ -62,13 +62,20 @@ class AdapterSwitch:
         """Injects a new adapter, float32, initialised so that it changes nothing (B = 0).
 
         Raises:
-            ValueError: if no layer has one of the target names.
+            ValueError: if a target name belongs to no linear layer.
         """
         linear = sorted(
-            {path.rsplit(".", 1)[-1] for path, m in self._model.named_modules() if isinstance(m, nn.Linear)}
+            {
+                path.rsplit(".", 1)[-1]
+                for path, module in self._model.named_modules()
+                # A layer that another adapter has wrapped counts; what lies inside it does not.
+                if isinstance(module, nn.Linear | LoraLayer)
+                and ".base_layer" not in path
+                and ".lora_" not in path
+            }
         )
         missing = [target for target in settings.target_modules if target not in linear]
-        if missing and not self._layers:
+        if missing:
             raise ValueError(f"lora.target_modules {missing} do not exist in this model; it has {linear}")
         config = LoraConfig(
             r=settings.r,

@@ -62,6 +62,8 @@ def _attention(
         raise ValueError("attention with soft capping or sinks is not supported by memgen")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = cast(int, module.layer_idx)
+    # Under autocast the rotary embedding leaves queries and keys in float32 beside values of the lower type.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     return view.attend(layer, query, key, value, scale, sliding_window), None
 
 
@@ -102,6 +104,16 @@ class Backbone(nn.Module):
                 raise ValueError(
                     f"{name or type(model).__name__} scales its logits ({key}), which memgen does not support"
                 )
+        if type(model.get_input_embeddings()) is not nn.Embedding:
+            raise ValueError(
+                f"{name or type(model).__name__} changes its embeddings as it looks them up "
+                f"({type(model.get_input_embeddings()).__name__}), which memgen does not support"
+            )
+        if not model._can_set_attn_implementation():
+            raise ValueError(
+                f"{name or type(model).__name__} computes attention by itself ({type(model).__name__}), so memgen "
+                "cannot keep its rows apart"
+            )
         self.name = name
         self.fingerprint = fingerprint(model)
         model.set_attn_implementation("memgen")

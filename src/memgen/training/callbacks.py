@@ -19,6 +19,9 @@ from memgen.training.checkpoint import save_checkpoint
 
 logger = logging.getLogger(__name__)
 
+RESUME = "resume"
+"""Folder of a run that holds Lightning's own checkpoints."""
+
 
 @final
 class AdapterCheckpoint(Callback):
@@ -47,19 +50,27 @@ class AdapterCheckpoint(Callback):
         self.with_trigger = with_trigger
         self.best: float | None = None
         self.run: Path | None = None
+        self.resumed_from: str | None = None
+        """The .ckpt that the run goes on from. The Trainer knows it only after set-up, so the command line says it."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        name: str = datetime.now().strftime("%Y%m%d-%H%M%S")
-        for run_logger in trainer.loggers:
-            if isinstance(run_logger, MLFlowLogger) and run_logger.run_id is not None:
-                name = run_logger.run_id
-        self.run = self.root / trainer.strategy.broadcast(name)
+        self.run = Path(trainer.strategy.broadcast(str(self._folder(trainer))))
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str((self.run / "resume").absolute())
+                callback.dirpath = str((self.run / RESUME).absolute())
+
+    def _folder(self, trainer: Trainer) -> Path:
+        """A resumed run goes on in its folder; a new one is named after its MLflow run, or the time."""
+        resumed = Path(self.resumed_from) if self.resumed_from else None
+        if resumed is not None and resumed.parent.name == RESUME:
+            return resumed.parent.parent
+        for run_logger in trainer.loggers:
+            if isinstance(run_logger, MLFlowLogger) and run_logger.run_id is not None:
+                return self.root / str(run_logger.run_id)
+        return self.root / datetime.now().strftime("%Y%m%d-%H%M%S")
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,7 +112,7 @@ class AdapterCheckpoint(Callback):
         assert isinstance(model, MemGenModel), "every stage has a MemGenModel"
         assert isinstance(config, MemGenConfig), "and its configuration"
         save_checkpoint(model, config, self.run / name, with_trigger=self.with_trigger)
-        _point(self.root / "latest", self.run)
+        _point(self.run.parent / "latest", self.run)
 
 
 def _point(link: Path, target: Path) -> None:

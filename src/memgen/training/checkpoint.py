@@ -10,11 +10,14 @@ The released code writes LoRA weights correctly but loses them on load, because 
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
+import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -71,6 +74,7 @@ def save_checkpoint(model: MemGenModel, config: MemGenConfig, directory: Path, *
         with_trigger: whether the trigger was trained.
 
     Raises:
+        FileExistsError: if something that is no checkpoint stands there: it would be lost.
         OSError: if the disk is full or not writable; `directory` is then as it was.
     """
     header = {
@@ -78,7 +82,7 @@ def save_checkpoint(model: MemGenModel, config: MemGenConfig, directory: Path, *
         "config": asdict(config),
         "backbones": {part: base.fingerprint for part, base in _bases(model).items()},
     }
-    with _replacing(directory) as temporary:
+    with _replacing(directory, known_by=CONFIG_FILE) as temporary:
         _write_tensors(model.weaver.own_parameters(), temporary / WEAVER_FILE)
         if with_trigger:
             _write_tensors(model.trigger.own_parameters(), temporary / TRIGGER_FILE)
@@ -91,6 +95,7 @@ def read_config(directory: Path) -> MemGenConfig:
     Raises:
         CheckpointError: if it is not a checkpoint directory, or of another format version.
     """
+    directory = _standing(directory)
     config: MemGenConfig = _parse(MemGenConfig, _header(directory)["config"], str(directory / CONFIG_FILE))
     return config
 
@@ -105,25 +110,23 @@ def load_checkpoint(model: MemGenModel, directory: Path) -> LoadReport:
     Raises:
         CheckpointError: if the directory is no checkpoint, was made on another backbone, or its tensors do not match.
     """
+    directory = _standing(directory)
     header = _header(directory)
     for part, base in _bases(model).items():
         recorded = header["backbones"].get(part)
         if recorded is not None and recorded != base.fingerprint:
+            own = header["config"].get(part, {}).get("backbone")
+            key = "backbone" if own is None else f"{part}.backbone"
             raise CheckpointError(
                 f"{directory} was made on another backbone: its {part} base has fingerprint {recorded[:12]}, "
-                f"{base.name or 'this one'} has {base.fingerprint[:12]}; set model.memgen.backbone.name to "
-                f"{header['config']['backbone']['name']}"
+                f"{base.name or 'this one'} has {base.fingerprint[:12]}; set model.memgen.{key}.name to "
+                f"{(own or header['config']['backbone'])['name']}"
             )
-    matched = _load(
-        model.weaver.own_parameters(), _read_tensors(directory / WEAVER_FILE), directory / WEAVER_FILE
-    )
-    trigger = directory / TRIGGER_FILE
-    if trigger.exists():
-        expected = model.trigger.own_parameters()
-        # An untrained kind of trigger (always, never, random) has nothing to load into, and was asked for by name.
-        if expected:
-            matched += _load(expected, _read_tensors(trigger), trigger)
-    return LoadReport(matched=tuple(matched))
+    files = [(model.weaver.own_parameters(), directory / WEAVER_FILE)]
+    # An untrained kind of trigger (always, never, random) has nothing to load into, and was asked for by name.
+    if (directory / TRIGGER_FILE).exists() and model.trigger.own_parameters():
+        files.append((model.trigger.own_parameters(), directory / TRIGGER_FILE))
+    return _load([(parameters, _read_tensors(path), path) for parameters, path in files])
 
 
 def open_checkpoint(
@@ -162,10 +165,24 @@ def _header(directory: Path) -> dict[str, Any]:
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         found = header.get("format_version") if isinstance(header, dict) else None
         raise CheckpointError(f"{path} has format version {found}, this memgen reads {FORMAT_VERSION}")
+    for key in ("config", "backbones"):
+        if not isinstance(header.get(key), dict):
+            raise CheckpointError(f"{path} is not complete: it has no {key}")
     return header
 
 
-def _load(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], source: Path) -> list[str]:
+def _load(files: Sequence[tuple[Mapping[str, nn.Parameter], Mapping[str, Tensor], Path]]) -> LoadReport:
+    """Reads tensors into parameters, of all files or, if one does not fit, of none."""
+    for parameters, tensors, source in files:
+        _require_fit(parameters, tensors, source)
+    with torch.no_grad():
+        for parameters, tensors, _ in files:
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+    return LoadReport(matched=tuple(name for parameters, _, _ in files for name in sorted(parameters)))
+
+
+def _require_fit(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], source: Path) -> None:
     missing = sorted(set(parameters) - set(tensors))
     unexpected = sorted(set(tensors) - set(parameters))
     shapes = [
@@ -180,10 +197,6 @@ def _load(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor],
     ]
     if problems:
         raise CheckpointError(f"{source} does not fit this model; {'; '.join(problems)}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-    return sorted(parameters)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -218,30 +231,67 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
-    """A temporary directory beside the target that takes its place, by renames, once the block has succeeded."""
+def _replacing(directory: Path, known_by: str) -> Iterator[Path]:
+    """A temporary directory beside the target that takes its place once the block has succeeded.
+
+    The two are exchanged in one step. A file system that cannot do that sets the old one aside for a moment, under
+    a name that `_standing` knows, so that a process killed at any point leaves something to load.
+
+    Args:
+        directory: the target.
+        known_by: a file that anything standing there must have: nothing else is ever replaced.
+    """
     directory = directory.absolute()
+    empty = directory.is_dir() and not any(directory.iterdir())
+    if directory.exists() and not empty and not (directory / known_by).is_file():
+        raise FileExistsError(
+            f"{directory} exists and is no checkpoint (it has no {known_by}); give another name"
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.new-", dir=directory.parent))
+    aside = _aside(directory)
     try:
         yield temporary
         _sync(temporary)
         temporary.chmod(0o755)
-        if directory.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old-", dir=directory.parent))
-            directory.rename(retired / directory.name)
+        if not directory.exists():
+            temporary.rename(directory)
+        elif not _exchange(temporary, directory):
+            shutil.rmtree(aside, ignore_errors=True)
+            directory.rename(aside)
             try:
                 temporary.rename(directory)
             except BaseException:
-                (retired / directory.name).rename(directory)
+                aside.rename(directory)
                 raise
-            finally:
-                shutil.rmtree(retired, ignore_errors=True)
-        else:
-            temporary.rename(directory)
         _sync(directory.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _aside(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.old")
+
+
+def _standing(directory: Path) -> Path:
+    """The directory, or what a killed writer had set aside for it."""
+    aside = _aside(directory.absolute())
+    return aside if not directory.exists() and aside.exists() else directory
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two directories in one step (Linux, renameat2). False where the system or file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
@@ -310,7 +360,7 @@ def import_released(model: MemGenModel, directory: Path) -> LoadReport:
     names = released_names(model)
     if not isinstance(model.trigger, TokenTrigger):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("trigger.")}
-    return LoadReport(matched=tuple(_load(names, tensors, directory)))
+    return _load([(names, tensors, directory)])
 
 
 def export_released(model: MemGenModel, config: MemGenConfig, directory: Path) -> None:
@@ -323,6 +373,7 @@ def export_released(model: MemGenModel, config: MemGenConfig, directory: Path) -
 
     Raises:
         ValueError: if the model has something that the format cannot hold.
+        FileExistsError: if something that is no such checkpoint stands there: it would be lost.
     """
     if not isinstance(model.trigger, TokenTrigger):
         raise ValueError(  # noqa: TRY004 - a setting is wrong, not a type
@@ -342,7 +393,7 @@ def export_released(model: MemGenModel, config: MemGenConfig, directory: Path) -
         return leaves | {tensor: names[f"{prefix}{tensor}"] for tensor in tensors}
 
     kinds = ("prompt", "inference")
-    with _replacing(directory) as temporary:
+    with _replacing(directory, known_by="projs.bin") as temporary:
         torch.save(nested("", ("reasoner_to_weaver", "weaver_to_reasoner")), temporary / "projs.bin")
         torch.save(
             nested(
@@ -396,12 +447,17 @@ def _adapter_config(lora: Any) -> dict[str, Any]:
 def _unpickled_safely(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; the released checkpoint is incomplete")
-    return torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a file of tensors alone, so it is not read: {error}") from error
 
 
 def _flatten(value: Any, prefix: str) -> dict[str, Tensor]:
     if isinstance(value, Tensor):
         return {prefix.removesuffix("."): value}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{prefix.removesuffix('.')} is a {type(value).__name__} instead of a tensor")
     return {
         name: tensor
         for key, inner in value.items()

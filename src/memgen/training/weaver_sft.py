@@ -92,8 +92,6 @@ class WeaverSFT(LightningModule):
                 logger.info("%s: %d tensors loaded", self.init_from, len(report.matched))
         self.memgen.train_only(self.memgen.weaver)
         self.memgen.use_checkpointing(self.recompute)
-        if stage != "fit" and self.init_from is None and self.trainer.ckpt_path is None:
-            logger.warning("no checkpoint was given: this scores an untrained weaver (--checkpoint DIR)")
 
     @property
     def data(self) -> EnvironmentData:
@@ -111,7 +109,7 @@ class WeaverSFT(LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         parameters = list(self.memgen.weaver.own_parameters().values())
-        return self.optimizer_settings.build(parameters, int(self.trainer.estimated_stepping_batches))
+        return self.optimizer_settings.build(parameters, self.data.optimizer_steps())
 
     # Training
 
@@ -173,6 +171,18 @@ class WeaverSFT(LightningModule):
         self.log("val/loss", self.val_loss, prog_bar=True, on_epoch=True)
         self.log("val/token_accuracy", self.val_accuracy, on_epoch=True)
         self._answer(batch)
+
+    @override
+    def on_test_start(self) -> None:
+        self._warn_if_untrained()
+
+    @override
+    def on_predict_start(self) -> None:
+        self._warn_if_untrained()
+
+    def _warn_if_untrained(self) -> None:
+        if self.init_from is None and self.trainer.ckpt_path is None:
+            logger.warning("no checkpoint was given: this scores an untrained weaver (--checkpoint DIR)")
 
     @override
     def test_step(self, batch: EvalBatch, batch_idx: int) -> None:

@@ -1,0 +1,176 @@
+"""The plain-torch operations against their definitions, forward and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memgen.kernels.reference import linear_logprob, weave
+from tolerance import assert_close
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# weave
+
+
+def woven_one_by_one(table, tokens, latents, sources):
+    rows = [
+        latents[source].to(table.dtype) if source >= 0 else table[token]
+        for token, source in zip(tokens.tolist(), sources.tolist(), strict=True)
+    ]
+    return torch.stack(rows) if rows else table.new_zeros(0, table.shape[1])
+
+
+CASES = {
+    "interleaved": [-1, 2, -1, -1, 0, 1, -1],
+    "only tokens": [-1, -1, -1],
+    "only latents": [2, 1, 0],
+    "one latent": [0],
+    "one token": [-1],
+    "a latent that nobody reads": [-1, 2, -1],
+    "a latent read twice": [1, -1, 1, 0],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("sources", CASES.values(), ids=CASES)
+def test_weaving_puts_each_latent_at_its_place_and_returns_its_gradient(sources, dtype):
+    sources = torch.tensor(sources, dtype=torch.int64)
+    table = random(11, 5, dtype=dtype)
+    tokens = torch.arange(len(sources)) * 3 % 11
+    latents = random(3, 5, seed=1).requires_grad_(True)
+    ours = weave(table, tokens, latents, sources)
+    expected = woven_one_by_one(table, tokens, latents, sources)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, expected)
+    upstream = random(*ours.shape, seed=2, dtype=dtype)
+    gradients = [
+        torch.autograd.grad(out, latents, upstream, allow_unused=True)[0] if out.requires_grad else None
+        for out in (ours, expected)
+    ]
+    ours_gradient, reference = (torch.zeros_like(latents) if g is None else g for g in gradients)
+    assert_close("gradient", ours_gradient, reference, dtype=dtype)
+
+
+def test_weaving_without_latents_looks_tokens_up():
+    table, tokens = random(7, 4), torch.tensor([3, 0, 6])
+    assert torch.equal(weave(table, tokens, table.new_zeros(0, 4), torch.full((3,), -1)), table[tokens])
+
+
+def test_weaving_leaves_the_table_as_it_was():
+    table, latents = random(7, 4), random(2, 4, seed=1)
+    before = table.clone()
+    weave(table, torch.tensor([3, 3]), latents, torch.tensor([-1, 1])).add_(1)
+    assert torch.equal(table, before)
+
+
+# linear_logprob
+
+
+def definition(hidden, weight, targets, bias):
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return logits.log_softmax(-1)[torch.arange(len(targets)), targets]
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("chunk", [1, 5, 13, 512])
+@pytest.mark.parametrize("labels", [0, 1, 5, 10, 13, 14])
+def test_logprobs_and_gradients_equal_log_softmax_for_any_number_of_labels_and_chunk(
+    labels, chunk, with_bias
+):
+    hidden, weight = random(labels, 7, dtype=torch.float64), random(31, 7, seed=1, dtype=torch.float64)
+    bias = random(31, seed=2, dtype=torch.float64) if with_bias else None
+    targets = torch.arange(labels) * 17 % 31
+    upstream = random(labels, seed=3, dtype=torch.float64)
+    gradients, outputs = [], []
+    for compute in (
+        lambda h: linear_logprob(h, weight, targets, bias, chunk=chunk),
+        lambda h: definition(h, weight, targets, bias),
+    ):
+        leaf = hidden.clone().requires_grad_(True)
+        out = compute(leaf)
+        out.backward(upstream)
+        outputs.append(out)
+        gradients.append(leaf.grad)
+    assert_close("logprobs", *outputs)
+    assert_close("gradient", *gradients)
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+def test_the_gradient_is_the_derivative(with_bias):
+    hidden = random(5, 3, dtype=torch.float64).requires_grad_(True)
+    weight = random(7, 3, seed=1, dtype=torch.float64)
+    bias = random(7, seed=2, dtype=torch.float64) if with_bias else None
+    targets = torch.tensor([0, 6, 3, 3, 1])
+    assert torch.autograd.gradcheck(lambda h: linear_logprob(h, weight, targets, bias, chunk=2), (hidden,))
+
+
+def test_logits_too_large_for_exp_give_finite_logprobs_and_gradients():
+    hidden = (random(4, 3) * 300).requires_grad_(True)
+    weight, targets = random(9, 3, seed=1) * 10, torch.tensor([0, 8, 4, 2])
+    out = linear_logprob(hidden, weight, targets)
+    out.sum().backward()
+    assert bool(out.isfinite().all())
+    assert bool(hidden.grad.isfinite().all())
+    assert_close("logprobs", out, definition(hidden, weight, targets, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_as_close_to_float32_as_plain_torch_in_it(dtype):
+    hidden, weight = random(64, 32), random(97, 32, seed=1) * 0.3
+    targets = torch.arange(64) * 5 % 97
+    errors = []
+    exact_leaf = hidden.to(dtype).float().requires_grad_(True)
+    exact = definition(exact_leaf, weight.to(dtype).float(), targets, None)
+    exact.sum().backward()
+    for compute in (
+        lambda h: linear_logprob(h, weight.to(dtype), targets),
+        lambda h: definition(h, weight.to(dtype), targets, None),
+    ):
+        leaf = hidden.to(dtype).requires_grad_(True)
+        out = compute(leaf)
+        out.sum().backward()
+        errors.append((rmse(out, exact), rmse(leaf.grad, exact_leaf.grad)))
+    ours, plain = errors
+    assert linear_logprob(hidden.to(dtype), weight.to(dtype), targets).dtype == torch.float32
+    assert ours[0] <= 1.05 * plain[0]
+    assert ours[1] <= 1.5 * plain[1]
+
+
+def rmse(ours, reference):
+    return float((ours.detach().float() - reference.detach()).square().mean().sqrt())
+
+
+def test_autocast_changes_no_more_than_its_own_rounding():
+    """The backward pass runs outside autocast: it must not mix float32 logits with a bfloat16 normaliser."""
+    hidden, weight = random(64, 32), random(97, 32, seed=1)
+    targets = torch.arange(64) * 5 % 97
+    gradients = {}
+    for name, compute in (
+        ("ours", lambda h: linear_logprob(h, weight, targets)),
+        ("plain", lambda h: definition(h, weight, targets, None)),
+        ("exact", None),
+    ):
+        leaf = hidden.clone().requires_grad_(True)
+        if compute is None:
+            out = definition(leaf, weight, targets, None)
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = compute(leaf)
+        out.sum().backward()
+        gradients[name] = leaf.grad
+    ours, plain = (rmse(gradients[name], gradients["exact"]) for name in ("ours", "plain"))
+    assert ours <= 1.5 * plain
+
+
+def test_no_tensor_of_labels_times_vocabulary_is_kept():
+    hidden, weight = random(40, 4).requires_grad_(True), random(1000, 4, seed=1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        linear_logprob(hidden, weight, torch.zeros(40, dtype=torch.int64), chunk=8)
+    assert max(kept) == weight.numel()
+    assert 40 * 1000 not in kept

@@ -1,0 +1,500 @@
+"""Checkpoints: exact round trips, strict loads, and writers that die at any moment."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from memgen.model.backbone import Backbone, BackboneConfig
+from memgen.model.boundary import BoundaryConfig
+from memgen.model.memgen import MemGenConfig, MemGenModel
+from memgen.model.trigger import TriggerConfig
+from memgen.model.weaver import WeaverConfig
+from memgen.training import checkpoint
+from memgen.training.checkpoint import (
+    CheckpointError,
+    export_released,
+    import_released,
+    load_checkpoint,
+    open_checkpoint,
+    read_config,
+    save_checkpoint,
+)
+from tiny import LORA, byte_tokenizer, tiny_causal_lm, tiny_memgen
+
+CONFIG = MemGenConfig(
+    backbone=BackboneConfig(name="tiny"),
+    weaver=WeaverConfig(lora=LORA, prompt_latents=3, inference_latents=2),
+    boundaries=BoundaryConfig(delimiters=("a", "b"), max_inference_insertions=3, ignore_numeric=True),
+)
+WEAVER = "weaver.safetensors"
+
+
+def trained_tensors(model) -> dict[str, torch.Tensor]:
+    parts = {"weaver": model.weaver, "trigger": model.trigger}
+    return {
+        f"{part}.{name}": parameter.detach().clone()
+        for part, module in parts.items()
+        for name, parameter in module.own_parameters().items()
+    }
+
+
+def assert_same(ours, reference):
+    assert set(ours) == set(reference)
+    for name, tensor in reference.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def without_leftovers(parent: Path, *names: str) -> None:
+    assert sorted(path.name for path in parent.iterdir()) == sorted(names)
+
+
+def rewrite(directory: Path, change) -> None:
+    """Changes the tensors of a checkpoint on disk."""
+    tensors = load_file(directory / WEAVER)
+    change(tensors)
+    save_file(tensors, directory / WEAVER)
+
+
+def set_config(directory: Path, change) -> None:
+    header = json.loads((directory / "memgen.json").read_text())
+    change(header)
+    (directory / "memgen.json").write_text(json.dumps(header))
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    save_checkpoint(tiny_memgen(), CONFIG, tmp_path / "saved", with_trigger=False)
+    return tmp_path / "saved"
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("own_bases", [False, True], ids=["shared base", "own bases"])
+@pytest.mark.parametrize("trigger", ["always", "never", "random", "tokens", "hidden_states"])
+def test_what_was_saved_is_loaded_bit_for_bit(tmp_path, trigger, own_bases):
+    model = tiny_memgen(trigger=trigger, own_bases=own_bases)
+    save_checkpoint(model, CONFIG, tmp_path / "c", with_trigger=trigger in ("tokens", "hidden_states"))
+    other = tiny_memgen(trigger=trigger, own_bases=own_bases, trained=False)
+    before = trained_tensors(other)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in trained_tensors(model).items())
+    report = load_checkpoint(other, tmp_path / "c")
+    assert_same(trained_tensors(other), trained_tensors(model))
+    assert len(report.matched) == len(before)
+    assert report.missing == report.unexpected == ()
+    without_leftovers(tmp_path, "c")
+
+
+def test_a_trigger_that_was_not_trained_is_not_written_and_keeps_its_values_on_load(tmp_path):
+    model = tiny_memgen(trigger="tokens")
+    save_checkpoint(model, CONFIG, tmp_path / "c", with_trigger=False)
+    without_leftovers(tmp_path / "c", "memgen.json", WEAVER)
+    other = tiny_memgen(seed=0, trigger="tokens", trained=False)
+    before = {name: tensor.clone() for name, tensor in other.trigger.own_parameters().items()}
+    load_checkpoint(other, tmp_path / "c")
+    assert_same(dict(other.trigger.own_parameters()), before)
+    assert_same(dict(other.weaver.own_parameters()), dict(model.weaver.own_parameters()))
+
+
+def test_only_what_is_trained_is_in_the_files(saved):
+    names = set(load_file(saved / WEAVER))
+    assert names == set(tiny_memgen().weaver.own_parameters())
+    assert not any("base_layer" in name or "embed_tokens" in name for name in names)
+
+
+def test_the_configuration_survives_a_round_trip(tmp_path):
+    config = MemGenConfig(
+        backbone=BackboneConfig(name="here", revision="r1", dtype="bfloat16"),
+        weaver=WeaverConfig(backbone=BackboneConfig(name="there"), lora=LORA, reads="hidden_states"),
+        trigger=TriggerConfig(kind="random", probability=0.25),
+        boundaries=BoundaryConfig(delimiters=("\n", "; "), keep_turn_latents=True),
+    )
+    save_checkpoint(tiny_memgen(), config, tmp_path / "c", with_trigger=False)
+    assert read_config(tmp_path / "c") == config
+
+
+def test_a_checkpoint_opens_as_the_model_that_it_describes(tmp_path):
+    tiny_causal_lm().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    config = replace(CONFIG, backbone=BackboneConfig(name="asset:base"))
+    resolve = {"asset:base": str(tmp_path / "base")}.__getitem__
+    model = MemGenModel.build(config, byte_tokenizer(), resolve)
+    save_checkpoint(model, config, tmp_path / "c", with_trigger=False)
+    opened, opened_config = open_checkpoint(tmp_path / "c", type(byte_tokenizer()).from_pretrained, resolve)
+    assert opened_config == config
+    assert_same(trained_tensors(opened), trained_tensors(model))
+    assert not opened.training
+
+
+# Strict loads
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_listed_and_nothing_is_loaded(saved):
+    def change(tensors):
+        tensors["invented"] = torch.zeros(2)
+        del tensors["prompt_queries.scale"], tensors["weaver_to_reasoner.bias"]
+        tensors["prompt_queries.latents"] = torch.zeros(5, 32)
+
+    rewrite(saved, change)
+    model = tiny_memgen(seed=0, trained=False)
+    before = trained_tensors(model)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(model, saved)
+    message = str(caught.value)
+    assert str(saved / WEAVER) in message
+    assert "missing: prompt_queries.scale, weaver_to_reasoner.bias" in message
+    assert "unexpected: invented" in message
+    assert "wrong shape: prompt_queries.latents (5, 32) instead of (3, 32)" in message
+    assert_same(trained_tensors(model), before)
+
+
+def test_a_trigger_that_does_not_fit_leaves_the_weaver_unloaded_too(tmp_path):
+    save_checkpoint(tiny_memgen(trigger="tokens"), CONFIG, tmp_path / "c", with_trigger=True)
+    model = tiny_memgen(trigger="hidden_states", trained=False)
+    before = trained_tensors(model)
+    with pytest.raises(CheckpointError, match=r"trigger\.safetensors does not fit.*missing: norm\.bias"):
+        load_checkpoint(model, tmp_path / "c")
+    assert_same(trained_tensors(model), before)
+
+
+def test_another_backbone_is_refused_and_both_are_named(saved):
+    other = tiny_memgen(seed=7)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(other, saved)
+    message = str(caught.value)
+    recorded = json.loads((saved / "memgen.json").read_text())["backbones"]["reasoner"]
+    assert recorded[:12] in message
+    assert other.reasoner.backbone.fingerprint[:12] in message
+    assert "set model.memgen.backbone.name to tiny" in message
+
+
+def test_another_base_of_the_weaver_alone_is_refused_by_its_own_key(tmp_path):
+    config = replace(CONFIG, weaver=replace(CONFIG.weaver, backbone=BackboneConfig(name="tiny weaver")))
+    save_checkpoint(tiny_memgen(own_bases=True), config, tmp_path / "c", with_trigger=False)
+    own = {"hidden_size": 48, "intermediate_size": 40}
+    model = MemGenModel.assemble(
+        config,
+        Backbone(tiny_causal_lm(), "tiny"),
+        byte_tokenizer(),
+        weaver_base=Backbone(tiny_causal_lm(9, **own), "another"),
+    )
+    with pytest.raises(CheckpointError, match=r"its weaver base.*weaver\.backbone\.name to tiny weaver"):
+        load_checkpoint(model, tmp_path / "c")
+
+
+def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
+    for directory in (tmp_path, tmp_path / "absent"):
+        for read in (read_config, lambda path: load_checkpoint(tiny_memgen(), path)):
+            with pytest.raises(
+                CheckpointError, match=r"is not a checkpoint directory: it has no memgen\.json"
+            ):
+                read(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header.update(format_version=99), "has format version 99, this memgen reads 1"),
+        (lambda header: header.pop("format_version"), "has format version None"),
+        (lambda header: header.pop("config"), "it has no config"),
+        (lambda header: header.pop("backbones"), "it has no backbones"),
+        (lambda header: header["config"].update(colour=1), "unknown keys colour in MemGenConfig"),
+        (
+            lambda header: header["config"]["weaver"]["lora"].update(rank=1),
+            "unknown keys rank in LoraSettings; known: .*'r'",
+        ),
+    ],
+    ids=[
+        "newer version",
+        "no version",
+        "no configuration",
+        "no fingerprints",
+        "unknown key",
+        "unknown inner key",
+    ],
+)
+def test_a_header_that_this_version_cannot_read_is_refused(saved, change, message):
+    set_config(saved, change)
+    with pytest.raises(CheckpointError, match=message):
+        read_config(saved)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_header_that_is_not_an_object_is_refused(saved, content):
+    (saved / "memgen.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"memgen\.json (is not valid JSON|has format version None)"):
+        read_config(saved)
+
+
+def test_absent_and_broken_tensor_files_are_refused(saved):
+    model = tiny_memgen()
+    whole = (saved / WEAVER).read_bytes()
+    (saved / WEAVER).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="is not a readable safetensors file"):
+        load_checkpoint(model, saved)
+    (saved / WEAVER).unlink()
+    with pytest.raises(CheckpointError, match="does not exist; the checkpoint is incomplete"):
+        load_checkpoint(model, saved)
+
+
+# Nothing is unpickled
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("unpickled"),))
+
+
+@pytest.mark.parametrize("file", ["weaver.bin", "projs.bin", "trigger.bin"])
+@pytest.mark.parametrize("how", ["torch.save", "pickle"])
+def test_a_pickle_in_place_of_tensors_is_refused_and_not_run(tmp_path, monkeypatch, file, how):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_memgen(trigger="tokens")
+    export_released(model, CONFIG, tmp_path / "released")
+    if how == "torch.save":
+        torch.save(Malicious(), tmp_path / "released" / file)
+    else:
+        (tmp_path / "released" / file).write_bytes(pickle.dumps(Malicious(), protocol=2))
+    with pytest.raises(CheckpointError, match=f"{file} is not a file of tensors alone"):
+        import_released(model, tmp_path / "released")
+    assert not Path("unpickled").exists()
+
+
+def test_a_pickle_in_place_of_our_tensors_is_refused_and_not_run(saved, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Malicious(), saved / WEAVER)
+    with pytest.raises(CheckpointError, match="is not a readable safetensors file"):
+        load_checkpoint(tiny_memgen(), saved)
+    assert not Path("unpickled").exists()
+
+
+def test_released_files_that_hold_something_else_or_lack_something_are_refused(tmp_path):
+    model = tiny_memgen(trigger="tokens")
+    export_released(model, CONFIG, tmp_path / "released")
+    torch.save({"prompt_query_latents": [1, 2]}, tmp_path / "released" / "weaver.bin")
+    with pytest.raises(CheckpointError, match=r"weaver\.prompt_query_latents is a list instead of a tensor"):
+        import_released(model, tmp_path / "released")
+    (tmp_path / "released" / "weaver.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"weaver\.bin does not exist"):
+        import_released(model, tmp_path / "released")
+
+
+def test_what_the_released_format_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds a trigger of kind tokens, this model's is always"):
+        export_released(tiny_memgen(), CONFIG, tmp_path / "c")
+    with pytest.raises(ValueError, match="K = 0 for one of them"):
+        export_released(tiny_memgen(trigger="tokens", prompt_latents=0), CONFIG, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+# Writers that fail
+
+
+def fill(kind: str, monkeypatch) -> None:
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    match kind:
+        case "tensors":
+            monkeypatch.setattr(checkpoint, "save_file", full)
+        case "sync":
+            monkeypatch.setattr(os, "fsync", full)
+        case "header":
+            monkeypatch.setattr(Path, "write_text", full)
+        case "exchange":
+            monkeypatch.setattr(checkpoint, "_exchange", full)
+
+
+@pytest.mark.parametrize("step", ["tensors", "sync", "header", "exchange"])
+def test_a_full_disk_leaves_the_old_checkpoint_as_it_was(saved, monkeypatch, step):
+    old = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with monkeypatch.context() as patch:
+        fill(step, patch)
+        with pytest.raises(OSError, match="No space left"):
+            save_checkpoint(tiny_memgen(seed=0), CONFIG, saved, with_trigger=False)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == old
+    without_leftovers(saved.parent, saved.name)
+    load_checkpoint(tiny_memgen(trained=False), saved)
+
+
+def test_a_disk_that_really_is_full_leaves_the_old_checkpoint_as_it_was(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no tmpfs may be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        model = tiny_memgen()
+        save_checkpoint(model, CONFIG, disk / "c", with_trigger=False)
+        save_checkpoint(model, CONFIG, disk / "c", with_trigger=False)
+        with (disk / "filler").open("wb") as filler:
+            filler.write(b"0" * 32768 * 3)
+        with pytest.raises(OSError, match="No space left"):
+            save_checkpoint(tiny_memgen(trained=False), CONFIG, disk / "c", with_trigger=False)
+        without_leftovers(disk, "c", "filler")
+        other = tiny_memgen(trained=False)
+        load_checkpoint(other, disk / "c")
+        assert_same(trained_tensors(other), trained_tensors(model))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "set aside"])
+def test_a_checkpoint_is_replaced_whole(saved, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr(checkpoint, "_exchange", lambda one, other: False)
+    model = tiny_memgen(trigger="tokens")
+    save_checkpoint(model, CONFIG, saved, with_trigger=True)
+    save_checkpoint(model, CONFIG, saved, with_trigger=False)
+    without_leftovers(saved, "memgen.json", WEAVER)
+    without_leftovers(saved.parent, saved.name)
+
+
+def test_what_is_no_checkpoint_is_never_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"exists and is no checkpoint \(it has no memgen\.json\)"):
+        save_checkpoint(tiny_memgen(), CONFIG, tmp_path, with_trigger=False)
+    with pytest.raises(FileExistsError, match="exists and is no checkpoint"):
+        save_checkpoint(tiny_memgen(), CONFIG, tmp_path / "thesis.tex", with_trigger=False)
+    with pytest.raises(FileExistsError, match=r"exists and is no checkpoint \(it has no projs\.bin\)"):
+        export_released(tiny_memgen(trigger="tokens"), CONFIG, tmp_path)
+    without_leftovers(tmp_path, "thesis.tex")
+    (tmp_path / "empty").mkdir()
+    save_checkpoint(tiny_memgen(), CONFIG, tmp_path / "empty", with_trigger=False)
+    without_leftovers(tmp_path, "empty", "thesis.tex")
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from memgen.training import checkpoint
+from test_checkpoint_writer import CONFIG, tiny_memgen
+
+if line.strip() == "set aside":
+    checkpoint._exchange = lambda one, other: False
+model = tiny_memgen()
+count = 0
+while True:
+    count += 1
+    for parameter in model.weaver.own_parameters().values():
+        parameter.data.fill_(count)
+    checkpoint.save_checkpoint(model, CONFIG, Path(sys.argv[1]), with_trigger=False)
+    print(count, flush=True)
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_one_whole_checkpoint(tmp_path):
+    directory = tmp_path / "run" / "last"
+    (tmp_path / "test_checkpoint_writer.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "from tiny import LORA, tiny_memgen\n"
+        "from memgen.model.memgen import MemGenConfig\n"
+        "from memgen.model.weaver import WeaverConfig\n"
+        "CONFIG = MemGenConfig(weaver=WeaverConfig(lora=LORA, prompt_latents=3, inference_latents=2))\n"
+    )
+    model = tiny_memgen()
+    moments = random.Random(0)
+    # One process that forks a writer per round: the interpreter starts once.
+    forker = FORKER + WRITER.replace("import sys\n", "", 1)
+    (tmp_path / "writer.py").write_text(forker)
+    with subprocess.Popen(
+        [sys.executable, "writer.py", str(directory)],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        for way in ("exchange", "set aside") * 8:
+            server.stdin.write(f"{way}\n")
+            server.stdin.flush()
+            pid = int(server.stdout.readline())
+            assert int(server.stdout.readline()) == 1
+            time.sleep(moments.uniform(0.0, 0.05))
+            os.kill(pid, signal.SIGKILL)
+            while (line := server.stdout.readline().strip()) != "dead":
+                assert line.isdecimal()
+            load_checkpoint(model, directory)
+            values = torch.cat(
+                [p.detach().flatten() for p in model.weaver.own_parameters().values()]
+            ).unique()
+            assert len(values) == 1, f"tensors of several saves in one checkpoint: {values}"
+            assert float(values) >= 1
+        server.stdin.close()
+    save_checkpoint(model, CONFIG, directory, with_trigger=False)
+    assert directory.is_dir()
+    assert not (tmp_path / "run" / ".last.old").exists()
+
+
+FORKER = """
+import os
+import sys
+import memgen.training.checkpoint
+import test_checkpoint_writer
+
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        print(os.getpid(), flush=True)
+        break
+    os.waitpid(pid, 0)
+    print("dead", flush=True)
+else:
+    sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("moment", ["before the new one stands", "before the old one is gone"])
+def test_a_writer_killed_where_directories_cannot_be_exchanged_leaves_something_to_load(
+    saved, monkeypatch, moment
+):
+    """The two moments between renames, which random kills seldom hit."""
+    old, new = tiny_memgen(), tiny_memgen(seed=0, trained=False)
+    aside = saved.parent / f".{saved.name}.old"
+    model = tiny_memgen()
+    with torch.no_grad():
+        for parameter in model.weaver.own_parameters().values():
+            parameter.zero_()
+    if moment == "before the new one stands":
+        saved.rename(aside)
+        load_checkpoint(new, saved)
+        assert read_config(saved) == CONFIG
+        assert_same(trained_tensors(new), trained_tensors(old))
+    else:
+        save_checkpoint(old, CONFIG, aside, with_trigger=False)
+        save_checkpoint(model, CONFIG, saved, with_trigger=False)
+        save_checkpoint(old, CONFIG, aside, with_trigger=False)
+        load_checkpoint(new, saved)
+        assert_same(trained_tensors(new), trained_tensors(model))
+    monkeypatch.setattr(checkpoint, "_exchange", lambda one, other: False)
+    save_checkpoint(model, CONFIG, saved, with_trigger=False)
+    without_leftovers(saved.parent, saved.name)
+    load_checkpoint(new, saved)
+    assert_same(trained_tensors(new), trained_tensors(model))
+
+
+def test_the_header_says_what_it_was_made_of(saved):
+    header = json.loads((saved / "memgen.json").read_text())
+    model = tiny_memgen()
+    assert header["format_version"] == 1
+    assert header["config"] == json.loads(json.dumps(asdict(CONFIG)))
+    assert header["backbones"] == dict.fromkeys(("reasoner", "weaver"), model.reasoner.backbone.fingerprint)
