@@ -1,6 +1,7 @@
 # make setup   create .venv with the pinned dependencies (repeating it is cheap)
 # make demo    the whole pipeline on the embedded default, ending in a table of results
 # make test    every test that needs no GPU
+# make test-slow  what takes minutes: two processes, the whole pipeline on the lab; a skipped test fails
 # make check   lint, format, types, import directions, spelling
 #
 # Variables: PYTHON (an interpreter >= 3.11), VENV (where the environment goes), TORCH_INDEX (another package index
@@ -18,7 +19,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= true
 
-.PHONY: setup demo test check test-gpu bench-lab format
+.PHONY: setup demo test test-slow check test-gpu bench-lab format
 
 setup: $(STAMP)
 
@@ -38,6 +39,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not sandbox" $(PYTEST_ARGS)
+
+test-slow: setup
+	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

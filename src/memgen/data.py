@@ -664,6 +664,12 @@ class EnvironmentData(LightningDataModule):
             conversation = dataclasses.replace(
                 conversation, ids=conversation.ids[: conversation.turns[-1].end]
             )
+        unknown = tokenizer.unk_token_id
+        if unknown is not None and unknown in [*prompt, *(conversation.ids if conversation else ())]:
+            raise ValueError(
+                f"its text has words that the tokenizer {self.tokenizer} does not know ({tokenizer.unk_token}); "
+                "data and backbone do not belong together: change data.tokenizer with model.memgen.backbone.name"
+            )
         return Item(example=example, prompt=prompt, conversation=conversation)
 
     def _excess(self, item: Item) -> int:

@@ -104,7 +104,7 @@ def test_real_text_trains_with_a_falling_loss_and_is_recorded(folder, capsys):
     assert len(losses) == 60
     assert sum(losses[-10:]) / 10 < sum(losses[:10]) / 10 - 0.05
     files = {item.path for item in client.list_artifacts(record.info.run_id, "config")}
-    assert {"config/resolved.yaml", "config/raw"} <= files
+    assert {"config/resolved.yaml", "config/raw", "config/packages.txt"} <= files
     checkpoint = {item.path for item in client.list_artifacts(record.info.run_id, "checkpoint")}
     assert checkpoint == {"checkpoint/memgen.json", "checkpoint/weaver.safetensors"}
     (sample,) = client.list_artifacts(record.info.run_id, "samples")
@@ -179,6 +179,16 @@ def test_a_checkpoint_of_another_backbone_is_refused_by_name(folder, capsys):
     message = refusal(capsys)
     assert "was made on another backbone" in message
     assert str(folder / "base") in message
+
+
+def test_text_that_the_tokenizer_does_not_know_is_refused(folder, capsys):
+    from memgen.lab.tokenizer import lab_tokenizer
+
+    write_backbone(folder / "base")
+    (folder / "words").mkdir()
+    lab_tokenizer().save_pretrained(folder / "words")
+    assert small_run(folder, "--data.tokenizer", str(folder / "words")) == 2
+    assert "its text has words that the tokenizer" in refusal(capsys)
 
 
 def test_a_broken_line_of_the_data_is_named(folder, capsys):

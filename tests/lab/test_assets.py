@@ -149,7 +149,7 @@ def test_tiny_is_a_small_chat_model_of_the_datas_own_text(home, data):
     model = AutoModelForCausalLM.from_pretrained(path)
     assert model.config.vocab_size == len(tokenizer) <= 2048
     assert model.config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert len(tokenizer("apples").input_ids) == 1  # a word of the data
+    assert len(tokenizer(" apples").input_ids) == 1  # a word of the data
     chat = conversation_ids(
         tokenizer, [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "12 ü."}]
     )

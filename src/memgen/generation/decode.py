@@ -415,7 +415,7 @@ class _Decoder:
         rows: list[int],
     ) -> list[Tensor]:
         weaver = self.model.weaver
-        sizes = [weaver.latents_per_insertion(kind) for kind in kinds]
+        sizes = [weaver.config.latents(kind) for kind in kinds]
         latents = weaver.weave(states, counts, kinds, lines, self.weaver_cache)
         self.work["weaver_forwards"] += 1
         self.work["weaver_positions"] += states.shape[0] + latents.shape[0]

@@ -103,8 +103,11 @@ def _is_complete(directory: Path) -> bool:
     """Whether the directory has the files of its manifest, unchanged."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        return all(_describe(directory / name) == known for name, known in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
+        files = manifest.get("files") if isinstance(manifest, dict) else None
+        if not isinstance(files, dict) or not files:
+            return False
+        return all(_describe(directory / name) == known for name, known in files.items())
+    except (OSError, ValueError):
         return False
 
 

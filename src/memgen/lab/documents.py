@@ -23,13 +23,11 @@ DELIMITERS = (",", ".", "\n")
 class DocumentMix:
     """What pretraining documents are made of."""
 
-    recall: float = 0.2
-    """Share of documents that only say prices again and again: the densest lesson in looking up."""
-    look: float = 0.08
+    look: float = 0.18
     """Share of open-book problems whose solution names each item before its price: the easiest way to learn to look up."""
-    open: float = 0.24
+    open: float = 0.26
     """Share of open-book shop problems."""
-    shop: float = 0.20
+    shop: float = 0.22
     """Share of closed-book shop problems, with prices of their own in every document."""
     add: float = 0.12
     rev: float = 0.06
@@ -57,8 +55,6 @@ class Document:
 
 def draw_document(mix: DocumentMix, rng: random.Random) -> Document:
     """Draws a document. Prompts of the val and test splits never occur, but for those of `shop`, whose prices are drawn."""
-    if rng.random() < mix.recall:
-        return _recall(rng)
     task = mix.draw_task(rng)
     problem = draw_problem(task, rng)
     while task != "shop" and split_of(problem.prompt) != "train":
@@ -79,18 +75,6 @@ def draw_document(mix: DocumentMix, rng: random.Random) -> Document:
             note = _note(problem, relevant, rng)
             tokens += note
             supervised += [False] * len(note)
-    return Document(tuple(tokens), tuple(supervised))
-
-
-def _recall(rng: random.Random) -> Document:
-    """Twenty "item price" pairs of a few items; a price carries loss when its item has been seen before."""
-    prices = {item: str(rng.choice(PRICES)) for item in rng.sample(ITEMS, rng.randint(4, 8))}
-    tokens: list[str] = []
-    supervised: list[bool] = []
-    for _ in range(20):
-        item = rng.choice(list(prices))
-        supervised += [False, item in tokens]
-        tokens += [item, prices[item]]
     return Document(tuple(tokens), tuple(supervised))
 
 

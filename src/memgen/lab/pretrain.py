@@ -32,9 +32,9 @@ class ReasonerRecipe:
 
     seed: int = 0
     """Seed of the initial weights and of the documents."""
-    steps: int = 1300
-    batch_size: int = 48
-    learning_rate: float = 3e-3
+    steps: int = 1950
+    batch_size: int = 32
+    learning_rate: float = 2e-3
     """Peak of the schedule: linear warm-up, then a cosine to zero."""
     warmup_steps: int = 50
     weight_decay: float = 0.01
@@ -44,7 +44,7 @@ class ReasonerRecipe:
     heads: int = 4
     key_value_heads: int = 2
     intermediate_size: int = 256
-    init_std: float = 0.05
+    init_std: float = 0.08
     mix: DocumentMix = field(default_factory=DocumentMix)
     """What the documents are made of."""
 

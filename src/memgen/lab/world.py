@@ -31,14 +31,17 @@ PRICES = (1, 2, 3, 4, 5)
 TEST_PERCENT = 27
 VAL_PERCENT = 10
 
+MAX_MISSES = 20_000
+"""Draws in a row without a new problem, after which a task counts as exhausted."""
+
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt and its worked solution.
+    r"""A prompt and its worked solution.
 
     Attributes:
         task: what is asked; `look` only in pretraining.
-        prompt: ends in a newline, e.g. "shop : fig , nut , tea .\\n".
+        prompt: ends in a newline, e.g. "shop : fig , nut , tea .\n".
         steps: the working before the answer, e.g. "4 , 1 , 5 .".
         answer: what follows "#", digits apart, e.g. "1 0".
         items: the items it is about, in the order in which they are asked.
@@ -123,18 +126,19 @@ def sample_problems(task: Task, split: Split, count: int) -> list[Problem]:
         raise ValueError("the problems of 'shop' depend on a world; use shop_problems(world, split)")
     rng = random.Random(f"{task} {split}")
     found: dict[str, Problem] = {}
-    misses = 0
+    misses = 0  # since the last one that was found
     while len(found) < count:
         problem = draw_problem(task, rng)
         if split_of(problem.prompt) != split or problem.prompt in found:
             misses += 1
-            if misses > 200 * (count + 100):
+            if misses > MAX_MISSES:
                 raise ValueError(
                     f"task {task!r} has fewer than {count} different problems in its {split} split "
                     f"({len(found)} found); ask for fewer"
                 )
             continue
         found[problem.prompt] = problem
+        misses = 0
     return list(found.values())
 
 

@@ -218,13 +218,13 @@ class _Forward:
                     raise ValueError(
                         f"row {index} has {length} tokens but its plan inserts before token {point}"
                     )
-            rows.append([(p, k) for p, k in points if weaver.latents_per_insertion(InsertionKind(k))])
+            rows.append([(p, k) for p, k in points if weaver.config.latents(InsertionKind(k))])
         blocks: list[list[np.ndarray]] = [[] for _ in rows]
         total = 0
         for stage in range(max((len(points) for points in rows), default=0)):
             for points, block in zip(rows, blocks, strict=True):
                 if stage < len(points):
-                    size = weaver.latents_per_insertion(InsertionKind(points[stage][1]))
+                    size = weaver.config.latents(InsertionKind(points[stage][1]))
                     block.append(np.arange(total, total + size))
                     total += size
         self.latents = torch.zeros(

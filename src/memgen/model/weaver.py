@@ -40,6 +40,10 @@ class WeaverConfig:
     query_scale: float | None = None
     """Initial scale of the normalised queries; None takes the standard deviation of its base's embeddings."""
 
+    def latents(self, kind: InsertionKind) -> int:
+        """K of a kind of insertion; 0 if it is switched off."""
+        return self.prompt_latents if kind == InsertionKind.PROMPT else self.inference_latents
+
     def __post_init__(self) -> None:
         for name in ("prompt_latents", "inference_latents"):
             if getattr(self, name) < 0:
@@ -95,11 +99,6 @@ class Weaver(nn.Module):
         self.inference_queries = (
             QueryBank(config.inference_latents, hidden, scale) if config.inference_latents else None
         )
-
-    def latents_per_insertion(self, kind: InsertionKind) -> int:
-        """K of a kind of insertion; 0 if it is switched off."""
-        prompt = kind == InsertionKind.PROMPT
-        return self.config.prompt_latents if prompt else self.config.inference_latents
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that training moves, by its name in this module: maps, queries and the adapter."""

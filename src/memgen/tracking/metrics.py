@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from memgen.environments.base import Reward
+from memgen.model.weaver import WeaverConfig
 from memgen.types import Generation, InsertionKind
 
 _FIELDS = (
@@ -20,6 +21,7 @@ _FIELDS = (
     "finished",
     "answer_tokens",
     "insertions_per_answer",
+    "latents_per_answer",
     "invoked_at_prompt_end",
 )
 
@@ -30,14 +32,18 @@ class AnswerMetrics(Metric):
 
     `exact_match` is the share of answers with a total reward of at least 1. Parts are averaged over the answers
     that have them. Ranks may differ in their number of answers.
+
+    Args:
+        weaver: how many latents an insertion has.
     """
 
     full_state_update = False
     totals: Tensor
     count: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, weaver: WeaverConfig) -> None:
         super().__init__()
+        self.weaver = weaver
         self.add_state("totals", default=torch.zeros(len(_FIELDS), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         # Names of parts are known only from the rewards, so they travel as objects, not as states.
@@ -47,7 +53,7 @@ class AnswerMetrics(Metric):
     @override
     def update(self, generation: Generation, rewards: Sequence[Reward]) -> None:
         """Adds a batch of answers and their rewards."""
-        kinds = [[kind for _, kind in row] for row in generation.plan.rows()]
+        kinds = [[InsertionKind(kind) for _, kind in row] for row in generation.plan.rows()]
         rows = [
             (
                 reward.total,
@@ -55,6 +61,7 @@ class AnswerMetrics(Metric):
                 float(finished),
                 float(length),
                 float(len(row_kinds)),
+                float(sum(self.weaver.latents(kind) for kind in row_kinds)),
                 float(InsertionKind.PROMPT in row_kinds),
             )
             for reward, finished, length, row_kinds in zip(

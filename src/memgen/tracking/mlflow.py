@@ -12,6 +12,7 @@ import shlex
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, final
 
@@ -182,6 +183,12 @@ def git_revision() -> dict[str, str]:
     }
 
 
+def installed_packages() -> str:
+    """The environment as `name==version` lines, sorted."""
+    found = {f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]}
+    return "".join(f"{line}\n" for line in sorted(found, key=str.lower))
+
+
 def flatten_parameters(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as MLflow parameters: dotted names, values as text of at most 500 characters.
 
@@ -257,6 +264,7 @@ def _write_configuration(logger: MLFlowLogger, description: RunDescription) -> N
         client.log_text(run, text, f"config/raw/{index:02d}_{Path(name).name}")
     client.log_text(run, shlex.join(description.arguments) + "\n", "config/arguments.txt")
     client.log_text(run, description.resolved_yaml, "config/resolved.yaml")
+    client.log_text(run, installed_packages(), "config/packages.txt")
 
 
 def _write_parameters(logger: MLFlowLogger, resolved: Mapping[str, Any]) -> None:

@@ -31,9 +31,7 @@ def marked_answer(
         place = point - prompt_length
         if place > begin:
             segments.append(Segment(tokenizer.decode(answer[begin:place])))
-        prompt = kind == InsertionKind.PROMPT
-        latents = weaver.prompt_latents if prompt else weaver.inference_latents
-        segments.append(Segment(f"{latents} latents", is_insertion=True))
+        segments.append(Segment(f"{weaver.latents(InsertionKind(kind))} latents", is_insertion=True))
         begin = place
     segments.append(Segment(tokenizer.decode(answer[begin:])))
     return segments

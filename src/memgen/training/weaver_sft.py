@@ -77,7 +77,7 @@ class WeaverSFT(LightningModule):
         self.memgen: MemGenModel
         self.train_loss = MeanMetric()
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
-        self.answers = AnswerMetrics()
+        self.answers = AnswerMetrics(memgen.weaver)
         self._samples: list[Sample] = []
         self._clock = 0.0
 
@@ -119,7 +119,10 @@ class WeaverSFT(LightningModule):
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         loss = token_loss(logprobs, batch.window_tokens, parts)
         self._log_step(batch, logprobs.detach(), woven)
-        return loss
+        # A batch may use only one bank of queries. The others get a zero gradient rather than none: ranks that
+        # average gradients wait for each other's, and an optimizer step must not depend on how a batch is split.
+        unused = sum(parameter.sum() for parameter in self.memgen.weaver.own_parameters().values())
+        return loss + 0.0 * unused
 
     def plan(self, batch: SFTBatch) -> InsertionPlan:
         """Where latents go in a batch: drawn per item, epoch and seed, so that batching does not change it."""

@@ -1,0 +1,109 @@
+"""Two real gloo processes with unequal token counts against one process on the same items."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sft_runs import TARGETS, assert_gradients_close, save_tiny
+from tolerance import assert_close
+
+WORKER = Path(__file__).with_name("two_ranks_worker.py")
+
+
+def run(ranks: int, base: Path, out: Path, targets: list[str], accumulate: int = 1) -> list[dict]:
+    """What each rank wrote."""
+    environment = os.environ | {
+        "PYTHONPATH": str(WORKER.parents[1]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    # Started under a launcher, Lightning would not launch the second process itself.
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    command = [
+        sys.executable,
+        str(WORKER),
+        str(ranks),
+        str(base),
+        str(out),
+        json.dumps(targets),
+        str(accumulate),
+    ]
+    log = out.with_suffix(".log")
+    with log.open("w") as file:
+        # A session of its own, so that a rank that waits for the other in vain can be ended with it.
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+        try:
+            code = process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = "none: the ranks wait for each other"
+    assert code == 0, f"exit code {code}\n{log.read_text()[-4000:]}"
+    return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(ranks)]
+
+
+# Half of the answers have no delimiter, so that a rank may insert nothing inside its answers.
+MANY = [*TARGETS, "abc", "defghij", "k", "l, m"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ranks")
+    base = save_tiny(directory / "base")
+    return {
+        "one": run(1, base, directory / "one", MANY),
+        # Micro-batches of one item: a rank often inserts nothing inside its answer while the other does.
+        "two": run(2, base, directory / "two", MANY, accumulate=2),
+    }
+
+
+def test_two_ranks_with_unequal_token_counts_take_the_steps_of_one(runs):
+    (one,), two = runs["one"], runs["two"]
+    assert any(first != second for first, second in zip(two[0]["tokens"], two[1]["tokens"], strict=True))
+    assert sum(two[0]["tokens"] + two[1]["tokens"]) == sum(one["tokens"])
+    assert len(one["gradients"]) == 3
+    for rank in two:
+        for step in range(3):
+            # Later steps start from parameters that AdamW has moved by slightly other gradients.
+            assert_gradients_close(
+                f"step {step}", rank["gradients"][step], one["gradients"][step], factor=10 ** min(step, 2)
+            )
+        for name, reference in one["parameters"].items():
+            assert_close(name, rank["parameters"][name], reference, factor=100)
+
+
+def test_both_ranks_end_with_the_same_parameters(runs):
+    first, second = (rank["parameters"] for rank in runs["two"])
+    for name, reference in first.items():
+        assert torch.equal(second[name], reference), name
+
+
+def test_validation_measures_of_three_items_on_two_ranks_are_those_of_one(runs):
+    (one,) = runs["one"]
+    assert {"val/loss", "val/token_accuracy", "val/exact_match", "val/insertions_per_answer"} <= set(
+        one["measures"]
+    )
+    for rank in runs["two"]:
+        assert set(rank["measures"]) == set(one["measures"])
+        for name, value in one["measures"].items():
+            assert rank["measures"][name] == pytest.approx(value, rel=1e-3), name
+
+
+@pytest.mark.parametrize(
+    "share", [0, 1, 2], ids=["four and two", "the second has none", "the first has none"]
+)
+def test_answer_metrics_agree_however_the_answers_lie_on_the_ranks(runs, share):
+    expected = runs["one"][0]["answers"][share]
+    assert {"reward_even", "reward_odd", "exact_match", "insertions_per_answer"} <= set(expected)
+    for rank in runs["two"]:
+        assert rank["answers"][share] == pytest.approx(expected)

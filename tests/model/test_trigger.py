@@ -1,0 +1,159 @@
+"""The three kinds of trigger."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memgen.generation.decode import generate
+from memgen.generation.sampling import GenerationSettings
+from memgen.model.cache import RowCache
+from memgen.model.trigger import Boundary, ConstantTrigger, StateTrigger, TokenTrigger, TriggerConfig
+from memgen.types import Decision, TokenBatch
+from tiny import random_rows, tiny_memgen
+from tolerance import assert_close
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_a_constant_trigger_has_one_probability_and_nothing_to_train(probability):
+    trigger = ConstantTrigger(probability)
+    probs = trigger.invoke_probs(Boundary(rows=[4, 2], unread=[[], []], states=None), None)
+    assert torch.equal(probs, torch.full((2,), probability))
+    assert trigger.own_parameters() == {}
+    assert trigger.memory(2, 10, CPU) is None
+    assert trigger.stochastic
+    assert not trigger.needs_states
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("always", 1.0), ("never", 0.0)])
+def test_always_and_never_do_what_they_say(kind, expected):
+    generation = generate(
+        tiny_memgen(trigger=kind, cap=99),
+        random_rows([4, 9, 6, 3, 7]),
+        GenerationSettings(max_new_tokens=16, temperature=1.0),
+    )
+    asked = generation.decisions != Decision.NOT_ASKED
+    assert int(asked.sum()) > 4
+    assert set(generation.decisions[asked].tolist()) == {int(expected)}
+
+
+def test_random_invokes_with_its_probability():
+    model = tiny_memgen(trigger="random", probability=0.25, cap=99)
+    generation = generate(
+        model, random_rows([5] * 40), GenerationSettings(max_new_tokens=20, temperature=1.0)
+    )
+    asked = int((generation.decisions != Decision.NOT_ASKED).sum())
+    invoked = int((generation.decisions == Decision.INVOKE).sum())
+    assert asked > 80
+    assert abs(invoked / asked - 0.25) < 4 * (0.25 * 0.75 / asked) ** 0.5
+
+
+def dense_probability(trigger: TokenTrigger, tokens: list[int]) -> torch.Tensor:
+    """The definition: one read of the text by Hugging Face's own modules, head on the last state."""
+    base = trigger.backbone
+    base.model.set_attn_implementation("sdpa")
+    try:
+        with base.adapters.using("trigger"):
+            hidden = base.model.get_decoder()(torch.tensor([tokens]), use_cache=False).last_hidden_state[
+                0, -1
+            ]
+    finally:
+        base.model.set_attn_implementation("memgen")
+    return trigger.output_layer(hidden).softmax(-1)[Decision.INVOKE]
+
+
+@pytest.mark.parametrize("own_bases", [False, True], ids=["shared base", "own base"])
+@torch.no_grad()
+def test_a_token_trigger_that_reads_only_what_is_new_decides_like_one_that_reads_everything(own_bases):
+    trigger = tiny_memgen(trigger="tokens", own_bases=own_bases).trigger
+    memory = trigger.memory(3, 30, CPU)
+    assert isinstance(memory, RowCache)
+    text = {row: [] for row in range(3)}
+    for step, (rows, lengths) in enumerate(
+        [([0, 1, 2], [5, 1, 9]), ([2, 0], [3, 1]), ([1], [8]), ([0, 1, 2], [1, 2, 1])]
+    ):
+        unread = random_rows(lengths, seed=step)
+        probs = trigger.invoke_probs(Boundary(rows=rows, unread=unread, states=None), memory)
+        for row, new, prob in zip(rows, unread, probs, strict=True):
+            text[row] += new
+            assert_close(f"step {step}, row {row}", prob, dense_probability(trigger, text[row]))
+
+
+@torch.no_grad()
+def test_logits_behind_every_token_are_those_of_each_prefix():
+    trigger = tiny_memgen(trigger="tokens").trigger
+    rows = random_rows([6, 1, 4])
+    logits = trigger.logits(TokenBatch.from_rows(rows)).split([6, 1, 4])
+    for row, ours in zip(rows, logits, strict=True):
+        for end in range(1, len(row) + 1):
+            expected = dense_probability(trigger, row[:end])
+            assert_close(f"prefix {end}", ours[end - 1].softmax(-1)[Decision.INVOKE], expected)
+
+
+@torch.no_grad()
+def test_a_token_trigger_never_sees_latents():
+    """The same text with other latents gets the same probabilities."""
+    model = tiny_memgen(trigger="tokens", cap=99)
+    settings = GenerationSettings(max_new_tokens=12)
+    generation = generate(model, random_rows([5, 8]), settings)
+    for row, (prompt, answer) in enumerate(zip(random_rows([5, 8]), generation.answers(), strict=True)):
+        for step in torch.nonzero(generation.decisions[row] != Decision.NOT_ASKED).flatten().tolist():
+            expected = dense_probability(model.trigger, prompt + answer[:step])
+            assert_close("probability", generation.invoke_probs[row, step], expected)
+    assert int(generation.plan.counts.sum()) > 0
+
+
+@torch.no_grad()
+def test_a_state_trigger_reads_the_reasoners_state_alone():
+    trigger = tiny_memgen(trigger="hidden_states").trigger
+    assert isinstance(trigger, StateTrigger)
+    assert trigger.needs_states
+    assert trigger.memory(3, 10, CPU) is None
+    states = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 4
+    normed = (states - states.mean(-1, keepdim=True)) / (
+        states.var(-1, correction=0, keepdim=True) + 1e-5
+    ).sqrt()
+    logits = trigger.output_layer(normed * trigger.norm.weight + trigger.norm.bias)
+    assert_close("logits", trigger.logits(states), logits)
+    probs = trigger.invoke_probs(Boundary(rows=[0, 1, 2], unread=[[], [], []], states=states), None)
+    assert_close("probability", probs, logits.softmax(-1)[:, Decision.INVOKE])
+
+
+@pytest.mark.parametrize("kind", ["tokens", "hidden_states"])
+def test_gradients_of_a_learned_trigger_reach_all_its_parameters_and_no_others(kind):
+    model = tiny_memgen(trigger=kind)
+    model.train_only(model.trigger)
+    if kind == "tokens":
+        logits = model.trigger.logits(TokenBatch.from_rows(random_rows([5, 3])))
+    else:
+        logits = model.trigger.logits(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)))
+    logits.log_softmax(-1)[:, 1].sum().backward()
+    with_gradient = {
+        id(p) for p in model.parameters() if p.grad is not None and float(p.grad.abs().max()) > 0
+    }
+    assert with_gradient == {id(p) for p in model.trigger.own_parameters().values()}
+
+
+@pytest.mark.parametrize("kind", ["tokens", "hidden_states"])
+def test_the_initial_bias_moves_a_new_trigger_towards_invoking(kind):
+    heads = []
+    for bias in (0.0, 2.5):
+        torch.manual_seed(0)
+        config = TriggerConfig(kind=kind, initial_invoke_bias=bias)
+        trigger = (
+            TokenTrigger(tiny_memgen().reasoner.backbone, config)
+            if kind == "tokens"
+            else StateTrigger(32, config)
+        )
+        heads.append(trigger.output_layer.bias.detach())
+    if kind == "hidden_states":
+        assert_close("bias", heads[1] - heads[0], torch.tensor([0.0, 2.5]))
+    assert float(heads[1][Decision.INVOKE]) > 2.0
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.1])
+def test_a_probability_out_of_range_is_refused(probability):
+    with pytest.raises(ValueError, match=rf"trigger\.probability must be in \[0, 1\], got {probability}"):
+        TriggerConfig(kind="random", probability=probability)
