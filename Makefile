@@ -5,12 +5,13 @@
 # make check   lint, format, types, import directions, spelling
 #
 # Variables: PYTHON (an interpreter >= 3.11), VENV (where the environment goes), TORCH_INDEX (another package index
-# for torch, for example PyTorch's CPU or CUDA wheels), PYTEST_ARGS, DEMO_ARGS.
+# for torch, for example PyTorch's CPU or CUDA wheels), WORKERS (test processes), PYTEST_ARGS, DEMO_ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -38,7 +39,7 @@ demo: setup
 	$(BIN)/memgen demo $(DEMO_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not sandbox" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not sandbox" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: setup
 	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -168,6 +169,20 @@ def test_a_run_resumed_in_mid_epoch_ends_where_an_uninterrupted_one_does(folder)
     # The resumed run goes on in its folder.
     resumed = load_file(run / "last/weaver.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("unpickled"),))
+
+
+def test_resuming_never_unpickles_objects(folder):
+    torch.save({"state_dict": {}, "payload": Payload()}, folder / "evil.ckpt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        small_run(folder, "--ckpt_path", str(folder / "evil.ckpt"))
+    assert not (folder / "unpickled").exists()
 
 
 def test_a_checkpoint_of_another_backbone_is_refused_by_name(folder, capsys):

@@ -23,7 +23,7 @@ from memgen.cli import config, explain
 from memgen.cli.config import Document, Layer, Request
 from memgen.cli.errors import UsageError, refuses_input
 from memgen.tracking.mlflow import DEFAULT_ROOT, RunDescription, RunRecord, run_logger
-from memgen.training.checkpoint import CONFIG_FILE
+from memgen.training.checkpoint import CONFIG_FILE, standing
 
 STAGE_EXAMPLE = "conf/weaver_sft.yaml"
 HELP_OPTIONS = ("-h", "--help")
@@ -52,6 +52,9 @@ def main(argv: Sequence[str]) -> int:
     _require_stage(merged, layers)
     document = config.resolve(merged, layers)
     _require_checkpoints(document)
+    if document.get("ckpt_path") is not None:
+        # What a .ckpt of ours holds needs no unpickling of objects, so none is done.
+        document.setdefault("weights_only", True)
     _quieten()
     try:
         TrainerCommand(command=command, request=request, layers=layers, document=document)
@@ -255,7 +258,7 @@ def _require_checkpoints(document: Document) -> None:
     """A checkpoint that is not there is told before anything is loaded."""
     start = document["model"].get("init_from")
     # A name with a colon, such as lab:weaver_sft, is resolved by the stage.
-    if isinstance(start, str) and ":" not in start and not (Path(start) / CONFIG_FILE).is_file():
+    if isinstance(start, str) and ":" not in start and not (standing(Path(start)) / CONFIG_FILE).is_file():
         raise UsageError(
             f"{start} is no checkpoint directory: it has no {CONFIG_FILE} (--checkpoint, model.init_from)"
         )

@@ -95,7 +95,7 @@ def read_config(directory: Path) -> MemGenConfig:
     Raises:
         CheckpointError: if it is not a checkpoint directory, or of another format version.
     """
-    directory = _standing(directory)
+    directory = standing(directory)
     config: MemGenConfig = _parse(MemGenConfig, _header(directory)["config"], str(directory / CONFIG_FILE))
     return config
 
@@ -110,7 +110,7 @@ def load_checkpoint(model: MemGenModel, directory: Path) -> LoadReport:
     Raises:
         CheckpointError: if the directory is no checkpoint, was made on another backbone, or its tensors do not match.
     """
-    directory = _standing(directory)
+    directory = standing(directory)
     header = _header(directory)
     for part, base in _bases(model).items():
         recorded = header["backbones"].get(part)
@@ -235,7 +235,7 @@ def _replacing(directory: Path, known_by: str) -> Iterator[Path]:
     """A temporary directory beside the target that takes its place once the block has succeeded.
 
     The two are exchanged in one step. A file system that cannot do that sets the old one aside for a moment, under
-    a name that `_standing` knows, so that a process killed at any point leaves something to load.
+    a name that `standing` knows, so that a process killed at any point leaves something to load.
 
     Args:
         directory: the target.
@@ -274,7 +274,7 @@ def _aside(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.old")
 
 
-def _standing(directory: Path) -> Path:
+def standing(directory: Path) -> Path:
     """The directory, or what a killed writer had set aside for it."""
     aside = _aside(directory.absolute())
     return aside if not directory.exists() and aside.exists() else directory
