@@ -231,10 +231,22 @@ def test_a_broken_line_of_the_data_is_named(folder, capsys):
             "--model.memgen.weaver.lora.target_modules=[q_prj]",
             "lora.target_modules ['q_prj'] do not exist in this model",
         ),
+        (
+            "--model.memgen.weaver={prompt_latents: 0, inference_latents: 0}",
+            "no latents would ever be woven, so there is nothing to train",
+        ),
         ("--model.curriculum.first=0.5", "must be 0 or more and add up to 1"),
         ("--model.generation.max_new_tokens=3000", "the reasoner's context is 2048"),
     ],
-    ids=["unknown delimiter", "negative K", "negative cap", "unknown layer", "shares", "context"],
+    ids=[
+        "unknown delimiter",
+        "negative K",
+        "negative cap",
+        "unknown layer",
+        "no latents",
+        "shares",
+        "context",
+    ],
 )
 def test_settings_that_cannot_work_are_refused_in_one_line(folder, capsys, override, message):
     assert small_run(folder, override) == 2

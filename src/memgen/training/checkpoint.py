@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -35,6 +36,8 @@ from memgen.model.trigger import TokenTrigger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "memgen.json"
@@ -124,8 +127,11 @@ def load_checkpoint(model: MemGenModel, directory: Path) -> LoadReport:
             )
     files = [(model.weaver.own_parameters(), directory / WEAVER_FILE)]
     # An untrained kind of trigger (always, never, random) has nothing to load into, and was asked for by name.
-    if (directory / TRIGGER_FILE).exists() and model.trigger.own_parameters():
-        files.append((model.trigger.own_parameters(), directory / TRIGGER_FILE))
+    if model.trigger.own_parameters():
+        if (directory / TRIGGER_FILE).exists():
+            files.append((model.trigger.own_parameters(), directory / TRIGGER_FILE))
+        else:
+            logger.warning("%s holds no trained trigger: the model's new one decides", directory)
     return _load([(parameters, _read_tensors(path), path) for parameters, path in files])
 
 

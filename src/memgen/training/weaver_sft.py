@@ -85,6 +85,12 @@ class WeaverSFT(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
+        weaver, cap = self.config.weaver, self.config.boundaries.max_inference_insertions
+        if stage == "fit" and not weaver.prompt_latents and not (weaver.inference_latents and cap):
+            raise ValueError(
+                f"no latents would ever be woven, so there is nothing to train: weaver.prompt_latents is 0, "
+                f"weaver.inference_latents {weaver.inference_latents}, boundaries.max_inference_insertions {cap}"
+            )
         if not hasattr(self, "memgen"):
             self.memgen = MemGenModel.build(self.config, self.tokenizer, self.resolve_asset)
             if self.init_from is not None:
