@@ -26,8 +26,9 @@ def run(ranks: int, base: Path, out: Path, targets: list[str], accumulate: int =
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    # Started under a launcher, Lightning would not launch the second process itself.
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    # Started under a launcher, Lightning would not launch the second process itself; and a seed that another test
+    # left behind would be set again in every rank of a launch, but not in a single process.
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"):
         environment.pop(name, None)
     command = [
         sys.executable,

@@ -69,7 +69,9 @@ def test_a_run_records_configuration_parameters_tags_and_metrics(logger, store, 
     )
     trainer.fit(BoringModel())
 
-    assert artifacts(logger, "config") == {
+    recorded = artifacts(logger, "config")
+    assert f"torch=={torch.__version__}\n" in recorded.pop("packages.txt")
+    assert recorded == {
         "raw/00_a.yaml": "x: ${y} # kept\n",
         "raw/01_b.yaml": "y: 1\n",
         "arguments.txt": "--config conf/a.yaml --x 'a b'\n",
