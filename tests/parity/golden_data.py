@@ -47,7 +47,7 @@ class Golden:
             pytest.skip(f"{self.variant} has no case {name}")
         return load_file(path)
 
-    def base(self, part: str) -> Backbone:
+    def language_model(self, part: str) -> Qwen2ForCausalLM:
         identical = self.config["bases_identical"]
         sizes, common = self.config[part], self.config["qwen2_common"]
         config = Qwen2Config(
@@ -65,11 +65,12 @@ class Golden:
         assert set(missing) <= {"lm_head.weight"}
         assert not unexpected
         model.tie_weights()
-        return Backbone(model, f"golden:{part}")
+        return model
 
-    def memgen(
-        self, trigger: str = "tokens", cap: int | None = None, *, with_weights: bool = True
-    ) -> MemGenModel:
+    def base(self, part: str) -> Backbone:
+        return Backbone(self.language_model(part), f"golden:{part}")
+
+    def memgen_config(self, trigger: str = "tokens", cap: int | None = None) -> MemGenConfig:
         lora = self.config["lora"]
         settings = LoraSettings(
             r=lora["r"],
@@ -77,20 +78,25 @@ class Golden:
             dropout=lora["lora_dropout"],
             target_modules=tuple(lora["target_modules"]),
         )
+        return MemGenConfig(
+            weaver=WeaverConfig(
+                lora=settings,
+                prompt_latents=self.config["prompt_latents_len"],
+                inference_latents=self.config["inference_latents_len"],
+            ),
+            trigger=TriggerConfig(kind=trigger, lora=settings),
+            boundaries=BoundaryConfig(
+                delimiters=tuple(self.config["delimiters"]),
+                max_inference_insertions=self.config["max_inference_aug_num"] if cap is None else cap,
+            ),
+        )
+
+    def memgen(
+        self, trigger: str = "tokens", cap: int | None = None, *, with_weights: bool = True
+    ) -> MemGenModel:
         shared = self.config["bases_identical"]
         model = MemGenModel.assemble(
-            MemGenConfig(
-                weaver=WeaverConfig(
-                    lora=settings,
-                    prompt_latents=self.config["prompt_latents_len"],
-                    inference_latents=self.config["inference_latents_len"],
-                ),
-                trigger=TriggerConfig(kind=trigger, lora=settings),
-                boundaries=BoundaryConfig(
-                    delimiters=tuple(self.config["delimiters"]),
-                    max_inference_insertions=self.config["max_inference_aug_num"] if cap is None else cap,
-                ),
-            ),
+            self.memgen_config(trigger, cap),
             self.base("reasoner"),
             tokenizer(),
             weaver_base=None if shared else self.base("weaver"),

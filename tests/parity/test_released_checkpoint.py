@@ -8,16 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_data import ROOT, VARIANTS, Golden, golden
+from golden_data import ROOT, VARIANTS, Golden, golden, tokenizer
 from safetensors.torch import load_file
 
+from memgen.cli import main as front_end
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
-from memgen.model.adapters import LoraSettings
-from memgen.model.boundary import BoundaryConfig
-from memgen.model.memgen import MemGenConfig
-from memgen.model.trigger import TriggerConfig
-from memgen.model.weaver import WeaverConfig
+from memgen.lab.saving import save_backbone
 from memgen.training.checkpoint import CheckpointError, export_released, import_released, released_names
 
 WITH_CHECKPOINT = [name for name in VARIANTS if (ROOT / name / "released_checkpoint").is_dir()]
@@ -28,25 +25,6 @@ pytestmark = pytest.mark.skipif(not WITH_CHECKPOINT, reason="no golden data: set
 @pytest.fixture(params=WITH_CHECKPOINT or ["none"])
 def data(request) -> Golden:
     return golden(request.param)
-
-
-def config_of(data: Golden) -> MemGenConfig:
-    lora = data.config["lora"]
-    settings = LoraSettings(
-        r=lora["r"],
-        alpha=lora["lora_alpha"],
-        dropout=lora["lora_dropout"],
-        target_modules=tuple(lora["target_modules"]),
-    )
-    return MemGenConfig(
-        weaver=WeaverConfig(
-            lora=settings,
-            prompt_latents=data.config["prompt_latents_len"],
-            inference_latents=data.config["inference_latents_len"],
-        ),
-        trigger=TriggerConfig(kind="tokens", lora=settings),
-        boundaries=BoundaryConfig(max_inference_insertions=data.config["max_inference_aug_num"]),
-    )
 
 
 def imported(data: Golden, trigger: str = "tokens"):
@@ -95,7 +73,7 @@ def test_without_a_learned_trigger_the_weaver_alone_is_imported(data):
 
 
 def test_the_export_has_the_released_files_with_their_names_shapes_and_values(data, tmp_path):
-    export_released(imported(data), config_of(data), tmp_path / "exported")
+    export_released(imported(data), data.memgen_config(), tmp_path / "exported")
     theirs = data.path / "released_checkpoint"
     # The released code's adapters come with a model card that says nothing.
     assert files(tmp_path / "exported") == {name for name in files(theirs) if not name.endswith("README.md")}
@@ -109,7 +87,7 @@ def test_the_export_has_the_released_files_with_their_names_shapes_and_values(da
 
 
 def test_the_exported_adapter_settings_are_the_released_ones(data, tmp_path):
-    export_released(imported(data), config_of(data), tmp_path / "exported")
+    export_released(imported(data), data.memgen_config(), tmp_path / "exported")
     for part in ("weaver", "trigger"):
         place = Path(part) / part / "adapter_config.json"
         ours = json.loads((tmp_path / "exported" / place).read_text())
@@ -125,7 +103,7 @@ def test_export_and_import_are_a_bit_exact_round_trip(data, tmp_path):
     with torch.no_grad():
         for parameter in released_names(model).values():
             parameter += torch.randn(parameter.shape, generator=generator)
-    export_released(model, config_of(data), tmp_path / "exported")
+    export_released(model, data.memgen_config(), tmp_path / "exported")
     other = data.memgen(with_weights=False)
     import_released(other, tmp_path / "exported")
     names = released_names(other)
@@ -150,3 +128,26 @@ def test_greedy_answers_through_the_imported_checkpoint_are_the_released_ones(da
         # The released code goes on behind the first end token, we stop there.
         assert answer == output[: len(answer)]
         assert len(answer) == len(output) or answer[-1] == data.config["eos_token_id"]
+
+
+def test_the_command_imports_and_exports_without_losing_a_bit(data, tmp_path, capsys):
+    source = data.path / "released_checkpoint"
+    names = {}
+    for part in ("reasoner", "weaver", "trigger"):
+        if part != "reasoner" and data.config["bases_identical"]:
+            continue
+        directory = names[part] = tmp_path / part
+        directory.mkdir()
+        save_backbone(data.language_model(part), tokenizer(), directory)
+    arguments = ["--backbone", str(names["reasoner"]), "--trigger", "tokens"]
+    for part in ("weaver", "trigger"):
+        arguments += [f"--{part}-backbone", str(names[part])] if part in names else []
+    ours, again = tmp_path / "ours", tmp_path / "again"
+    assert front_end.main(["convert", str(source), str(ours), *arguments]) == 0
+    assert front_end.main(["convert", str(ours), str(again)]) == 0
+    for file in ("weaver/weaver/adapter_model.safetensors", "trigger/trigger/adapter_model.safetensors"):
+        expected, found = load_file(source / file), load_file(again / file)
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert front_end.main(["convert", str(source), str(tmp_path / "x")]) == 2
+    assert "give --backbone NAME" in capsys.readouterr().err

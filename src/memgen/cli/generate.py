@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     if not prompts:
         raise UsageError("there is no prompt: give --prompt TEXT, or one prompt per line on standard input")
 
-    from memgen.chat import load_tokenizer, prompt_ids
+    from memgen.chat import end_of_turn_id, load_tokenizer, prompt_ids
     from memgen.generation.decode import generate
     from memgen.generation.sampling import GenerationSettings
     from memgen.lab.assets import resolve_asset
@@ -46,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(resolve_asset(config.backbone.name), config.backbone.revision)
     if options.device is not None:
         model.to(options.device)
+    if not options.raw:
+        model.reasoner.end_at(end_of_turn_id(tokenizer))
     for text in prompts:
         if options.raw:
             ids = tokenizer.encode(text.replace("\\n", "\n"), add_special_tokens=False)

@@ -37,6 +37,7 @@ COMMANDS = {
     "test": Command("score on the test split", "memgen.cli.run", trainer=True),
     "predict": Command("write a prediction for every item", "memgen.cli.run", trainer=True),
     "generate": Command("answer a prompt and mark where memory was woven in", "memgen.cli.generate"),
+    "convert": Command("import or export a checkpoint of the released code", "memgen.cli.convert"),
     "demo": Command("the whole pipeline on the embedded default", "memgen.cli.demo"),
     "ui": Command("open the record of runs in MLflow", "memgen.cli.ui"),
 }

@@ -21,6 +21,8 @@ from typing import Any
 import platformdirs
 from filelock import FileLock, Timeout
 
+from memgen.training.checkpoint import sync
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -87,13 +89,13 @@ def _build(final: Path, recipe: Mapping[str, Any], build: Callable[[Path], None]
         manifest = {"recipe": dict(recipe), "files": files}
         (working / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for path in [*working.rglob("*"), working]:
-            _flush(path)
+            sync(path)
         working.chmod(0o755)  # a temporary directory is its owner's alone
         if final.exists():
             logger.warning("%s is damaged (a file is missing or has changed); it was built again", final)
             shutil.rmtree(final)
         working.replace(final)
-        _flush(final.parent)
+        sync(final.parent)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
         raise
@@ -114,11 +116,3 @@ def _is_complete(directory: Path) -> bool:
 def _describe(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -124,6 +124,10 @@ class MemGenModel(nn.Module):
                 trigger = ConstantTrigger(config.trigger.probability)
             case "always" | "never":
                 trigger = ConstantTrigger(float(config.trigger.kind == "always"))
+        # An initialisation that was overwritten (by a sharded one, say) shows at once, not as a strange loss.
+        weaver.backbone.adapters.assert_untouched(weaver.adapter)
+        if isinstance(trigger, TokenTrigger):
+            trigger.backbone.adapters.assert_untouched(trigger.adapter)
         boundaries = Boundaries.from_tokenizer(config.boundaries, tokenizer, base.embedding.shape[0])
         return cls(Reasoner(base, end_ids(base, tokenizer)), weaver, trigger, boundaries)
 

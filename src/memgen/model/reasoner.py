@@ -27,6 +27,10 @@ class Reasoner(nn.Module):
         self.backbone = backbone
         self.end_ids = end_ids
 
+    def end_at(self, token: int) -> None:
+        """Ends answers at one more token: a chat template's end of turn need not be the model's end of sequence."""
+        self.end_ids = tuple(sorted({*self.end_ids, token}))
+
     def read(self, embeddings: Float[Tensor, "time hidden"], view: View) -> Float[Tensor, "time hidden"]:
         """Hidden states of packed stream positions, without any adapter."""
         hidden: Tensor = self.backbone(embeddings, view)

@@ -22,14 +22,14 @@ from memgen.model.backbone import Backbone, BackboneConfig
 from memgen.model.cache import Memory, PackedStore, RowCache, Segment
 from memgen.types import Decision, TokenBatch
 
-ADAPTER = "trigger"
+TriggerKind = Literal["always", "never", "random", "tokens", "hidden_states"]
 
 
 @dataclass(frozen=True)
 class TriggerConfig:
     """Who decides, and how."""
 
-    kind: Literal["always", "never", "random", "tokens", "hidden_states"] = "always"
+    kind: TriggerKind = "always"
     """always, never, random: a constant. tokens: learned, reads the text. hidden_states: learned, reads the reasoner."""
     probability: float = 0.5
     """Chance of INVOKE at a boundary for `random`."""
@@ -107,6 +107,9 @@ class TokenTrigger(Trigger):
         translate: turns the reasoner's token ids into those of its own base; None if both have one vocabulary.
     """
 
+    adapter = "trigger"
+    """Name of its LoRA adapter on its base."""
+
     def __init__(
         self,
         backbone: Backbone,
@@ -116,7 +119,7 @@ class TokenTrigger(Trigger):
         super().__init__()
         self.backbone = backbone
         self.translate = translate
-        backbone.add_adapter(ADAPTER, config.lora)
+        backbone.add_adapter(self.adapter, config.lora)
         self.output_layer = _decision_head(backbone.hidden_size, config.initial_invoke_bias)
 
     @override
@@ -127,7 +130,9 @@ class TokenTrigger(Trigger):
     @override
     def own_parameters(self) -> dict[str, nn.Parameter]:
         own = {f"output_layer.{name}": p for name, p in self.output_layer.named_parameters()}
-        adapter = {f"backbone.model.{n}": p for n, p in self.backbone.adapters.parameters(ADAPTER).items()}
+        adapter = {
+            f"backbone.model.{n}": p for n, p in self.backbone.adapters.parameters(self.adapter).items()
+        }
         return own | adapter
 
     @override
@@ -156,7 +161,7 @@ class TokenTrigger(Trigger):
         assert min(counts) > 0, "a boundary lies behind a token that the trigger has not read"
         ids = torch.tensor([token for row in unread for token in row], device=self.backbone.device)
         view = memory.open([Segment(rows=rows, counts=counts)])
-        hidden = self.backbone(self.backbone.embed(ids), view, ADAPTER)
+        hidden = self.backbone(self.backbone.embed(ids), view, self.adapter)
         return hidden, torch.tensor(counts, device=hidden.device).cumsum(0) - 1
 
 

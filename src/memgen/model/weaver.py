@@ -20,8 +20,6 @@ from memgen.model.backbone import Backbone, BackboneConfig
 from memgen.model.cache import Memory, Segment
 from memgen.types import InsertionKind
 
-ADAPTER = "weaver"
-
 
 @dataclass(frozen=True)
 class WeaverConfig:
@@ -82,11 +80,14 @@ class Weaver(nn.Module):
         reasoner_hidden: width of the reasoner.
     """
 
+    adapter = "weaver"
+    """Name of its LoRA adapter on its base."""
+
     def __init__(self, backbone: Backbone, config: WeaverConfig, reasoner_hidden: int) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone
-        backbone.add_adapter(ADAPTER, config.lora)
+        backbone.add_adapter(self.adapter, config.lora)
         hidden = backbone.hidden_size
         scale = config.query_scale
         if scale is None:
@@ -105,7 +106,9 @@ class Weaver(nn.Module):
         own = {
             name: parameter for name, parameter in self.named_parameters() if not name.startswith("backbone.")
         }
-        adapter = {f"backbone.model.{n}": p for n, p in self.backbone.adapters.parameters(ADAPTER).items()}
+        adapter = {
+            f"backbone.model.{n}": p for n, p in self.backbone.adapters.parameters(self.adapter).items()
+        }
         return own | adapter
 
     def weave(
@@ -151,7 +154,7 @@ class Weaver(nn.Module):
             end += lengths[-1]
             places.append(torch.arange(end - bank.shape[0], end, device=states.device))
         view = memory.open([Segment(rows=rows, counts=lengths, keep=counts)])
-        hidden = self.backbone(torch.cat(parts), view, ADAPTER)
+        hidden = self.backbone(torch.cat(parts), view, self.adapter)
         read = hidden[torch.cat(places)].to(self.weaver_to_reasoner.weight.dtype)
         latents: Tensor = self.weaver_to_reasoner(read)
         return latents

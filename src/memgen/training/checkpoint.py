@@ -30,9 +30,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from memgen.model.backbone import Backbone
+from memgen.model.adapters import LoraSettings
+from memgen.model.backbone import Backbone, BackboneConfig
+from memgen.model.boundary import BoundaryConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
-from memgen.model.trigger import TokenTrigger
+from memgen.model.trigger import TokenTrigger, TriggerConfig, TriggerKind
+from memgen.model.weaver import WeaverConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "memgen.json"
+RELEASED_CONFIG_FILE = "config.json"
 WEAVER_FILE = "weaver.safetensors"
 TRIGGER_FILE = "trigger.safetensors"
 
@@ -220,15 +224,16 @@ def _write_tensors(parameters: Mapping[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"could not write {path}: {error}") from error
-    _sync(path)
+    sync(path)
 
 
 def _write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
-    _sync(path)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Forces a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -258,7 +263,7 @@ def _replacing(directory: Path, known_by: str) -> Iterator[Path]:
     aside = _aside(directory)
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.chmod(0o755)
         if not directory.exists():
             temporary.rename(directory)
@@ -270,7 +275,7 @@ def _replacing(directory: Path, known_by: str) -> Iterator[Path]:
             except BaseException:
                 aside.rename(directory)
                 raise
-        _sync(directory.parent)
+        sync(directory.parent)
         shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -369,6 +374,51 @@ def import_released(model: MemGenModel, directory: Path) -> LoadReport:
     return _load([(names, tensors, directory)])
 
 
+def released_config(
+    directory: Path, backbones: Mapping[str, BackboneConfig], trigger: TriggerKind
+) -> MemGenConfig:
+    """The model configuration that a checkpoint of the released code says.
+
+    Args:
+        directory: what the released code's `save_pretrained` wrote.
+        backbones: the reasoner's base, and those of weaver and trigger if they are others; the format names none.
+        trigger: `tokens` to use the trigger of the checkpoint, or another kind. The released scripts leave it inactive,
+            which invokes at every boundary: `always`.
+
+    Raises:
+        CheckpointError: if there is no such configuration.
+    """
+    path = directory / RELEASED_CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} is no checkpoint of the released code: it has no {RELEASED_CONFIG_FILE}"
+        )
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        loras = {
+            part: LoraSettings(
+                r=settings[f"{part}_lora_config"]["r"],
+                alpha=settings[f"{part}_lora_config"]["lora_alpha"],
+                dropout=settings[f"{part}_lora_config"]["lora_dropout"],
+                target_modules=tuple(settings[f"{part}_lora_config"]["target_modules"]),
+            )
+            for part in ("weaver", "trigger")
+        }
+        return MemGenConfig(
+            backbone=backbones["reasoner"],
+            weaver=WeaverConfig(
+                backbone=backbones.get("weaver"),
+                lora=loras["weaver"],
+                prompt_latents=settings["prompt_latents_len"],
+                inference_latents=settings["inference_latents_len"],
+            ),
+            trigger=TriggerConfig(kind=trigger, backbone=backbones.get("trigger"), lora=loras["trigger"]),
+            boundaries=BoundaryConfig(max_inference_insertions=settings["max_inference_aug_num"]),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not the released code's: it has no {error}") from error
+
+
 def export_released(model: MemGenModel, config: MemGenConfig, directory: Path) -> None:
     """Writes a checkpoint in the released code's format.
 
@@ -433,7 +483,7 @@ def export_released(model: MemGenModel, config: MemGenConfig, directory: Path) -
             "weaver_lora_config": _adapter_config(config.weaver.lora),
             "trigger_lora_config": _adapter_config(config.trigger.lora),
         }
-        _write_text(json.dumps(header, indent=2) + "\n", temporary / "config.json")
+        _write_text(json.dumps(header, indent=2) + "\n", temporary / RELEASED_CONFIG_FILE)
 
 
 def _adapter_config(lora: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from memgen.chat import end_of_turn_id
 from memgen.data import EnvironmentData, EvalBatch, SFTBatch, no_assets
 from memgen.environments.base import Reward
 from memgen.generation.decode import generate
@@ -93,6 +94,7 @@ class WeaverSFT(LightningModule):
             )
         if not hasattr(self, "memgen"):
             self.memgen = MemGenModel.build(self.config, self.tokenizer, self.resolve_asset)
+            self.memgen.reasoner.end_at(end_of_turn_id(self.tokenizer, self.data.template))
             if self.init_from is not None:
                 report = load_checkpoint(self.memgen, Path(self.resolve_asset(self.init_from)))
                 logger.info("%s: %d tensors loaded", self.init_from, len(report.matched))
