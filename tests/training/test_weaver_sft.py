@@ -27,6 +27,7 @@ from sft_runs import (
     make_trainer,
     save_tiny,
 )
+from tiny import byte_tokenizer, tiny_causal_lm
 from tolerance import assert_close
 
 
@@ -415,3 +416,14 @@ def test_testing_answers_the_test_items_and_predicting_tells_where_memory_went(b
 def test_other_data_than_an_environments_is_refused(base, tmp_path):
     with pytest.raises(TypeError, match=r"needs a memgen\.data\.EnvironmentData, got BoringDataModule"):
         make_trainer(tmp_path).fit(make_stage(base), BoringDataModule())
+
+
+def test_answers_end_at_the_templates_end_of_turn_where_the_model_has_another_end_token(tmp_path):
+    base = tmp_path / "base"
+    tiny_causal_lm(eos_token_id=256, pad_token_id=256).save_pretrained(base)
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(base)
+    stage = make_stage(base)
+    make_trainer(tmp_path).fit(stage, datamodule=make_data(base))
+    assert stage.memgen.reasoner.end_ids == (256, 258)
