@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from memgen.analysis.controls import (
@@ -72,10 +73,13 @@ class LabReport:
 
     def table(self) -> Table:
         """For a terminal."""
-        table = Table(title=f"Closed-book shop, {self.items} held-out items ({self.split} split), greedy")
+        table = Table(
+            title=f"Closed-book shop, {self.items} held-out items ({self.split} split), greedy, per cent",
+            box=SIMPLE_HEAD,
+        )
         # Fits into 80 columns; CPU seconds are in the JSON.
         table.add_column("", no_wrap=True)
-        for column in ("exact", "95 % interval", "sum only", "inserted"):
+        for column in ("exact", "95 % interval", "sum only", "inserts"):
             table.add_column(column, justify="right", no_wrap=True)
         constant = self.constant
         table.add_row(
@@ -155,4 +159,4 @@ def base_hash(backbone: Backbone) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}"
