@@ -79,7 +79,7 @@ class LabReport:
         )
         # Fits into 80 columns; CPU seconds are in the JSON.
         table.add_column("", no_wrap=True)
-        for column in ("exact", "95 % interval", "sum only", "inserts"):
+        for column in ("exact", "95 % interval", "sum only", "woven"):
             table.add_column(column, justify="right", no_wrap=True)
         constant = self.constant
         table.add_row(
