@@ -39,7 +39,6 @@ def main(argv: Sequence[str]) -> int:
     if not STAGE.is_file():
         raise UsageError(f"{STAGE} is not below {Path.cwd()}; run the demo in the project's folder")
 
-    from memgen.chat import load_tokenizer
     from memgen.lab.assets import resolve_asset
     from memgen.lab.environment import Lab
     from memgen.lab.report import base_hash, report_on_weaver
@@ -48,8 +47,7 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("memgen").setLevel(logging.WARNING)
     begin = time.perf_counter()
     _say("1/4  reasoner: built on first use, then cached")
-    directory = resolve_asset("lab:reasoner")
-    load_tokenizer(directory)
+    resolve_asset("lab:reasoner")
     before = base_hash(load_backbone(BackboneConfig("lab:reasoner"), resolve_asset))
     seeds = [
         f"--seed_everything={options.seed}",

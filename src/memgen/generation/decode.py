@@ -9,6 +9,7 @@ nobody to say at which temperature the tokens behind the cap are drawn; see docs
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -116,9 +117,8 @@ class _Decoder:
         self.reads_states = weaver.reads == "hidden_states"
         self.states_first = self.reads_states or model.trigger.needs_states
         self._size_caches()
-        self.is_delimiter = boundaries.is_delimiter.cpu().numpy()
-        self.is_number_mark = boundaries.is_number_mark.cpu().numpy()
-        self.ends_in_digit = boundaries.ends_in_digit.cpu().numpy()
+        # The tables on the host, where the tokens are already: on a device each look-up would have to wait for it.
+        self.boundaries = copy.deepcopy(boundaries).cpu()
         seeds = row_seeds or [settings.seed * 1_000_003 + index for index in range(len(self.rows))]
         steps = settings.max_new_tokens
         self.draws_decisions = settings.sample_decisions or model.trigger.stochastic
@@ -313,9 +313,8 @@ class _Decoder:
         """Feeds every live row its new token, and latents where it inserts. Returns the states that predict, (n, H)."""
         lines = list(range(len(live)))
         embeddings = self.model.reasoner.backbone.embed(torch.tensor(tokens, device=self.device))
-        asked = [
-            line for line in lines if self._at_boundary(self.rows[live[line]], tokens[line], previous[line])
-        ]
+        delimited = self.boundaries.after(torch.tensor(tokens), torch.tensor(previous)).tolist()
+        asked = [line for line in lines if delimited[line] and self.rows[live[line]].inserted < self.cap]
         everybody = Segment(lines, [1] * len(lines))
         states = self._reasoner(embeddings, [everybody]) if self.states_first else None
         for line, row in enumerate(live):
@@ -346,13 +345,6 @@ class _Decoder:
             if self.reads_states:
                 answer.weaver_states = [block_states]
         return hidden.index_copy(0, torch.tensor(inserting, device=self.device), latent_states[ends])
-
-    def _at_boundary(self, row: _Row, token: int, previous: int) -> bool:
-        return (
-            row.inserted < self.cap
-            and bool(self.is_delimiter[token])
-            and not (self.is_number_mark[token] and self.ends_in_digit[previous])
-        )
 
     def _decide_at_delimiter(
         self, asked: list[int], live: list[int], step: int, states: Tensor | None

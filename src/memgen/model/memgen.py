@@ -8,7 +8,7 @@ only for the places that somebody reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
@@ -252,10 +252,7 @@ class _Forward:
         for row, limit in enumerate(batch.shared.tolist()):
             first = self.insertions[row][0].begin if self.insertions[row] else self.ends[row]
             shared.append(min(limit, first, self.ends[row]))
-        longest: dict[int, int] = {}
-        for row, number in enumerate(group):
-            if number not in longest or shared[row] > shared[longest[number]]:
-                longest[number] = row
+        longest = _leaders(range(count), shared, group)
         for row, number in enumerate(group):
             if not np.array_equal(ids[row, : shared[row]], ids[longest[number], : shared[row]]):
                 raise ValueError(f"rows {longest[number]} and {row} are of one group but do not begin alike")
@@ -309,11 +306,7 @@ class _Forward:
         prefix = {
             row: self.insertions[row][0].begin if self.insertions[row] else self.ends[row] for row in rows
         }
-        leaders: dict[int, int] = {}
-        for row in rows:
-            number = self.group[row]
-            if number not in leaders or self.shared[row] > self.shared[leaders[number]]:
-                leaders[number] = row
+        leaders = _leaders(rows, self.shared, self.group)
         with torch.no_grad():
             self._read({row: prefix[row] for row in leaders.values()})
         for row in rows:
@@ -326,13 +319,7 @@ class _Forward:
 
     def _share_for_weaver(self, rows: list[int]) -> dict[int, int]:
         """Lets rows of a group share the weaver's reading too. Leaders come first, so that a pass may serve both."""
-        leaders: dict[int, int] = {}
-        for row in rows:
-            number = self.group[row]
-            if self.insertions[row] and (
-                number not in leaders or self.shared[row] > self.shared[leaders[number]]
-            ):
-                leaders[number] = row
+        leaders = _leaders([row for row in rows if self.insertions[row]], self.shared, self.group)
         done = dict.fromkeys(rows, 0)
         for row in rows:
             leader = leaders.get(self.group[row])
@@ -387,3 +374,12 @@ class _Forward:
         self.work["weaver_positions"] += sum(counts) + latents.shape[0]
         for row, insertion in zip(rows, insertions, strict=True):
             done[row] = insertion.begin
+
+
+def _leaders(rows: Iterable[int], shared: Sequence[int], group: Sequence[int]) -> dict[int, int]:
+    """For each group, the first of the given rows that shares most: what it shares covers what the others do."""
+    leaders: dict[int, int] = {}
+    for row in rows:
+        if group[row] not in leaders or shared[row] > shared[leaders[group[row]]]:
+            leaders[group[row]] = row
+    return leaders

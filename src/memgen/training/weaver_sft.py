@@ -7,6 +7,7 @@ setting; (4) validation decodes answers and rewards them.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -279,8 +280,6 @@ class WeaverSFT(LightningModule):
 
 def _hash(text: str) -> int:
     """A 63-bit seed from a text, the same on every machine."""
-    import hashlib
-
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
