@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from memgen.chat import conversation_ids, prompt_ids
+from memgen.chat import conversation_ids
 from memgen.data import BatchIndex, EnvironmentData, SFTBatch, WindowSampler
 from memgen.environments.base import Environment, Example, Reward
 from memgen.environments.gsm8k import GSM8K
@@ -155,14 +155,14 @@ def test_drawn_turns_differ_between_epochs_and_agree_between_runs(make, keep):
     assert len(set(drawn)) > 2
 
 
-def test_validation_has_prompts_to_answer_and_completions_to_score(make):
+def test_validation_has_items_to_answer_and_completions_to_score(make):
     data = make(Echo(targets={1: "ab\nc"}), val_batch_size=3)
     batches = list(data.val_dataloader())
     examples = [e for batch in batches for e in batch.examples]
     assert examples == data.environment.examples("val")
     assert [len(batch.examples) for batch in batches] == [3, 3, 1]
     for batch in batches:
-        assert batch.prompts == [prompt_ids(TOKENIZER, data.environment.messages(e)) for e in batch.examples]
+        assert batch.examples == [examples[index] for index in batch.indices]
         expected = [conversation_ids(TOKENIZER, data.environment.conversation(e)) for e in batch.examples]
         assert batch.sft.tokens.supervised_tokens == sum(
             turn.end - turn.prompt_end for tokens in expected for turn in tokens.turns
@@ -185,7 +185,7 @@ def test_batches_move_between_devices(make):
     assert batch.tokens.ids.device.type == "meta"
     evaluation = next(iter(data.val_dataloader())).to("meta")
     assert evaluation.sft.tokens.supervised.device.type == "meta"
-    assert isinstance(evaluation.prompts[0][0], int)
+    assert evaluation.indices == tuple(range(len(evaluation.examples)))
 
 
 # Order, windows, ranks

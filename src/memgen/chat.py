@@ -159,6 +159,36 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, template: str | None = No
     return tokens.ids[tokens.turns[0].end - 1]
 
 
+def observation_ids(
+    tokenizer: PreTrainedTokenizerBase, observation: str, template: str | None = None
+) -> list[int]:
+    """Token ids between two turns of an agent: what follows its end-of-turn token, up to its next turn.
+
+    The agent's own tokens are never decoded and encoded again, so what it reads back is what it wrote.
+
+    Args:
+        tokenizer: any tokenizer.
+        observation: what the environment answers; becomes a user message.
+        template: a chat template in place of the tokenizer's (`CHATML`, for instance).
+
+    Raises:
+        ValueError: if the observation is empty, or the template renders a turn differently when a message follows.
+    """
+    if not observation.strip():
+        raise ValueError("an observation is empty; the environment must answer an action with a text")
+    probe: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    turn = conversation_ids(tokenizer, probe, template)
+    longer: list[Message] = [*probe, {"role": "user", "content": observation}]
+    ids = prompt_ids(tokenizer, longer, template)
+    end = turn.turns[0].end
+    if ids[:end] != turn.ids[:end]:
+        raise ValueError(
+            "the chat template renders an agent's turn differently when a message follows it, so an episode cannot "
+            "go on from the tokens that the agent wrote; give another template (data.chat_template: chatml)"
+        )
+    return ids[end:]
+
+
 def _require_prompt(messages: Sequence[Message], what: str) -> None:
     if not any(message["content"].strip() for message in messages):
         raise ValueError(f"{what} is empty; it needs at least one message with a text")

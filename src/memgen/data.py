@@ -7,6 +7,9 @@ the limit are dropped and counted, never truncated; (2) supervision comes from w
 a padding token that equals the end token does no harm; (3) the order of an epoch depends on (seed, epoch) alone and
 continues after a resume in the middle of an epoch.
 
+A stage that learns from its own rollouts gets items instead of answers (`learn_from: rollouts`), each as often as it
+takes steps on what it rolled out.
+
 Needs `trainer.use_distributed_sampler=false`: the loaders share the items out between the ranks themselves.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -25,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from memgen.chat import CHATML, ConversationTokens, Turn, conversation_ids, load_tokenizer, prompt_ids
-from memgen.environments.base import Environment, Example, Split
+from memgen.environments.base import Environment, Example, InteractiveEnvironment, Split
 from memgen.types import TokenBatch
 
 log = logging.getLogger(__name__)
@@ -41,10 +45,8 @@ class Item:
 
     example: Example
     """The environment's item."""
-    prompt: list[int]
-    """Token ids from which an answer is decoded. Empty for training items, which are not decoded."""
     conversation: ConversationTokens | None
-    """Prompt and reference completion, for the loss. None for test items, which have none."""
+    """Prompt and reference completion, for the loss. None where nothing is learned from reference completions."""
 
 
 @dataclass(frozen=True)
@@ -81,23 +83,73 @@ class SFTBatch:
 
 
 @dataclass(frozen=True)
+class PromptIndex:
+    """One training step of one rank on its rollouts, before the items are looked up."""
+
+    indices: tuple[int, ...]
+    """Items, as indices into `EnvironmentData.items`."""
+    epoch: int
+    """The epoch whose order this is."""
+    rollout: int
+    """Number of the rollout within the epoch."""
+    part: int
+    """Number of the step within those that one rollout serves. The first one rolls out."""
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """One training step of one rank on its rollouts."""
+
+    examples: list[Example]
+    """What to play. The same for every step that one rollout serves."""
+    place: PromptIndex
+    """Where in the run this is."""
+
+    def to(self, device: torch.device | str) -> PromptBatch:
+        """The same: items are text."""
+        return self
+
+
+@dataclass(frozen=True)
 class EvalBatch:
-    """Items to answer, and in validation the reference completions to score by their loss."""
+    """Items to answer, and in the validation of SFT the reference completions to score by their loss."""
 
     examples: list[Example]
     """What to reward against."""
-    prompts: list[list[int]]
-    """Token ids to answer, one list per example."""
+    indices: tuple[int, ...]
+    """The items, as indices into `EnvironmentData.items`: what their random draws depend on."""
     sft: SFTBatch | None
-    """The same items with their reference completions; None in test and predict."""
+    """The same items with their reference completions; None where there is no such loss."""
 
     def to(self, device: torch.device | str) -> EvalBatch:
         """The same batch on another device."""
         return self if self.sft is None else dataclasses.replace(self, sft=self.sft.to(device))
 
 
+class EpochSampler(Sampler[Any], ABC):
+    """The steps of one rank, in an order that depends on (seed, epoch) alone."""
+
+    epoch: int = 0
+    """The epoch whose steps come next."""
+    start: int = 0
+    """The first step that comes."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer at the start of each epoch."""
+        self.epoch = epoch
+
+    @property
+    @abstractmethod
+    def windows(self) -> int:
+        """Optimizer steps of an epoch, within the trainer's limit."""
+
+    @abstractmethod
+    def order_key(self) -> dict[str, int | bool]:
+        """What an offset into the epoch depends on: it means the same step only where this is equal."""
+
+
 @final
-class WindowSampler(Sampler[BatchIndex]):
+class WindowSampler(EpochSampler):
     """The micro-batches of one rank, in an order that depends on (seed, epoch) alone.
 
     A global batch is `world_size * batch_size` consecutive items of the epoch's order; rank r takes every
@@ -153,8 +205,6 @@ class WindowSampler(Sampler[BatchIndex]):
                 f"limit_train_batches leaves {used} steps, no multiple of accumulate_grad_batches {accumulate}; "
                 "this strategy accumulates by itself, so an epoch must end with a whole window"
             )
-        self.epoch = 0
-        self.start = 0
         self._lengths = np.asarray(lengths)
         self._targets = targets
         self._batch_size = batch_size
@@ -175,12 +225,8 @@ class WindowSampler(Sampler[BatchIndex]):
         """Optimizer steps of an epoch, within the trainer's limit."""
         return -(-self._used // self._accumulate)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer at the start of each epoch."""
-        self.epoch = epoch
-
     def order_key(self) -> dict[str, int | bool]:
-        """What an offset into the epoch depends on: it means the same batch only where this is equal."""
+        """Items, batch, ranks, seed and bucketing."""
         return {
             "items": len(self._lengths),
             "batch_size": self._batch_size,
@@ -226,18 +272,99 @@ class WindowSampler(Sampler[BatchIndex]):
 
 
 @final
-class ResumableLoader(DataLoader[SFTBatch]):
+class PromptSampler(EpochSampler):
+    """The items that one rank plays, each batch of them for all steps that its rollout serves.
+
+    A rollout takes `world_size * batch_size` consecutive items of the epoch's order; rank r plays every
+    `world_size`-th of them, from the r-th on. What is left at the end of an epoch, too few for a whole rollout, sits
+    this epoch out.
+    """
+
+    def __init__(
+        self,
+        items: int,
+        batch_size: int,
+        steps_per_rollout: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        limit: int | float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        """Plans nothing yet.
+
+        Args:
+            items: how many there are.
+            batch_size: items per rank and rollout.
+            steps_per_rollout: training steps that one rollout serves; a multiple of `accumulate`.
+            rank: this process.
+            world_size: processes.
+            accumulate: steps per gradient-accumulation window.
+            limit: the trainer's `limit_train_batches`.
+            seed: with the epoch, decides the order.
+
+        Raises:
+            ValueError: if there are too few items for one rollout.
+        """
+        self._rollouts = items // (world_size * batch_size)
+        if self._rollouts == 0:
+            raise ValueError(
+                f"{items} training items are too few for one rollout of {world_size} ranks with batch_size "
+                f"{batch_size}; use more items, fewer ranks or a smaller batch_size"
+            )
+        self._items = items
+        self._batch_size = batch_size
+        self._parts = steps_per_rollout
+        self._rank = rank
+        self._world_size = world_size
+        steps = self._rollouts * steps_per_rollout
+        self._used = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+        self._accumulate = accumulate
+        self._seed = seed
+
+    def __len__(self) -> int:
+        """Steps of an epoch, before the trainer's limit."""
+        return self._rollouts * self._parts
+
+    @property
+    def windows(self) -> int:
+        """Optimizer steps of an epoch, within the trainer's limit."""
+        return -(-self._used // self._accumulate)
+
+    def order_key(self) -> dict[str, int | bool]:
+        """Items, batch, steps of a rollout, ranks and seed."""
+        return {
+            "items": self._items,
+            "batch_size": self._batch_size,
+            "steps_per_rollout": self._parts,
+            "world_size": self._world_size,
+            "seed": self._seed,
+        }
+
+    def __iter__(self) -> Iterator[PromptIndex]:
+        """This rank's steps of the current epoch, from step `start` on."""
+        epoch = self.epoch
+        order = np.random.default_rng((self._seed, epoch)).permutation(self._items)
+        world_batch = self._world_size * self._batch_size
+        for step in range(self.start, len(self)):
+            rollout, part = divmod(step, self._parts)
+            batch = order[rollout * world_batch : (rollout + 1) * world_batch].tolist()
+            yield PromptIndex(tuple(batch[self._rank :: self._world_size]), epoch, rollout, part)
+
+
+@final
+class ResumableLoader(DataLoader[Any]):
     """A loader whose place within an epoch is part of a checkpoint.
 
     The place is counted where a batch is handed to the trainer, not where the sampler is asked, so that workers
     that read ahead do not shift it.
     """
 
-    def __init__(self, dataset: Dataset[SFTBatch], sampler: WindowSampler, num_workers: int = 0) -> None:
-        """Wraps a dataset that builds a batch from a `BatchIndex`.
+    def __init__(self, dataset: Dataset[Any], sampler: EpochSampler, num_workers: int = 0) -> None:
+        """Wraps a dataset that builds a batch from what the sampler yields.
 
         Args:
-            dataset: indexed by `BatchIndex`.
+            dataset: indexed by what the sampler yields.
             sampler: the order.
             num_workers: processes that build batches.
         """
@@ -257,7 +384,7 @@ class ResumableLoader(DataLoader[SFTBatch]):
         """Continues there, once: the following epochs start at their beginning."""
         self._resume = dict(state)
 
-    def __iter__(self) -> Iterator[SFTBatch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """The rest of the current epoch.
 
         Raises:
@@ -295,6 +422,20 @@ class _TrainDataset(Dataset[SFTBatch]):
 
 
 @final
+class _PromptDataset(Dataset[PromptBatch]):
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: PromptIndex) -> PromptBatch:
+        if not isinstance(index, PromptIndex):
+            raise _replaced_sampler(index)
+        return PromptBatch(examples=[self._items[i].example for i in index.indices], place=index)
+
+
+@final
 class _EvalDataset(Dataset[EvalBatch]):
     def __init__(self, items: Sequence[Item], build: _RowBuilder | None) -> None:
         self._items = items
@@ -308,7 +449,7 @@ class _EvalDataset(Dataset[EvalBatch]):
             raise _replaced_sampler(indices)
         return EvalBatch(
             examples=[self._items[i].example for i in indices],
-            prompts=[self._items[i].prompt for i in indices],
+            indices=indices,
             sft=None if self._build is None else self._build.batch(indices),
         )
 
@@ -399,7 +540,8 @@ class EnvironmentData(LightningDataModule):
     """Batches of an environment's splits.
 
     Training yields `SFTBatch`, validation `EvalBatch` with the reference completions, test and predict `EvalBatch`
-    without. In evaluation rank r takes every world_size-th item from the r-th on, none twice, so ranks may differ
+    without. With `learn_from: rollouts`, training yields `PromptBatch`, and no reference completion is needed. In
+    evaluation rank r takes every world_size-th item from the r-th on, none twice, so ranks may differ
     by one batch.
     """
 
@@ -409,6 +551,7 @@ class EnvironmentData(LightningDataModule):
         path: str | None = None,
         tokenizer: str = "lab:reasoner",
         chat_template: Literal["tokenizer", "chatml"] = "tokenizer",
+        learn_from: Literal["answers", "rollouts"] = "answers",
         batch_size: int = 8,
         val_batch_size: int = 16,
         max_length: int = 1024,
@@ -430,7 +573,8 @@ class EnvironmentData(LightningDataModule):
                 (`path: ${data.path}`), so that `--data.path DIR` suffices; here it is only reported.
             tokenizer: a directory, a name of the hub, or an asset's name for `resolve_asset`.
             chat_template: "tokenizer": the tokenizer's template if it has one, else ChatML; "chatml": ChatML.
-            batch_size: training items per rank and step.
+            learn_from: "answers": the reference completions; "rollouts": what the agent itself does.
+            batch_size: training items per rank and step, or per rank and rollout.
             val_batch_size: items per rank and step in validation, test and predict.
             max_length: tokens a conversation may have, latents not counted; longer ones are dropped and counted.
             max_prompt_length: tokens a prompt may have; None: `max_length`.
@@ -468,6 +612,9 @@ class EnvironmentData(LightningDataModule):
         self.path = path
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self.learn_from = learn_from
+        self.steps_per_rollout = 1
+        """Training steps that one rollout serves; set by a stage that learns from rollouts."""
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size
         self.max_length = max_length
@@ -527,9 +674,12 @@ class EnvironmentData(LightningDataModule):
                 self.items[split] = self._tokenized(split)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Micro-batches of this rank, `SFTBatch`."""
-        build = self._rows(self.items["train"], self.max_turns)
-        return ResumableLoader(_TrainDataset(build), self._sampler(build), self.num_workers)
+        """Micro-batches of this rank, `SFTBatch` or `PromptBatch`."""
+        if self.learn_from == "rollouts":
+            dataset: Dataset[Any] = _PromptDataset(self.items["train"])
+        else:
+            dataset = _TrainDataset(self._rows(self.items["train"], self.max_turns))
+        return ResumableLoader(dataset, self._sampler(), self.num_workers)
 
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole run, over all its epochs.
@@ -546,12 +696,23 @@ class EnvironmentData(LightningDataModule):
             if trainer.max_steps == -1:
                 raise ValueError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
             return trainer.max_steps
-        windows = self._sampler(self._rows(self.items["train"], self.max_turns)).windows
-        steps = windows * int(trainer.max_epochs or 0)
+        steps = self._sampler().windows * int(trainer.max_epochs or 0)
         return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
-    def _sampler(self, build: _RowBuilder) -> WindowSampler:
+    def _sampler(self) -> EpochSampler:
         trainer = self.trainer
+        if self.learn_from == "rollouts":
+            return PromptSampler(
+                items=len(self.items["train"]),
+                batch_size=self.batch_size,
+                steps_per_rollout=self.steps_per_rollout,
+                rank=self._rank,
+                world_size=self._world_size,
+                accumulate=1 if trainer is None else trainer.accumulate_grad_batches,
+                limit=1.0 if trainer is None else trainer.limit_train_batches,
+                seed=self.seed,
+            )
+        build = self._rows(self.items["train"], self.max_turns)
         return WindowSampler(
             lengths=[len(conversation.ids) for conversation in build.conversations],
             targets=build.targets,
@@ -568,7 +729,8 @@ class EnvironmentData(LightningDataModule):
     def val_dataloader(self) -> DataLoader[EvalBatch]:
         """Items of this rank with their reference completions, `EvalBatch`."""
         items = self.items["val"]
-        return self._eval_loader(items, self._rows(items, max_turns=None))
+        rows = None if self.learn_from == "rollouts" else self._rows(items, max_turns=None)
+        return self._eval_loader(items, rows)
 
     def test_dataloader(self) -> DataLoader[EvalBatch]:
         """Items of this rank, `EvalBatch`."""
@@ -619,10 +781,9 @@ class EnvironmentData(LightningDataModule):
         items, excess = [], []
         for example in examples:
             try:
-                item = self._item(example, split)
+                item, over = self._item(example, split)
             except ValueError as error:
                 raise ValueError(f"{name}, {split} item {example.id}: {error}") from error
-            over = self._excess(item)
             if over > 0:
                 excess.append(over)
             else:
@@ -652,30 +813,33 @@ class EnvironmentData(LightningDataModule):
     def _place(self) -> str:
         return "" if self.path is None else f" from {self.path}"
 
-    def _item(self, example: Example, split: Split) -> Item:
+    def _item(self, example: Example, split: Split) -> tuple[Item, int]:
+        """An item's tokens, and how many there are beyond a limit."""
         tokenizer, environment = self.tokenizer_object, self.environment
         prompt: list[int] = []
         conversation = None
-        if split != "train":
-            prompt = prompt_ids(tokenizer, environment.messages(example), self.template)
-        if split != "test":
+        if split != "test" and self.learn_from == "answers":
             conversation = conversation_ids(tokenizer, environment.conversation(example), self.template)
             # What follows the last turn teaches nothing.
             conversation = dataclasses.replace(
                 conversation, ids=conversation.ids[: conversation.turns[-1].end]
             )
+        # The prompt of an interactive task may need its first observation: the rollout looks after it.
+        if not isinstance(environment, InteractiveEnvironment):
+            prompt = prompt_ids(tokenizer, environment.messages(example), self.template)
         unknown = tokenizer.unk_token_id
         if unknown is not None and unknown in [*prompt, *(conversation.ids if conversation else ())]:
             raise ValueError(
                 f"its text has words that the tokenizer {self.tokenizer} does not know ({tokenizer.unk_token}); "
                 "data and backbone do not belong together: change data.tokenizer with model.memgen.backbone.name"
             )
-        return Item(example=example, prompt=prompt, conversation=conversation)
+        item = Item(example=example, conversation=conversation)
+        return item, self._excess(len(prompt), conversation)
 
-    def _excess(self, item: Item) -> int:
+    def _excess(self, prompt: int, conversation: ConversationTokens | None) -> int:
         """Tokens beyond a limit; not positive if the item fits."""
-        excess = [len(item.prompt) - self.max_prompt_length]
-        if item.conversation is not None:
-            first = item.conversation.turns[0].prompt_end
-            excess += [len(item.conversation.ids) - self.max_length, first - self.max_prompt_length]
+        excess = [prompt - self.max_prompt_length]
+        if conversation is not None:
+            first = conversation.turns[0].prompt_end
+            excess += [len(conversation.ids) - self.max_length, first - self.max_prompt_length]
         return max(excess)

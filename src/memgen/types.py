@@ -1,7 +1,7 @@
 """The records that travel between the parts. Start reading here.
 
-Axis letters, in the whole package: B rows, L token positions, E insertion points, K latents per insertion,
-N new tokens, H hidden size, V vocabulary size, T packed stream positions.
+Axis letters, in the whole package: B rows, L token positions, E insertion points (in a batch of episodes: episodes),
+K latents per insertion, N new tokens, H hidden size, V vocabulary size, T packed stream positions.
 
 Two conventions hold everywhere. Rows lie left-aligned: row b's tokens are `ids[b, :lengths[b]]`, what stands
 behind them has no meaning, and padding is never inferred from token ids (pad may equal end-of-sequence).
@@ -10,8 +10,8 @@ An insertion point p of a row means "directly before token p": the latents follo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
 
@@ -246,7 +246,8 @@ class Generation:
         tokens: new token ids, int64 (B, N); meaningless behind a row's length.
         lengths: new tokens of each row, the end token included, int64 (B,).
         finished: True if the row ended with an end token, False if it was cut at its limit, bool (B,).
-        logprobs: log-probability of each new token under the distribution it was drawn from, float32 (B, N).
+        logprobs: log-probability of each new token at its temperature, before top-p and top-k cut anything; under the
+            model's own distribution if decoding was greedy, float32 (B, N).
         decisions: a `Decision` taken before each new token, int64 (B, N).
         invoke_probs: the trigger's probability of INVOKE where it was asked, else 0, float32 (B, N).
         plan: where latents were inserted, in token indices of prompt + answer.
@@ -277,3 +278,73 @@ class Generation:
             for p, a in zip(self.prompt.rows(), self.answers(), strict=True)
         ]
         return TokenBatch.from_rows(rows, marks).to(self.tokens.device)
+
+
+@dataclass(frozen=True)
+class AgentTurn:
+    """One turn of an agent: what it read, what it wrote, and how, token for token. Nothing is tokenised again.
+
+    Attributes:
+        context: token ids before the turn, as the reasoner read them: the prompt, earlier turns and observations.
+        tokens: token ids that it wrote, the end token included.
+        logprobs: log-probability of each at the temperature it was drawn at, before top-p and top-k cut anything: a
+            later pass reads the same distribution, and what was cut is the same factor in both.
+        decisions: a `Decision` taken before each.
+        invoke_probs: the trigger's probability of INVOKE where it was asked, else 0.
+        insertions: (index in context + tokens, `InsertionKind`) of this turn's latents, ascending.
+        finished: False if the turn was cut at its limit.
+    """
+
+    context: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    decisions: list[int]
+    invoke_probs: list[float]
+    insertions: list[tuple[int, int]]
+    finished: bool
+
+    @property
+    def offered(self) -> int:
+        """Boundaries at which the trigger was asked."""
+        return sum(decision != Decision.NOT_ASKED for decision in self.decisions)
+
+    @property
+    def invocations(self) -> int:
+        """Boundaries at which it invoked."""
+        return sum(decision == Decision.INVOKE for decision in self.decisions)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One episode; a single-turn task's answer is an episode of one turn.
+
+    Attributes:
+        example: the item's id.
+        turns: the agent's turns, in order. Empty only if the environment failed before the first.
+        reward: total reward.
+        parts: what it is made of, by name.
+        truncated: whether a turn was cut at its limit, or the episode before its end.
+        fault: why the environment failed, or None. Such an episode counts for nothing.
+    """
+
+    example: str
+    turns: tuple[AgentTurn, ...]
+    reward: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    truncated: bool = False
+    fault: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the agent wrote."""
+        return sum(len(turn.tokens) for turn in self.turns)
+
+    @property
+    def offered(self) -> int:
+        """Boundaries at which the trigger was asked."""
+        return sum(turn.offered for turn in self.turns)
+
+    @property
+    def invocations(self) -> int:
+        """Boundaries at which it invoked."""
+        return sum(turn.invocations for turn in self.turns)

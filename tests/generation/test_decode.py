@@ -7,7 +7,7 @@ import torch
 
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
-from memgen.types import Decision, InsertionKind, TokenBatch
+from memgen.types import Decision, InsertionKind, InsertionPlan, TokenBatch
 from tiny import random_rows, tiny_causal_lm, tiny_memgen
 from tolerance import assert_close
 
@@ -226,3 +226,195 @@ def test_a_trigger_on_another_vocabulary_reads_the_translation_of_the_text_piece
             assert_close("probability", generation.invoke_probs[row, step], expected)
             asked += 1
     assert asked > len(prompts)
+
+
+# Latents of earlier turns
+
+
+def two_turns(model, settings, **options):
+    """A first turn, and a second whose prompts hold the first with its latents. Returns both, and the second's rows."""
+    first = generate(model, random_rows([9, 4, 17]), DRAWN, keep_latents=True)
+    questions = random_rows([5, 1, 8], seed=7)
+    prompts = [row + ask for row, ask in zip(first.as_batch().rows(), questions, strict=True)]
+    second = generate(
+        model,
+        prompts,
+        settings,
+        earlier=first.plan,
+        earlier_latents=first.latents,
+        keep_latents=True,
+        **options,
+    )
+    return first, second
+
+
+def whole(first, second, group=1):
+    """Both turns as one supervised batch and one plan."""
+    rows = second.as_batch().rows()
+    marks, points, kinds = [], [], []
+    for index, row in enumerate(rows):
+        source = index // group
+        begin, end = int(first.prompt.lengths[source]), int(first.as_batch().lengths[source])
+        answer = int(second.prompt.lengths[index])
+        marks.append([begin <= i < end or i >= answer for i in range(len(row))])
+        pairs = first.plan.rows()[source] + second.plan.rows()[index]
+        points.append([point for point, _ in pairs])
+        kinds.append([kind for _, kind in pairs])
+    return TokenBatch.from_rows(rows, marks), InsertionPlan.from_rows(points, kinds)
+
+
+@pytest.mark.parametrize("trigger", ["always", "random", "tokens", "hidden_states", "never"])
+@pytest.mark.parametrize("reads", ["embeddings", "hidden_states"])
+def test_a_second_turn_that_sees_the_firsts_latents_equals_one_pass_over_both_turns(trigger, reads):
+    model = tiny_memgen(trigger=trigger, reads=reads)
+    first, second = two_turns(model, DRAWN)
+    batch, plan = whole(first, second)
+    with torch.no_grad():
+        logprobs, woven = model.label_logprobs(batch, plan)
+    parts = logprobs.split(batch.supervised.sum(dim=1).tolist())
+    for row, part in enumerate(parts):
+        turn_one, turn_two = part.split([int(first.lengths[row]), int(second.lengths[row])])
+        assert_close(f"row {row}, turn 1", turn_one, first.logprobs[row, : len(turn_one)])
+        assert_close(f"row {row}, turn 2", turn_two, second.logprobs[row, : len(turn_two)])
+    assert woven.latents.shape[0] == sum(
+        len(block) for g in (first, second) for r in g.latents for block in r
+    )
+
+
+def test_earlier_latents_change_the_answer_and_none_change_nothing():
+    model = tiny_memgen()
+    first, second = two_turns(model, GREEDY)
+    without = generate(model, second.prompt.rows(), GREEDY)
+    assert without.answers() != second.answers()
+    none = generate(
+        model, second.prompt.rows(), GREEDY, earlier=InsertionPlan.empty(3), earlier_latents=[[], [], []]
+    )
+    assert none.answers() == without.answers()
+    assert torch.equal(none.logprobs, without.logprobs)
+    extra = sum(len(block) for row in first.latents for block in row)
+    assert extra > 0
+    decoded = lambda g: int((g.lengths - 1).sum()) + 2 * int((g.plan.counts - 1).sum())  # noqa: E731
+    prompts = int(second.prompt.lengths.sum()) + 3 * 3
+    assert without.work.reasoner_positions == prompts + decoded(without)
+    assert second.work.reasoner_positions == prompts + extra + decoded(second)
+
+
+def test_the_cap_and_the_plan_leave_earlier_insertions_out():
+    model = tiny_memgen(cap=2)
+    first, second = two_turns(model, DRAWN)
+    assert max(first.plan.counts.tolist()) == 3
+    for row, points in enumerate(second.plan.rows()):
+        begin = int(second.prompt.lengths[row])
+        assert points[0] == (begin, InsertionKind.PROMPT)
+        assert all(point > begin and kind == InsertionKind.INFERENCE for point, kind in points[1:])
+    assert max(second.plan.counts.tolist()) == 3
+
+
+@pytest.mark.parametrize("trigger", ["always", "random"])
+@pytest.mark.parametrize("reads", ["embeddings", "hidden_states"])
+def test_a_group_shares_a_prompt_with_earlier_latents(trigger, reads):
+    model = tiny_memgen(trigger=trigger, reads=reads)
+    settings = GenerationSettings(max_new_tokens=16, temperature=1.0, group_size=3)
+    first, second = two_turns(model, settings, row_seeds=list(range(9)))
+    batch, plan = whole(first, second, group=3)
+    only_second = batch.supervised & (torch.arange(batch.ids.shape[1]) >= second.prompt.lengths[:, None])
+    batch = TokenBatch(ids=batch.ids, lengths=batch.lengths, supervised=only_second)
+    with torch.no_grad():
+        logprobs, _ = model.label_logprobs(batch, plan)
+    for row, part in enumerate(logprobs.split(second.lengths.tolist())):
+        assert_close(f"row {row}", part, second.logprobs[row, : len(part)])
+
+
+LATENT = torch.zeros(2, 32)
+
+
+@pytest.mark.parametrize(
+    ("plan", "latents", "message"),
+    [
+        ([[3]], None, "earlier and earlier_latents belong together"),
+        (
+            [[3], [2]],
+            [[LATENT], [LATENT]],
+            "1 prompts need as many lines in earlier and earlier_latents, got 2 and 2",
+        ),
+        ([[3, 5]], [[LATENT]], "prompt 0 has 2 earlier points but 1 blocks of latents"),
+        ([[9]], [[LATENT]], "prompt 0 has 9 tokens, but earlier latents lie before token 9"),
+        ([[3]], [[torch.zeros(2, 31)]], r"prompt 0: earlier latents have shape \(2, 31\), not \(K, 32\)"),
+    ],
+    ids=["no latents", "rows", "blocks", "behind the prompt", "width"],
+)
+def test_earlier_latents_that_do_not_fit_are_refused(plan, latents, message):
+    earlier = InsertionPlan.from_rows(plan, [[0] * len(row) for row in plan])
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_memgen(), random_rows([9]), GREEDY, earlier=earlier, earlier_latents=latents)
+
+
+def test_earlier_latents_count_against_the_context():
+    latents = [[torch.zeros(500, 32)]]
+    earlier = InsertionPlan.from_rows([[3]], [[0]])
+    with pytest.raises(ValueError, match="a prompt of 509 positions"):
+        generate(tiny_memgen(), random_rows([9]), GREEDY, earlier=earlier, earlier_latents=latents)
+
+
+# Stopping
+
+
+@pytest.mark.parametrize("reads", ["embeddings", "hidden_states"])
+def test_an_answer_that_stops_is_the_beginning_of_the_one_that_does_not(reads):
+    model = tiny_memgen(reads=reads, trigger="random")
+    prompts = random_rows(LENGTHS)
+    free = generate(model, prompts, DRAWN)
+    # Rows stop at different steps, some at once, so that the lines of the caches are filled from behind.
+    stopped = generate(model, prompts, DRAWN, stop=lambda tokens: tokens[-1] % 23 == 0)
+    assert len(set(stopped.lengths.tolist())) > 5
+    for row, (answer, full) in enumerate(zip(stopped.answers(), free.answers(), strict=True)):
+        ends = [i for i, token in enumerate(full) if token % 23 == 0]
+        assert answer == (full[: ends[0] + 1] if ends else full)
+        assert_close(f"row {row}", stopped.logprobs[row, : len(answer)], free.logprobs[row, : len(answer)])
+        last = answer[-1]
+        assert bool(stopped.finished[row]) == (last % 23 == 0 or last in model.reasoner.end_ids)
+        begin = len(prompts[row])
+        assert stopped.plan.rows()[row] == [p for p in free.plan.rows()[row] if p[0] < begin + len(answer)]
+    assert 0 < int(stopped.finished.sum()) < len(prompts)
+
+
+def test_stop_is_asked_once_per_token_of_a_live_row_that_is_no_end_token():
+    model = tiny_memgen()
+    heard: dict[tuple[int, ...], int] = {}
+
+    def never(tokens):
+        heard[tuple(tokens)] = heard.get(tuple(tokens), 0) + 1
+        return False
+
+    generation = generate(
+        model, random_rows(LENGTHS[:6]), GenerationSettings(max_new_tokens=60, temperature=1.5), stop=never
+    )
+    expected: dict[tuple[int, ...], int] = {}
+    for answer in generation.answers():
+        for end in range(1, len(answer) + 1):
+            if answer[end - 1] not in model.reasoner.end_ids:
+                expected[tuple(answer[:end])] = expected.get(tuple(answer[:end]), 0) + 1
+    assert heard == expected
+    assert any(generation.finished.tolist())
+
+
+def test_answers_of_a_group_stop_each_for_itself():
+    model = tiny_memgen()
+    settings = GenerationSettings(max_new_tokens=20, temperature=1.0, group_size=4)
+    prompts, seeds = random_rows([9, 5]), list(range(8))
+    free = generate(model, prompts, settings, row_seeds=seeds)
+    limits = {tuple(answer[:2]): 2 + 3 * row for row, answer in enumerate(free.answers())}
+    assert len(limits) == 8
+    generation = generate(
+        model, prompts, settings, row_seeds=seeds, stop=lambda t: len(t) >= limits.get(tuple(t[:2]), 99)
+    )
+    for row, (answer, full) in enumerate(zip(generation.answers(), free.answers(), strict=True)):
+        assert answer == full[: 2 + 3 * row]
+    assert generation.work.reasoner_positions < free.work.reasoner_positions
+
+
+def test_all_rows_may_stop_at_their_first_token():
+    generation = generate(tiny_memgen(), random_rows([9, 4]), GREEDY, stop=lambda tokens: True)
+    assert generation.lengths.tolist() == [1, 1]
+    assert generation.finished.tolist() == [True, True]
+    assert generation.work.reasoner_forwards == 1

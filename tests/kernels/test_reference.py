@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from hypothesis import given, settings
 
-from memgen.kernels.reference import linear_logprob, weave
+from kernels.plans import plans
+from memgen.kernels.reference import (
+    GPU_CHUNK_BYTES,
+    MAX_CHUNK_BYTES,
+    chunk_rows,
+    linear_logprob,
+    weave,
+    weave_rows,
+)
 from tolerance import assert_close
 
 
@@ -167,10 +179,139 @@ def test_autocast_changes_no_more_than_its_own_rounding():
     assert ours <= 1.5 * plain
 
 
-def test_no_tensor_of_labels_times_vocabulary_is_kept():
+def test_only_the_derivative_is_kept_for_the_backward_pass():
     hidden, weight = random(40, 4).requires_grad_(True), random(1000, 4, seed=1)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         linear_logprob(hidden, weight, torch.zeros(40, dtype=torch.int64), chunk=8)
-    assert max(kept) == weight.numel()
-    assert 40 * 1000 not in kept
+    assert kept == [hidden.numel()]
+
+
+# entropy
+
+
+def definition_of_entropy(hidden, weight, bias):
+    logprobs = torch.nn.functional.linear(hidden, weight, bias).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+@pytest.mark.parametrize("read", ["logprobs", "entropies", "both"])
+@pytest.mark.parametrize("chunk", [1, 4, None])
+def test_the_gradients_of_logprob_and_entropy_are_their_derivatives(chunk, read):
+    hidden = random(5, 3, dtype=torch.float64).requires_grad_(True)
+    weight, bias = random(7, 3, seed=1, dtype=torch.float64), random(7, seed=2, dtype=torch.float64)
+    targets = torch.tensor([0, 6, 3, 3, 1])
+
+    def compute(leaf):
+        out = linear_logprob(leaf, weight, targets, bias, entropy=True, chunk=chunk)
+        return {"logprobs": out.logprobs, "entropies": out.entropies, "both": tuple(out)}[read]
+
+    assert torch.autograd.gradcheck(compute, (hidden,))
+
+
+def test_entropies_equal_their_definition_and_leave_the_logprobs_as_they_were():
+    hidden, weight, targets = random(9, 5), random(31, 5, seed=1) * 4, torch.arange(9)
+    out = linear_logprob(hidden, weight, targets, entropy=True)
+    assert_close("entropies", out.entropies, definition_of_entropy(hidden.double(), weight.double(), None))
+    assert_close("logprobs", out.logprobs, linear_logprob(hidden, weight, targets))
+
+
+def test_a_class_that_is_ruled_out_changes_nothing_for_the_others():
+    hidden, weight, targets = (
+        random(4, 3).requires_grad_(True),
+        random(9, 3, seed=1),
+        torch.tensor([0, 7, 4, 2]),
+    )
+    bias = torch.zeros(9)
+    bias[8] = -torch.inf
+    gradients = []
+    for classes in (9, 8):
+        out = linear_logprob(hidden, weight[:classes], targets, bias[:classes], entropy=True)
+        gradients.append((*out, *torch.autograd.grad(out.logprobs.sum() + out.entropies.sum(), hidden)))
+    for name, ours, expected in zip(("logprobs", "entropies", "gradient"), *gradients, strict=True):
+        assert_close(name, ours, expected)
+
+
+# chunks
+
+
+@pytest.mark.parametrize("vocabulary", [42, 4096, 151_936, 1_000_000])
+def test_a_chunk_of_logits_fits_its_bytes(vocabulary):
+    weight = torch.empty(vocabulary, 4, device="meta")
+    assert chunk_rows(weight) * vocabulary * 4 <= GPU_CHUNK_BYTES
+    weight = torch.empty(1, 4).expand(vocabulary, 4)
+    assert 1 <= chunk_rows(weight) * vocabulary * 4 <= MAX_CHUNK_BYTES
+
+
+def test_a_vocabulary_too_large_for_a_chunk_goes_row_by_row():
+    assert chunk_rows(torch.empty(1, 1).expand(MAX_CHUNK_BYTES, 1)) == 1
+
+
+PEAK = """
+import resource, sys
+import torch
+from memgen.kernels import linear_logprob
+rows, vocabulary, hidden = 8 * 1024, 151_936, 8
+torch.set_num_threads(1)
+weight = torch.randn(vocabulary, hidden)
+states = torch.randn(rows, hidden, requires_grad=True)
+targets = torch.arange(rows)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+kept = int(sys.argv[1])
+out = linear_logprob(states[:kept], weight, targets[:kept], entropy=True)
+(out.logprobs.sum() + out.entropies.sum()).backward()
+print((peak() - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux")
+def test_an_update_over_a_large_vocabulary_needs_less_than_a_gigabyte():
+    """Of 8 x 1,024 rows, those of three chunks: the rest repeat them."""
+    rows = 3 * chunk_rows(torch.empty(1, 1).expand(151_936, 1))
+    ran = subprocess.run([sys.executable, "-c", PEAK, str(rows)], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) <= 2**30
+
+
+# rows woven from a plan
+
+
+@given(plan=plans())
+@settings(max_examples=60, deadline=None)
+def test_rows_from_a_plan_are_what_one_would_write_by_hand(plan):
+    table, latents = random(13, 3), random(plan.latents, 3, seed=1)
+    woven = weave_rows(
+        table, plan.tokens, plan.lengths, latents, plan.points, plan.sizes, plan.firsts, plan.width
+    )
+    for row, by_hand in enumerate(plan.by_hand(table, latents)):
+        end = len(by_hand)
+        sources = [-1 if source is None else source for source, _ in by_hand]
+        assert torch.equal(woven.sources[row, :end], torch.tensor(sources, dtype=torch.int64))
+        assert torch.equal(woven.is_latent[row, :end], torch.tensor(sources, dtype=torch.int64) >= 0)
+        assert torch.equal(woven.positions[row, :end], torch.arange(end))
+        assert bool(woven.valid[row, :end].all())
+        if end:
+            assert torch.equal(woven.embeddings[row, :end], torch.stack([line for _, line in by_hand]))
+        for behind in (woven.embeddings, woven.positions, woven.is_latent, woven.valid):
+            assert not bool(behind[row, end:].any())
+        assert bool((woven.sources[row, end:] == -1).all())
+
+
+def test_the_gradient_of_woven_rows_is_the_derivative():
+    table, tokens = random(7, 3, dtype=torch.float64), torch.arange(6).view(2, 3)
+    latents = random(4, 3, seed=1, dtype=torch.float64).requires_grad_(True)
+    points, sizes = torch.tensor([[1, 3], [2, -1]]), torch.tensor([[2, 1], [2, 5]])
+    firsts = torch.tensor([[0, 2], [1, 0]])  # latents 1 and 2 stand twice, 3 nowhere
+    assert torch.autograd.gradcheck(
+        lambda l: weave_rows(table, tokens, torch.tensor([3, 2]), l, points, sizes, firsts, 6).embeddings,
+        (latents,),
+    )
+
+
+def test_a_latent_that_many_rows_share_accumulates_in_float32():
+    """2,048 contributions of 1: bfloat16 alone would stop at 256."""
+    latents = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    table, sources = torch.zeros(1, 1, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.int64)
+    weave(table, sources, latents, sources).sum().backward()
+    assert float(latents.grad) == 2048

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from memgen.lab.assets import build_reasoner, build_tiny, resolve_asset
 from memgen.lab.pretrain import ReasonerRecipe, pretrain_reasoner
 from memgen.lab.tiny import MAX_CHARACTERS, read_text, tiny_tokenizer
 from memgen.lab.tokenizer import lab_tokenizer
+from memgen.lab.trained import stage_file
 
 SMALL = ReasonerRecipe(
     steps=3, batch_size=4, hidden_size=16, layers=1, heads=2, key_value_heads=1, intermediate_size=16
@@ -129,7 +131,7 @@ def test_any_other_name_is_unchanged(name):
     ],
 )
 def test_bad_parameters_are_named(name):
-    with pytest.raises(ValueError, match="takes one parameter, a seed"):
+    with pytest.raises(ValueError, match="its parameters are seed, each a number"):
         resolve_asset(name)
 
 
@@ -138,9 +140,41 @@ def test_an_unknown_asset_lists_those_that_there_are():
         resolve_asset("lab:reasonr")
 
 
-def test_a_trained_asset_that_is_not_there_names_the_command():
-    with pytest.raises(FileNotFoundError, match=r"memgen fit --config conf/weaver_sft\.yaml"):
-        resolve_asset("lab:weaver_sft")
+@pytest.mark.parametrize("name", ["lab:weaver_sft?sed=1", "lab:weaver_grpo?base=x"])
+def test_bad_parameters_of_a_trained_asset_are_named(name):
+    with pytest.raises(ValueError, match="its parameters are seed and base, each a number"):
+        resolve_asset(name)
+
+
+def test_a_trained_asset_is_trained_once_and_what_it_starts_from_before_it(home, monkeypatch):
+    commands = []
+
+    def fit(config, overrides):
+        commands.append((config.stem, overrides))
+        for kind in ("last", "best")[: 1 if "trainer.max_steps" in overrides else 2]:
+            folder = Path(overrides["trainer.callbacks.0.init_args.root"]) / "latest" / kind
+            folder.mkdir(parents=True)
+            (folder / "memgen.json").write_text(f"{config.stem} {kind}")
+
+    monkeypatch.setattr("memgen.lab.trained.fit", fit)
+    path = resolve_asset("lab:weaver_grpo?seed=3&base=2")
+    assert (Path(path) / "memgen.json").read_text() == "weaver_grpo best"
+    (half, half_settings), (grpo, grpo_settings) = commands
+    assert (half, grpo) == ("weaver_sft", "weaver_grpo")
+    start = Path(grpo_settings["model.init_from"])
+    assert (start / "memgen.json").read_text() == "weaver_sft last"
+    for settings in (half_settings, grpo_settings):
+        assert settings["model.memgen.backbone.name"] == "lab:reasoner?seed=2"
+        assert settings["seed_everything"] == settings["model.seed"] == settings["data.seed"] == 3
+    assert resolve_asset("lab:weaver_grpo?seed=3&base=2") == path
+    assert len(commands) == 2
+    assert resolve_asset("lab:weaver_grpo?seed=4&base=2") != path
+
+
+def test_a_stage_file_that_is_not_found_says_where_to_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"conf/weaver_none\.yaml is needed .* project's folder"):
+        stage_file("weaver_none")
 
 
 def test_tiny_is_a_small_chat_model_of_the_datas_own_text(home, data):

@@ -41,12 +41,31 @@ COMMON = {
 }
 ARCHITECTURES = {
     "llama": LlamaConfig(**COMMON),
+    "llama with a key for each query": LlamaConfig(**(COMMON | {"num_key_value_heads": 4})),
+    "llama with one key for all queries": LlamaConfig(**(COMMON | {"num_key_value_heads": 1})),
+    "llama with stretched angles": LlamaConfig(
+        **COMMON,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8,
+        },
+    ),
     "qwen2": Qwen2Config(**COMMON),
+    "qwen2 with a tied head": Qwen2Config(**COMMON, tie_word_embeddings=True),
     "qwen2 with a window in some layers": Qwen2Config(
         **COMMON, use_sliding_window=True, sliding_window=4, max_window_layers=1
     ),
     "qwen3": Qwen3Config(**COMMON, head_dim=8),
-    "smollm3": SmolLM3Config(**COMMON),
+    "qwen3 with a tied head": Qwen3Config(**COMMON, head_dim=8, tie_word_embeddings=True),
+    "qwen3 with wide heads": Qwen3Config(**COMMON, head_dim=16),
+    "smollm3": SmolLM3Config(**COMMON, tie_word_embeddings=False),
+    "smollm3 with a tied head and layers without positions": SmolLM3Config(
+        **COMMON, tie_word_embeddings=True, no_rope_layers=[1, 0]
+    ),
     "mistral with a window": MistralConfig(**COMMON, sliding_window=4),
 }
 

@@ -54,7 +54,14 @@ class Model:
             assert ours.shape == (1, total, HEADS, SIZE)
             reference, expected_positions = self.reference(layer, segments, query, key, value, window)
             assert_close(f"layer {layer}", ours[0], reference)
+            if view.read is not None:
+                # The last layer computes what is wanted alone; writing its keys and values again changes nothing.
+                packed = [t.transpose(0, 1)[None] for t in (query[view.read], key, value)]
+                ours = view.attend(layer, *packed, SCALE, window, narrowed=True)
+                assert_close(f"layer {layer}, narrowed", ours[0], reference[view.read])
         assert view.positions.tolist() == expected_positions
+        assert view.limit == max(expected_positions) + 1
+        assert (None if view.read is None else view.read.tolist()) == wanted(segments)
         for row in range(len(self.rows)):
             assert self.memory.length(row) == len(self.rows[row][0][0])
 
@@ -75,6 +82,30 @@ class Model:
         return torch.stack(outputs), positions
 
 
+def wanted(segments: list[Segment]) -> list[int] | None:
+    """Packed positions whose results are wanted, one by one."""
+    if all(segment.read is None for segment in segments):
+        return None
+    places, at = [], 0
+    for segment in segments:
+        for count, read in zip(segment.counts, segment.read or segment.counts, strict=True):
+            at += count
+            places += range(at - read, at)
+    return places
+
+
+def drawn_reads(draw: random.Random, counts: list[int]) -> list[int] | None:
+    """Everything, or of each row some of its last positions, none of all rows now and then."""
+    match draw.choice(["all", "some", "last", "none"]):
+        case "some":
+            return [draw.randint(0, count) for count in counts]
+        case "last":
+            return [1] * len(counts)
+        case "none":
+            return [0] * len(counts)
+    return None
+
+
 def drawn_segments(draw: random.Random, room: list[int]) -> list[Segment]:
     """One segment, or two of which the second may continue rows of the first."""
     segments: list[Segment] = []
@@ -87,10 +118,11 @@ def drawn_segments(draw: random.Random, room: list[int]) -> list[Segment]:
         counts = [draw.randint(1, min(6, room[row])) for row in chosen]
         if not segments and draw.random() < 0.4:
             # What is not kept ends the pass, as the weaver's queries do.
-            return [Segment(chosen, counts, [draw.randint(0, count) for count in counts])]
+            keep = [draw.randint(0, count) for count in counts]
+            return [Segment(chosen, counts, keep, read=drawn_reads(draw, counts))]
         for row, count in zip(chosen, counts, strict=True):
             room[row] -= count
-        segments.append(Segment(chosen, counts))
+        segments.append(Segment(chosen, counts, read=drawn_reads(draw, counts)))
     return segments
 
 

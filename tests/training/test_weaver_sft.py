@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringDataModule
 
+from memgen.chat import prompt_ids
 from memgen.generation.decode import generate
 from memgen.model.memgen import MemGenModel
 from memgen.objectives.sft import Curriculum
@@ -343,7 +344,8 @@ def by_hand(stage, data):
         total -= float(logprobs.sum())
         hits += int((logits.argmax(-1) == targets).sum())
         tokens += len(targets)
-        answer = generate(model, [item.prompt], stage.generation)
+        prompt = prompt_ids(data.tokenizer_object, data.environment.messages(item.example), data.template)
+        answer = generate(model, [prompt], stage.generation)
         insertions += len(answer.plan.rows()[0])
         text = data.tokenizer_object.decode(answer.answers()[0], skip_special_tokens=True)
         exact += text == item.example.target

@@ -13,12 +13,15 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from memgen.generation.sampling import GenerationSettings, choose, row_uniforms
+from memgen.kernels import weave
 from memgen.model.cache import RowCache, Segment
 from memgen.model.memgen import MemGenModel
+from memgen.model.stream import Stream
 from memgen.model.trigger import Boundary
 from memgen.types import Decision, Generation, InsertionKind, InsertionPlan, TokenBatch, WorkCount
 
@@ -29,6 +32,9 @@ Observer = Callable[[int, int | None], None]
 
 Intervention = Callable[[Sequence[int], Sequence[int], list[Tensor]], list[Tensor]]
 """Called with rows, how many insertions each had before, and each row's latents (K, H); returns what to insert."""
+
+Stop = Callable[[Sequence[int]], bool]
+"""Called with an answer's new token ids so far; True ends the answer there. It must not keep or change them."""
 
 
 @torch.no_grad()
@@ -41,6 +47,9 @@ def generate(
     observe: Observer | None = None,
     intervene: Intervention | None = None,
     keep_latents: bool = False,
+    earlier: InsertionPlan | None = None,
+    earlier_latents: Sequence[Sequence[Tensor]] | None = None,
+    stop: Stop | None = None,
 ) -> Generation:
     """Answers prompts, weaving memory in where the trigger says so.
 
@@ -52,16 +61,82 @@ def generate(
         observe: is told of each token and insertion as it happens.
         intervene: replaces latents before they are inserted (analysis); only with one answer per prompt.
         keep_latents: whether to return the inserted latents.
+        earlier: where latents of earlier turns lie inside the prompts (boundaries.keep_turn_latents), one line per
+            prompt. Reasoner and weaver read them; they count for no cap, and the result's plan leaves them out.
+        earlier_latents: those latents, for each prompt in order of its points, (K, H) each. Set together with
+            `earlier`.
+        stop: ends an answer besides the end tokens; asked for each live row after each token that is not an end
+            token. An answer that it ends is marked as finished.
 
     Raises:
-        ValueError: if a prompt is empty or does not fit into the reasoner's context with its answer.
+        ValueError: if a prompt is empty or does not fit into the reasoner's context with its answer, or if earlier
+            latents do not fit their prompts.
         RuntimeError: if the model is in training mode.
     """
     if model.training:
         raise RuntimeError(
             "generate needs model.eval(): dropout in rollouts would train on another distribution"
         )
-    return _Decoder(model, prompts, settings, row_seeds, observe, intervene, keep_latents=keep_latents).run()
+    earlier_streams = _earlier_streams(model, prompts, earlier, earlier_latents)
+    return _Decoder(
+        model,
+        prompts,
+        settings,
+        row_seeds,
+        observe,
+        intervene,
+        stop,
+        earlier_streams,
+        keep_latents=keep_latents,
+    ).run()
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """The prompts as streams: their tokens with the latents of earlier turns between them."""
+
+    streams: list[Stream]
+    latents: Tensor  # of all prompts, (M, H); the streams' sources count in it
+
+
+def _earlier_streams(
+    model: MemGenModel,
+    prompts: Sequence[Sequence[int]],
+    earlier: InsertionPlan | None,
+    latents: Sequence[Sequence[Tensor]] | None,
+) -> _Prompts:
+    if (earlier is None) != (latents is None):
+        raise ValueError("earlier and earlier_latents belong together; give both or neither")
+    points = [[] for _ in prompts] if earlier is None else earlier.rows()
+    blocks = [[] for _ in prompts] if latents is None else [list(row) for row in latents]
+    if not len(points) == len(blocks) == len(prompts):
+        raise ValueError(
+            f"{len(prompts)} prompts need as many lines in earlier and earlier_latents, "
+            f"got {len(points)} and {len(blocks)}"
+        )
+    hidden = model.reasoner.backbone.hidden_size
+    streams, total = [], 0
+    for index, (prompt, row_points, row_blocks) in enumerate(zip(prompts, points, blocks, strict=True)):
+        if len(row_points) != len(row_blocks):
+            raise ValueError(
+                f"prompt {index} has {len(row_points)} earlier points but {len(row_blocks)} blocks of latents"
+            )
+        for (point, _), block in zip(row_points, row_blocks, strict=True):
+            if point >= len(prompt):
+                raise ValueError(
+                    f"prompt {index} has {len(prompt)} tokens, but earlier latents lie before token {point}"
+                )
+            if block.ndim != 2 or block.shape[1] != hidden:
+                raise ValueError(
+                    f"prompt {index}: earlier latents have shape {tuple(block.shape)}, not (K, {hidden})"
+                )
+        numbers = []
+        for block in row_blocks:
+            numbers.append(np.arange(total, total + len(block)))
+            total += len(block)
+        streams.append(Stream(np.asarray(prompt, dtype=np.int64), row_points, numbers))
+    flat = [block.to(model.device) for row in blocks for block in row]
+    return _Prompts(streams, torch.cat(flat) if flat else torch.zeros(0, hidden, device=model.device))
 
 
 @dataclass
@@ -70,7 +145,6 @@ class _Row:
 
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[Tensor] = field(default_factory=list)
     decisions: list[int] = field(default_factory=list)
     invoke_probs: list[float] = field(default_factory=list)
     points: list[int] = field(default_factory=list)
@@ -78,9 +152,9 @@ class _Row:
     latents: list[Tensor] = field(default_factory=list)
     finished: bool = False
     inserted: int = 0  # insertions inside the answer: what the cap counts
-    weaver_unread: list[int] = field(default_factory=list)  # token ids behind `weaver_latents`
-    weaver_latents: Tensor | None = None  # the last insertion, if the weaver has not read it yet
-    weaver_states: list[Tensor] = field(default_factory=list)  # instead of both, if it reads hidden states
+    # What the weaver has not read yet: reasoner-space vectors, and behind them token ids (none if it reads states).
+    weaver_pending: list[Tensor] = field(default_factory=list)
+    weaver_unread: list[int] = field(default_factory=list)
     trigger_read: int = 0  # tokens of prompt + answer that the trigger has read
 
 
@@ -93,6 +167,8 @@ class _Decoder:
         row_seeds: Sequence[int] | None,
         observe: Observer | None,
         intervene: Intervention | None,
+        stop: Stop | None,
+        woven_prompts: _Prompts,
         *,
         keep_latents: bool,
     ) -> None:
@@ -107,6 +183,7 @@ class _Decoder:
             raise ValueError("there is no prompt to answer")
         self.model, self.settings = model, settings
         self.observe, self.intervene, self.keep_latents = observe, intervene, keep_latents
+        self.stop, self.woven_prompts = stop, woven_prompts
         self.prompts = [list(prompt) for prompt in prompts]
         self.rows = [_Row(prompt) for prompt in self.prompts for _ in range(group)]
         self.device = model.device
@@ -131,6 +208,9 @@ class _Decoder:
         self.token_draws = [line[:steps] for line in draws] if draws else None
         self.decision_draws = [line[steps:] for line in draws] if draws else None
         self.work = dict.fromkeys(WorkCount.__dataclass_fields__, 0)
+        self.drawn: list[
+            tuple[list[int], Tensor]
+        ] = []  # of each step: the live rows, their tokens' log-probabilities
 
     def _size_caches(self) -> None:
         weaver = self.model.weaver.config
@@ -138,17 +218,17 @@ class _Decoder:
         for index, prompt in enumerate(self.prompts):
             if not prompt:
                 raise ValueError(f"prompt {index} is empty; it needs at least one token")
-        longest = max(len(prompt) for prompt in self.prompts)
+        longest = max(stream.length for stream in self.woven_prompts.streams)
         self.capacity = longest + latents + self.settings.max_new_tokens
         context = self.model.reasoner.backbone.context_length
         if context is not None and self.capacity > context:
             raise ValueError(
-                f"a prompt of {longest} tokens, {self.settings.max_new_tokens} new ones and up to {latents} latents "
+                f"a prompt of {longest} positions, {self.settings.max_new_tokens} new tokens and up to {latents} latents "
                 f"need {self.capacity} positions, but the reasoner's context is {context}; shorten the prompt or "
                 "lower max_new_tokens"
             )
         self.queries = max(weaver.prompt_latents, weaver.inference_latents)
-        self.text_capacity = longest + self.settings.max_new_tokens
+        self.text_capacity = max(map(len, self.prompts)) + self.settings.max_new_tokens
 
     # The prompt
 
@@ -160,32 +240,44 @@ class _Decoder:
             tokens = self._choose(hidden, live, step)
             last_step = step == self.settings.max_new_tokens - 1
             for row in live:
-                self.rows[row].finished = self.rows[row].tokens[-1] in self.model.reasoner.end_ids
+                self.rows[row].finished = self._ended(self.rows[row].tokens)
             if last_step or all(self.rows[row].finished for row in live):
                 break
             tokens, previous, live = self._drop_finished(tokens, previous, live)
             hidden = self._step(tokens, previous, live, step + 1)
         return self._result()
 
+    def _ended(self, tokens: list[int]) -> bool:
+        return tokens[-1] in self.model.reasoner.end_ids or (self.stop is not None and self.stop(tokens))
+
     def _read_prompts(self) -> Tensor:
         """Reads each distinct prompt once and returns the state that predicts each row's first token, (B, H)."""
         model, count = self.model, len(self.prompts)
-        lengths = [len(prompt) for prompt in self.prompts]
+        streams = self.woven_prompts.streams
+        lengths = [stream.length for stream in streams]
         lines = list(range(count))
-        ids = torch.tensor([token for prompt in self.prompts for token in prompt], device=self.device)
-        embeddings = model.reasoner.backbone.embed(ids)
+        embeddings = weave(
+            model.reasoner.backbone.embedding,
+            torch.from_numpy(np.concatenate([stream.ids for stream in streams])).to(self.device),
+            self.woven_prompts.latents,
+            torch.from_numpy(np.concatenate([stream.sources for stream in streams])).to(self.device),
+        )
         self.reasoner_cache = RowCache(count, self.capacity, self.device)
         self.weaver_cache = RowCache(count, self.capacity + self.queries, self.device)
         self.trigger_cache = model.trigger.memory(count, self.text_capacity, self.device)
-        ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        states = self._reasoner(embeddings, [Segment(lines, lengths)]) if self.states_first else None
-        invoked = self._decide_at_prompt_end(None if states is None else states[ends])
+        # Behind the prompts only their last states are wanted, unless the weaver reads them all.
+        everybody = Segment(lines, lengths, read=None if self.reads_states else [1] * count)
+        states = self._reasoner(embeddings, [everybody]) if self.states_first else None
+        end_states = states
+        if states is not None and self.reads_states:
+            end_states = states[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
+        invoked = self._decide_at_prompt_end(end_states)
         woven = [p for p in lines if any(invoked[row] for row in self._group(p))]
         latents: list[Tensor] = []
+        source = states if self.reads_states else embeddings
+        assert source is not None, "states were read first if the weaver reads them"
+        parts = source.split(lengths)
         if woven:
-            source = states if self.reads_states else embeddings
-            assert source is not None, "states were read first if the weaver reads them"
-            parts = source.split(lengths)
             latents = self._weave(
                 torch.cat([parts[p] for p in woven]),
                 [lengths[p] for p in woven],
@@ -194,8 +286,8 @@ class _Decoder:
                 [0] * len(woven),
                 [self._group(p)[0] for p in woven],
             )
-        hidden, latent_states = self._read_prompt_latents(embeddings, states, lengths, ends, woven, latents)
-        self._spread_groups(lengths, woven, latents, invoked, states, latent_states)
+        hidden, latent_states = self._read_prompt_latents(embeddings, end_states, everybody, woven, latents)
+        self._spread_groups(parts, woven, latents, invoked, latent_states)
         final = []
         for row, invoke in enumerate(invoked):
             prompt = row // self.settings.group_size
@@ -223,32 +315,36 @@ class _Decoder:
     def _read_prompt_latents(
         self,
         embeddings: Tensor,
-        states: Tensor | None,
-        lengths: list[int],
-        ends: Tensor,
+        end_states: Tensor | None,
+        everybody: Segment,
         woven: list[int],
         latents: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """States at every prompt's last token, (P, H), and at the latents of the prompts that have some."""
-        sizes = [block.shape[0] for block in latents]
-        if states is None:
-            segments = [Segment(range(len(lengths)), lengths)]
-            if woven:
-                segments.append(Segment(woven, sizes))
+        """States at every prompt's last token, (P, H), and behind the latents of the prompts that have some."""
+        if end_states is None:
             packed = torch.cat([embeddings, *(block.to(embeddings.dtype) for block in latents)])
-            states = self._reasoner(packed, segments)
-            return states[ends], list(states[sum(lengths) :].split(sizes))
-        if not woven:
-            return states[ends], []
-        return states[ends], list(self._reasoner(torch.cat(latents), [Segment(woven, sizes)]).split(sizes))
+            states = self._reasoner(packed, [everybody, *self._latent_segment(woven, latents)])
+            end_states, latent_states = states[: len(self.prompts)], states[len(self.prompts) :]
+        elif woven:
+            latent_states = self._reasoner(torch.cat(latents), self._latent_segment(woven, latents))
+        return end_states, list(latent_states.split(self._latents_read(latents))) if woven else []
+
+    def _latents_read(self, latents: list[Tensor]) -> list[int]:
+        """From how many latents of each block the state is wanted: the last predicts, a weaver may read all."""
+        return [block.shape[0] if self.reads_states else 1 for block in latents]
+
+    def _latent_segment(self, lines: list[int], latents: list[Tensor]) -> list[Segment]:
+        if not lines:
+            return []
+        sizes = [block.shape[0] for block in latents]
+        return [Segment(lines, sizes, read=self._latents_read(latents))]
 
     def _spread_groups(
         self,
-        lengths: list[int],
+        parts: Sequence[Tensor],
         woven: list[int],
         latents: list[Tensor],
         invoked: list[bool],
-        states: Tensor | None,
         latent_states: list[Tensor],
     ) -> None:
         """Gives each row its own line of every memory."""
@@ -259,21 +355,18 @@ class _Decoder:
             self.weaver_cache = self.weaver_cache.select(source, self.capacity + self.queries)
             if self.trigger_cache is not None:
                 self.trigger_cache = self.trigger_cache.select(source, self.trigger_cache.capacity)
-        prompt_states = None if states is None else states.split(lengths)
         for index, row in enumerate(self.rows):
             prompt = index // size
             if prompt not in woven:
-                row.weaver_unread = list(row.prompt)
-                if self.reads_states and prompt_states is not None:
-                    row.weaver_states = [prompt_states[prompt]]
+                row.weaver_pending = [parts[prompt]]
                 continue
             block = woven.index(prompt)
             if invoked[index]:
                 self._insert(row, index, latents[block], InsertionKind.PROMPT)
                 if self.reads_states:
-                    row.weaver_states = [latent_states[block]]
+                    row.weaver_pending = [latent_states[block]]
             else:
-                self.reasoner_cache.truncate(index, lengths[prompt])
+                self.reasoner_cache.truncate(index, parts[prompt].shape[0])
 
     # A step
 
@@ -282,11 +375,11 @@ class _Decoder:
         if self.settings.temperature > 0:
             assert self.token_draws is not None, "a temperature needs draws"
             draws = torch.tensor([self.token_draws[row][step] for row in live], dtype=torch.float64)
-        chosen, logprobs = choose(self.model.reasoner.logits(hidden), self.settings, draws)
-        tokens: list[int] = chosen.tolist()
-        for line, (row, token) in enumerate(zip(live, tokens, strict=True)):
+        chosen = choose(self.model.reasoner.logits(hidden), self.settings, draws)
+        tokens: list[int] = chosen.tokens.tolist()
+        self.drawn.append((list(live), chosen.logprobs))
+        for row, token in zip(live, tokens, strict=True):
             self.rows[row].tokens.append(token)
-            self.rows[row].logprobs.append(logprobs[line])
             if self.observe is not None:
                 self.observe(row, token)
         return tokens
@@ -320,30 +413,28 @@ class _Decoder:
         for line, row in enumerate(live):
             if self.reads_states:
                 assert states is not None, "states were read first if the weaver reads them"
-                self.rows[row].weaver_states.append(states[line : line + 1])
+                self.rows[row].weaver_pending.append(states[line : line + 1])
             else:
                 self.rows[row].weaver_unread.append(tokens[line])
         inserting = self._decide_at_delimiter(asked, live, step, states)
         latents = self._weave_unread(inserting, live) if inserting else []
-        sizes = [block.shape[0] for block in latents]
-        if states is None:
-            segments = [everybody, Segment(inserting, sizes)] if inserting else [everybody]
-            packed = torch.cat([embeddings, *(block.to(embeddings.dtype) for block in latents)])
-            states = self._reasoner(packed, segments)
-            hidden, latent_states = states[: len(lines)], states[len(lines) :]
-        elif inserting:
-            hidden, latent_states = states, self._reasoner(torch.cat(latents), [Segment(inserting, sizes)])
-        else:
-            return states
+        segments = self._latent_segment(inserting, latents)
         if not inserting:
-            return hidden
+            return self._reasoner(embeddings, [everybody]) if states is None else states
+        if states is None:
+            packed = torch.cat([embeddings, *(block.to(embeddings.dtype) for block in latents)])
+            states = self._reasoner(packed, [everybody, *segments])
+            hidden, latent_states = states[: len(lines)], states[len(lines) :]
+        else:
+            hidden, latent_states = states, self._reasoner(torch.cat(latents), segments)
+        sizes = self._latents_read(latents)
         ends = torch.tensor(sizes, device=self.device).cumsum(0) - 1
         for line, block, block_states in zip(inserting, latents, latent_states.split(sizes), strict=True):
             answer = self.rows[live[line]]
             self._insert(answer, live[line], block, InsertionKind.INFERENCE)
             answer.inserted += 1
             if self.reads_states:
-                answer.weaver_states = [block_states]
+                answer.weaver_pending = [block_states]
         return hidden.index_copy(0, torch.tensor(inserting, device=self.device), latent_states[ends])
 
     def _decide_at_delimiter(
@@ -372,20 +463,14 @@ class _Decoder:
         pieces, counts, events = [], [], []
         for line in lines:
             row = self.rows[live[line]]
-            if self.reads_states:
-                new = row.weaver_states
-            else:
+            new = row.weaver_pending
+            if row.weaver_unread:
                 ids = torch.tensor(row.weaver_unread, device=self.device)
-                embedded = self.model.reasoner.backbone.embed(ids)
-                new = (
-                    [embedded]
-                    if row.weaver_latents is None
-                    else [row.weaver_latents.to(embedded.dtype), embedded]
-                )
+                new = [*new, self.model.reasoner.backbone.embed(ids)]
             pieces += new
             counts.append(sum(piece.shape[0] for piece in new))
             events.append(len(row.points))
-            row.weaver_unread, row.weaver_latents, row.weaver_states = [], None, []
+            row.weaver_pending, row.weaver_unread = [], []
         kinds = [InsertionKind.INFERENCE] * len(lines)
         return self._weave(torch.cat(pieces), counts, kinds, lines, events, [live[line] for line in lines])
 
@@ -439,7 +524,7 @@ class _Decoder:
         row.points.append(len(row.prompt) + len(row.tokens))
         row.kinds.append(int(kind))
         if not self.reads_states:
-            row.weaver_latents = latents
+            row.weaver_pending = [latents.to(self.model.reasoner.backbone.embedding.dtype)]
         if self.keep_latents:
             row.latents.append(latents)
         if self.observe is not None:
@@ -457,9 +542,9 @@ class _Decoder:
             tokens[line, :count] = torch.tensor(row.tokens)
             decisions[line, :count] = torch.tensor(row.decisions[:count])
             probs[line, :count] = torch.tensor(row.invoke_probs[:count])
-        flat = torch.cat([torch.stack(row.logprobs) for row in rows]).float().cpu()
-        for line, part in enumerate(flat.split([len(row.tokens) for row in rows])):
-            logprobs[line, : part.shape[0]] = part
+        flat = torch.cat([drawn for _, drawn in self.drawn]).float().cpu()
+        steps = [step for step, (live, _) in enumerate(self.drawn) for _ in live]
+        logprobs[[row for live, _ in self.drawn for row in live], steps] = flat
         on = self.device
         return Generation(
             prompt=TokenBatch.from_rows([row.prompt for row in rows]).to(on),

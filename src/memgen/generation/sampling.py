@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -51,46 +53,60 @@ def row_uniforms(seeds: Sequence[int], count: int) -> Float[Tensor, "rows count"
     return torch.stack(lines)
 
 
-def next_token_logprobs(
+class Draw(NamedTuple):
+    """The next token of each row.
+
+    Attributes:
+        tokens: token ids, int64 (R,).
+        logprobs: log-probability of each at its temperature, before top-k and top-p cut anything (R,). Greedy
+            decoding (temperature 0) reports the model's own distribution.
+    """
+
+    tokens: Int[Tensor, " rows"]
+    logprobs: Float[Tensor, " rows"]
+
+
+def truncated(
     logits: Float[Tensor, "rows vocab"], settings: GenerationSettings
 ) -> Float[Tensor, "rows vocab"]:
-    """Log-probabilities of the distribution that tokens are drawn from: tempered, then cut by top-k and top-p.
-
-    Greedy decoding (temperature 0) reports the model's own distribution.
-    """
-    if settings.temperature > 0:
-        logits = logits / settings.temperature
-        if 0 < settings.top_k < logits.shape[-1]:
-            threshold = logits.topk(settings.top_k, dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < threshold, -torch.inf)
-        if settings.top_p < 1:
-            ordered, index = logits.sort(dim=-1, descending=True)
-            probs = ordered.softmax(dim=-1)
-            # A token stays if the more probable ones before it do not hold top_p yet: the first always stays.
-            cut = probs.cumsum(dim=-1) - probs >= settings.top_p
-            logits = logits.masked_fill(cut.scatter(-1, index, cut), -torch.inf)
-    return logits.log_softmax(dim=-1)
+    """Tempered logits with -inf where top-k and top-p cut."""
+    if 0 < settings.top_k < logits.shape[-1]:
+        threshold = logits.topk(settings.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if settings.top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(dim=-1)
+        # A token stays if the more probable ones before it do not hold top_p yet: the first always stays.
+        cut = probs.cumsum(dim=-1) - probs >= settings.top_p
+        logits = logits.masked_fill(cut.scatter(-1, index, cut), -torch.inf)
+    return logits
 
 
 def choose(
     logits: Float[Tensor, "rows vocab"], settings: GenerationSettings, uniforms: Float[Tensor, " rows"] | None
-) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """The next token of each row and its log-probability.
+) -> Draw:
+    """Draws the next token of each row.
 
     Args:
         logits: float32 (R, V).
         settings: how to draw.
         uniforms: a number in [0, 1) per row; None only if greedy.
     """
-    logprobs = next_token_logprobs(logits, settings)
     if settings.temperature == 0:
         tokens = logits.argmax(dim=-1)
-    else:
-        assert uniforms is not None, "drawing needs one uniform number per row"
-        mass = logprobs.double().exp().cumsum(dim=-1)
-        target = uniforms.to(mass.device)[:, None] * mass[:, -1:]
-        tokens = torch.searchsorted(mass, target, right=True).squeeze(-1)
-        # Rounding may land behind the last token that has any probability.
-        last = (logprobs > -torch.inf).long().cumsum(dim=-1).argmax(dim=-1)
-        tokens = torch.minimum(tokens, last)
-    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+        return Draw(tokens, _logprob(logits, tokens))
+    assert uniforms is not None, "drawing needs one uniform number per row"
+    logits = logits / settings.temperature
+    kept = truncated(logits, settings)
+    mass = kept.double().softmax(dim=-1).cumsum(dim=-1)
+    target = uniforms.to(mass.device)[:, None] * mass[:, -1:]
+    tokens = torch.searchsorted(mass, target, right=True).squeeze(-1)
+    # Rounding may land behind the last token that has any probability.
+    last = (kept > -torch.inf).long().cumsum(dim=-1).argmax(dim=-1)
+    tokens = torch.minimum(tokens, last)
+    return Draw(tokens, _logprob(logits, tokens))
+
+
+def _logprob(logits: Tensor, tokens: Tensor) -> Tensor:
+    # One pass over the logits, where gather and logsumexp take several.
+    return -F.cross_entropy(logits, tokens, reduction="none")

@@ -1,1 +1,215 @@
-"""Tensor operations: plain-torch definitions and their Triton kernels."""
+"""Tensor operations: plain-torch definitions and their Triton kernels.
+
+The functions here run the kernel on CUDA and the definition elsewhere; `forced` makes either run. Triton is imported
+when a kernel is used for the first time.
+
+A kernel's indices are not checked against their tables, as that would wait for the device: TRITON_DEBUG=1 checks them
+on it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from memgen.kernels import reference
+from memgen.kernels.dispatch import Implementation, chosen, forced
+from memgen.kernels.reference import Logprobs, WovenRows
+
+__all__ = [
+    "Implementation",
+    "Logprobs",
+    "WovenRows",
+    "chosen",
+    "forced",
+    "linear_logprob",
+    "weave",
+    "weave_rows",
+]
+
+# T packed positions or positions of the longest row, M latents, V vocabulary, H hidden, N labels,
+# B rows, L token positions, E insertion points
+
+
+def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
+    """Interleaves token embeddings and latents in one packed line.
+
+    Args:
+        table: embedding table, (V, H). It is frozen: no gradient is computed for it.
+        tokens: token id of each stream position, integers (T,); any valid id where the position holds a latent.
+        latents: (M, H), M may be 0.
+        sources: index into `latents` where the position holds a latent, -1 where it holds a token, integers (T,).
+
+    Returns:
+        The woven rows, (T, H), in the table's type. Gradient reaches the latents, the sum over a latent's places,
+        accumulated in float32 or wider.
+
+    Raises:
+        ValueError: if shapes do not fit, an index is no integer, or the table would need a gradient.
+    """
+    _check_table(table, latents)
+    _check_integers(tokens=tokens, sources=sources)
+    if tokens.ndim != 1 or tokens.shape != sources.shape:
+        raise ValueError(
+            f"tokens and sources must be lines of the same length, got {_shape(tokens)} and {_shape(sources)}"
+        )
+    if chosen(table.device) == "reference":
+        return reference.weave(table, tokens, latents, sources)
+    from memgen.kernels import insert
+
+    return insert.weave(table, tokens, latents, sources)
+
+
+def weave_rows(
+    table: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    latents: Tensor,
+    points: Tensor,
+    sizes: Tensor,
+    firsts: Tensor | None = None,
+    width: int | None = None,
+) -> WovenRows:
+    """Weaves latents into rows of different length, from an insertion plan.
+
+    Args:
+        table: embedding table, (V, H). It is frozen: no gradient is computed for it.
+        tokens: token ids, left-aligned, integers (B, L).
+        lengths: tokens of each row, integers (B,).
+        latents: those of all rows, (M, H).
+        points: token index before which latents go, ascending in a row, at most the row's length, -1 where there is
+            no insertion, integers (B, E).
+        sizes: latents of each point, 0 or more, integers (B, E).
+        firsts: index of each point's first latent, integers (B, E); points may share latents. Default: latents lie
+            row by row, point by point.
+        width: T, at least the longest row's tokens and latents. Default: just that, for which the device is waited
+            for once.
+
+    Returns:
+        Embeddings, position ids, is-latent mask and attention mask. Gradient reaches the latents as in `weave`.
+
+    Raises:
+        ValueError: if shapes do not fit, an index is no integer, or the table would need a gradient.
+    """
+    _check_table(table, latents)
+    _check_integers(tokens=tokens, lengths=lengths, points=points, sizes=sizes)
+    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
+        raise ValueError(
+            f"tokens must be (rows, length) with one length per row, got {_shape(tokens)} and lengths {_shape(lengths)}"
+        )
+    if points.ndim != 2 or points.shape[0] != tokens.shape[0] or points.shape != sizes.shape:
+        raise ValueError(
+            f"points and sizes must be (rows, insertions) with {tokens.shape[0]} rows, got {_shape(points)} and "
+            f"{_shape(sizes)}"
+        )
+    if firsts is None:
+        firsts = reference.rowwise(points, sizes)
+    _check_integers(firsts=firsts)
+    if firsts.shape != points.shape:
+        raise ValueError(
+            f"every point has a first latent: points are {_shape(points)}, firsts {_shape(firsts)}"
+        )
+    if width is None:
+        totals = lengths + torch.where(points >= 0, sizes, 0).sum(dim=1)
+        width = int(totals.max()) if totals.numel() else 0
+    if chosen(table.device) == "reference":
+        return reference.weave_rows(table, tokens, lengths, latents, points, sizes, firsts, width)
+    from memgen.kernels import insert
+
+    return insert.weave_rows(table, tokens, lengths, latents, points, sizes, firsts, width)
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    entropy: Literal[False] = False,
+    chunk: int | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    entropy: Literal[True],
+    chunk: int | None = None,
+) -> Logprobs: ...
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    entropy: bool = False,
+    chunk: int | None = None,
+) -> Tensor | Logprobs:
+    """Log-probability of a class under softmax(hidden @ weight.T + bias), for a frozen weight.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H). It is frozen: no gradient is computed for it.
+        targets: class of each row, integers (N,).
+        bias: (V,) or None; likewise frozen.
+        entropy: whether to return the entropy of each row's distribution too.
+        chunk: rows whose logits exist at the same time. Default: as many as fit a number of bytes
+            (`reference.chunk_rows`).
+
+    Returns:
+        (N,), float32 or wider; with `entropy`, `Logprobs`, whose two tensors both carry gradient.
+
+    Raises:
+        ValueError: if shapes do not fit, targets are no integers, or weight or bias would need a gradient.
+    """
+    _check_integers(targets=targets)
+    _check_frozen(weight=weight, bias=bias)
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be (rows, {weight.shape[-1]}) for a weight {_shape(weight)}, got {_shape(hidden)}"
+        )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"every row has one target: hidden is {_shape(hidden)}, targets {_shape(targets)}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"a chunk has at least one row, got {chunk}")
+    if chosen(hidden.device) == "reference":
+        return reference.linear_logprob(hidden, weight, targets, bias, entropy=entropy, chunk=chunk)
+    from memgen.kernels import logprob
+
+    return logprob.linear_logprob(hidden, weight, targets, bias, entropy=entropy, chunk=chunk)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _check_frozen(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires a gradient, which is not computed: the reasoner is frozen; "
+                f"call requires_grad_(False) on it, or pass {name}.detach()"
+            )
+
+
+def _check_table(table: Tensor, latents: Tensor) -> None:
+    _check_frozen(table=table)
+    if table.ndim != 2 or latents.ndim != 2 or table.shape[1] != latents.shape[1]:
+        raise ValueError(
+            f"table and latents must be (entries, hidden) of one hidden size, got {_shape(table)} and {_shape(latents)}"
+        )
+
+
+def _check_integers(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 or int64, got {tensor.dtype}")

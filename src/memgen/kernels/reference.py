@@ -2,87 +2,346 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-# T packed positions, M latents, V vocabulary, H hidden, N labels
+# T packed positions or positions of the longest row, M latents, V vocabulary, H hidden, N labels,
+# B rows, L token positions, E insertion points
 
 
 def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
-    """Interleaves token embeddings and latents.
+    """Interleaves token embeddings and latents in one packed line.
 
     Args:
-        table: embedding table, (V, H).
-        tokens: token id of each stream position, int64 (T,); any valid id where the position holds a latent.
+        table: embedding table, (V, H). It is frozen.
+        tokens: token id of each stream position, integers (T,); any valid id where the position holds a latent.
         latents: (M, H), M may be 0.
-        sources: index into `latents` where the position holds a latent, -1 where it holds a token, int64 (T,).
+        sources: index into `latents` where the position holds a latent, -1 where it holds a token, integers (T,).
 
     Returns:
-        The woven rows, (T, H), in the table's type. Gradient reaches the latents, each position's its own.
+        The woven rows, (T, H), in the table's type. Gradient reaches the latents, the sum over a latent's places,
+        accumulated in float32 or wider.
     """
     woven = table[tokens]
-    places = torch.nonzero(sources >= 0).squeeze(1)
     if latents.shape[0] == 0:
         return woven
-    return woven.index_copy(0, places, latents[sources[places]].to(woven.dtype))
+    places = torch.nonzero(sources >= 0).squeeze(1)
+    exact = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    # In place: `woven` is a copy of the table's rows already.
+    return woven.index_copy_(0, places, exact[sources[places]].to(woven.dtype))
 
 
-class _LinearLogprob(torch.autograd.Function):
-    """Chunked log-softmax of a linear map, read at one class per row; nothing of size (N, V) outlives a chunk."""
+@dataclass(frozen=True)
+class WovenRows:
+    """Rows of tokens with their latents, left-aligned; all is zero and False behind a row's end.
+
+    Attributes:
+        embeddings: (B, T, H), in the table's type.
+        positions: position ids, int64 (B, T).
+        is_latent: True where a latent stands, bool (B, T).
+        valid: True up to a row's end: the attention mask, beside causality, bool (B, T).
+        sources: index of the latent that stands there, -1 where none does, int64 (B, T).
+    """
+
+    embeddings: Tensor
+    positions: Tensor
+    is_latent: Tensor
+    valid: Tensor
+    sources: Tensor
+
+
+def rowwise(points: Tensor, sizes: Tensor) -> Tensor:
+    """Where each block of latents begins if they lie row by row, point by point: `firsts` of `weave_rows`, (B, E)."""
+    used = torch.where(points >= 0, sizes, 0)
+    return (used.flatten().cumsum(0) - used.flatten()).view_as(sizes)
+
+
+def weave_rows(
+    table: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    latents: Tensor,
+    points: Tensor,
+    sizes: Tensor,
+    firsts: Tensor,
+    width: int,
+) -> WovenRows:
+    """Weaves latents into rows of different length, from an insertion plan.
+
+    Args:
+        table: embedding table, (V, H). It is frozen.
+        tokens: token ids, left-aligned, integers (B, L).
+        lengths: tokens of each row, integers (B,).
+        latents: those of all rows, (M, H).
+        points: token index before which latents go, ascending in a row, at most the row's length, -1 where there is
+            no insertion, integers (B, E).
+        sizes: latents of each point, 0 or more, integers (B, E).
+        firsts: index of each point's first latent, integers (B, E). Points may share latents.
+        width: T, at least the longest row's tokens and latents.
+
+    Returns:
+        The rows. Gradient reaches the latents as in `weave`.
+    """
+    rows, length = tokens.shape
+    sizes = torch.where(points >= 0, sizes, 0).long()
+    begins = points + sizes.cumsum(1) - sizes  # (B, E)
+    ends = lengths.long() + sizes.sum(1)
+    places = torch.arange(width, device=tokens.device)
+    into = places[None, :, None] - begins[:, None, :]  # (B, T, E): how far behind the block's first latent
+    inside = (into >= 0) & (into < sizes[:, None, :])
+    is_latent = inside.any(-1)
+    sources = torch.where(is_latent, (inside * (firsts[:, None, :] + into)).sum(-1), -1)
+    before = into.clamp(min=0).minimum(sizes[:, None, :]).sum(-1)  # latents in front of the position
+    valid = places < ends[:, None]
+    is_latent &= valid
+    sources = torch.where(valid, sources, -1)
+    if length == 0:
+        ids = torch.zeros_like(before)
+    else:
+        ids = tokens.gather(1, (places - before).clamp(0, length - 1))
+    ids = torch.where(valid & ~is_latent, ids, 0)
+    woven = weave(table, ids.flatten(), latents, sources.flatten()).view(rows, width, table.shape[1])
+    return WovenRows(
+        embeddings=torch.where(valid[..., None], woven, 0),
+        positions=torch.where(valid, places, 0),
+        is_latent=is_latent,
+        valid=valid,
+        sources=sources,
+    )
+
+
+# What one chunk of logits may take, float32. Measured on a CPU, where chunks that fit its caches are as fast as large
+# ones but for the re-reading of the weight; a GPU needs more rows than that to be busy.
+CPU_CHUNK_BYTES = 32 * 2**20
+GPU_CHUNK_BYTES = 512 * 2**20
+MAX_CHUNK_BYTES = 128 * 2**20
+_CPU_ROWS = 128
+
+
+def chunk_rows(weight: Tensor) -> int:
+    """Rows of logits to hold at the same time: `MAX_CHUNK_BYTES` on a CPU and `GPU_CHUNK_BYTES` elsewhere, at most.
+
+    On a CPU fewer are enough: what fits the caches, but no less than a matrix product needs to be efficient.
+    """
+    row = max(1, weight.shape[0] * torch.promote_types(weight.dtype, torch.float32).itemsize)
+    if weight.device.type != "cpu":
+        return max(1, GPU_CHUNK_BYTES // row)
+    return max(1, min(max(CPU_CHUNK_BYTES // row, _CPU_ROWS), MAX_CHUNK_BYTES // row))
+
+
+@dataclass(frozen=True)
+class RowSoftmax:
+    """What the rows of a chunk of logits give.
+
+    Attributes:
+        logprobs: of the targets, (n,).
+        normalisers: logarithm of the sum of exponentials, (n,).
+        entropies: (n,), if they were asked for.
+        derivative: of the log-probabilities by the logits, (n, V), if it was asked for. May be the logits' memory.
+    """
+
+    logprobs: Tensor
+    normalisers: Tensor
+    entropies: Tensor | None
+    derivative: Tensor | None
+
+
+@final
+class TorchRows:
+    """The row-wise part of `linear_logprob` in plain torch. Every method may overwrite the logits."""
+
+    @staticmethod
+    def forward(logits: Tensor, targets: Tensor, *, entropy: bool, derivative: bool) -> RowSoftmax:
+        """Log-probability of each row's target, and what else is asked for.
+
+        Args:
+            logits: (n, V).
+            targets: (n,).
+            entropy: whether entropies are wanted.
+            derivative: whether the derivative is wanted.
+        """
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        largest = exact.amax(dim=-1, keepdim=True)
+        target = exact.gather(1, targets[:, None]) - largest
+        if not (entropy or derivative):
+            log_sum = exact.sub_(largest).exp_().sum(dim=-1, keepdim=True).log_()
+            return RowSoftmax((target - log_sum)[:, 0], (largest + log_sum)[:, 0], None, None)
+        probs = exact.softmax(dim=-1)
+        # The largest probability is at least 1/V, so its logarithm is exact enough to normalise with.
+        log_sum = probs.amax(dim=-1, keepdim=True).log_().neg_()
+        entropies = None
+        if entropy:
+            # A class that is ruled out (-inf) contributes 0, not 0 * inf.
+            below = exact.sub_(largest).clamp_(min=torch.finfo(exact.dtype).min)
+            entropies = log_sum[:, 0] - torch.linalg.vecdot(probs, below)
+        if derivative:
+            probs.neg_().scatter_add_(1, targets[:, None], torch.ones_like(target))
+        return RowSoftmax(
+            (target - log_sum)[:, 0], (largest + log_sum)[:, 0], entropies, probs if derivative else None
+        )
+
+    @staticmethod
+    def entropy_gradient(logits: Tensor, normalisers: Tensor, entropies: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of sum(grad * entropies) by the logits, (n, V).
+
+        Args:
+            logits: (n, V).
+            normalisers: as `forward` gave them, (n,).
+            entropies: likewise.
+            grad: upstream gradient, (n,).
+        """
+        logprobs = logits.to(normalisers.dtype).sub_(normalisers[:, None])
+        logprobs.clamp_(min=torch.finfo(logprobs.dtype).min)
+        # d entropy / d logits = -p (log p + entropy)
+        weights = logprobs.exp().mul_(-grad[:, None])
+        return weights.mul_(logprobs.add_(entropies[:, None]))
+
+
+class Logprobs(NamedTuple):
+    """Log-probability of a class per row, and the entropy of the distribution that it was read from."""
+
+    logprobs: Tensor
+    entropies: Tensor
+
+
+def times_weight(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows @ weight, accumulated and returned in float32 or wider.
+
+    Args:
+        rows: (n, V), float32 or wider, or in `dtype`.
+        weight: (V, H).
+        dtype: what the factors are rounded to where a device multiplies low precision faster.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        if torch.promote_types(dtype, torch.float32) == dtype:
+            return rows.to(dtype) @ weight.to(dtype)
+        if weight.device.type == "cuda":
+            return torch.mm(rows.to(dtype), weight.to(dtype), out_dtype=torch.float32)
+        # Few CPUs multiply low precision fast, and torch rounds what they return: widen the weight, piece by piece.
+        product = torch.zeros(rows.shape[0], weight.shape[1], dtype=torch.float32, device=rows.device)
+        step = max(1, CPU_CHUNK_BYTES // 2 // (4 * max(1, weight.shape[1])))
+        for begin in range(0, weight.shape[0], step):
+            part = slice(begin, begin + step)
+            product.addmm_(rows[:, part].float(), weight[part].to(dtype).float())
+        return product
+
+
+class LinearLogprob(torch.autograd.Function):
+    """Chunked log-softmax of a linear map, read at one class per row; nothing of size (N, V) outlives a chunk.
+
+    A row's log-probability is one number, so its gradient is the upstream number times a derivative that the forward
+    pass can compute while the logits are there: the backward pass makes no logits again. The entropy is mostly watched
+    and seldom trained, so its derivative is left to the backward pass.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
-    ) -> Tensor:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        rows: type,
+        chunk: int,
+        entropy: bool,
+        differentiable: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = torch.empty(hidden.shape[0], dtype=exact, device=hidden.device)
         normalisers = torch.empty_like(logprobs)
+        entropies = torch.empty_like(logprobs) if entropy else None
+        derivative = torch.empty(hidden.shape, dtype=exact, device=hidden.device) if differentiable else None
         for begin in range(0, hidden.shape[0], chunk):
             part = slice(begin, begin + chunk)
-            logits = torch.nn.functional.linear(hidden[part], weight, bias).to(exact)
-            normalisers[part] = logits.logsumexp(dim=-1)
-            logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - normalisers[part]
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
-        ctx.chunk = chunk
-        # A backward pass runs outside autocast; its logits must be those whose normalisers were kept.
-        device = hidden.device.type
-        ctx.autocast = {
-            "device_type": device,
-            "dtype": torch.get_autocast_dtype(device),
-            "enabled": torch.is_autocast_enabled(device),
-        }
-        return logprobs
+            logits = torch.nn.functional.linear(hidden[part], weight, bias)
+            dtype = logits.dtype
+            result = rows.forward(logits, targets[part], entropy=entropy, derivative=differentiable)
+            del logits
+            logprobs[part] = result.logprobs
+            normalisers[part] = result.normalisers
+            if entropies is not None:
+                entropies[part] = result.entropies
+            if derivative is not None:
+                derivative[part] = times_weight(result.derivative, weight, dtype)
+            del result
+        if differentiable:
+            kept = (hidden, weight, bias, normalisers, entropies) if entropy else (None,) * 5
+            ctx.save_for_backward(derivative, *kept)
+            ctx.set_materialize_grads(False)
+            ctx.rows, ctx.chunk, ctx.dtype = rows, chunk, hidden.dtype
+            # A backward pass runs outside autocast; its logits must be those whose normalisers were kept.
+            device = hidden.device.type
+            ctx.autocast = {
+                "device_type": device,
+                "dtype": torch.get_autocast_dtype(device),
+                "enabled": torch.is_autocast_enabled(device),
+            }
+        return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        for begin in range(0, hidden.shape[0], ctx.chunk):
-            part = slice(begin, begin + ctx.chunk)
-            with torch.autocast(**ctx.autocast):
-                logits = torch.nn.functional.linear(hidden[part], weight, bias).to(normalisers.dtype)
-            # d logprob[target] / d logits = onehot - softmax
-            grad_logits = (logits - normalisers[part, None]).exp_().mul_(-grad[part, None])
-            grad_logits.scatter_add_(1, targets[part, None], grad[part, None])
-            grad_hidden[part] = grad_logits.to(weight.dtype) @ weight
-        return grad_hidden, None, None, None, None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Any, ...]:
+        derivative, hidden, weight, bias, normalisers, entropies = ctx.saved_tensors
+        grad = None
+        if grad_logprobs is not None:
+            grad = derivative * grad_logprobs[:, None]
+        if grad_entropies is not None:
+            grad = torch.zeros_like(derivative) if grad is None else grad
+            for begin in range(0, hidden.shape[0], ctx.chunk):
+                part = slice(begin, begin + ctx.chunk)
+                with torch.autocast(**ctx.autocast):
+                    logits = torch.nn.functional.linear(hidden[part], weight, bias)
+                dtype = logits.dtype
+                by_logits = ctx.rows.entropy_gradient(
+                    logits, normalisers[part], entropies[part], grad_entropies[part]
+                )
+                del logits
+                grad[part] += times_weight(by_logits, weight, dtype)
+                del by_logits
+        return (None if grad is None else grad.to(ctx.dtype), *(None,) * 7)
+
+
+def chunked_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    rows: type,
+    entropy: bool,
+    chunk: int | None,
+) -> Tensor | Logprobs:
+    """`linear_logprob`, with the row-wise part given."""
+    differentiable = torch.is_grad_enabled() and hidden.requires_grad
+    logprobs, entropies = LinearLogprob.apply(
+        hidden, weight, bias, targets.long(), rows, chunk or chunk_rows(weight), entropy, differentiable
+    )
+    return logprobs if entropies is None else Logprobs(logprobs, entropies)
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, chunk: int = 512
-) -> Tensor:
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    entropy: bool = False,
+    chunk: int | None = None,
+) -> Any:
     """Log-probability of a class under softmax(hidden @ weight.T + bias), for a frozen weight.
 
     Args:
         hidden: (N, H).
         weight: (V, H); no gradient is computed for it.
-        targets: class of each row, int64 (N,).
+        targets: class of each row, integers (N,).
         bias: (V,) or None; no gradient is computed for it.
-        chunk: rows whose logits exist at the same time.
+        entropy: whether to return the entropy of each row's distribution too.
+        chunk: rows whose logits exist at the same time. Default: what `chunk_rows` finds.
 
     Returns:
-        (N,), float32 or wider.
+        (N,), float32 or wider; with `entropy`, `Logprobs`, whose two tensors both carry gradient.
     """
-    return cast(Tensor, _LinearLogprob.apply(hidden, weight, bias, targets, chunk))
+    return chunked_logprob(hidden, weight, targets, bias, rows=TorchRows, entropy=entropy, chunk=chunk)

@@ -20,16 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 3
 """Raised whenever code changes what a recipe builds, so that cached results of the old code are not used."""
-
-STAGE_OF = {
-    "weaver_sft_half": "weaver_sft",
-    "weaver_sft": "weaver_sft",
-    "weaver_grpo": "weaver_grpo",
-    "trigger_rl": "trigger_rl",
-}
-"""Trained assets, and the stage that trains each."""
 
 
 def resolve_asset(name: str) -> str:
@@ -40,15 +32,17 @@ def resolve_asset(name: str) -> str:
 
             - `lab:reasoner` or `lab:reasoner?seed=1`: the pretrained tiny reasoner of a base seed (default 0), built on
               first use in two to three CPU minutes;
+            - `lab:weaver_sft_half`, `lab:weaver_sft`, `lab:weaver_grpo`, `lab:trigger_rl`: the checkpoint that the
+              stage's own command writes, trained on first use; `?seed=1` of the training, `?base=1` of the reasoner;
             - `tiny:PATH`: a small random Qwen2 with a byte-level tokenizer made from the text found in PATH;
             - anything else: a directory or a name on the hub.
 
     Returns:
-        The absolute path of a directory for the first two; any other name unchanged.
+        The absolute path of a directory for what is built; any other name unchanged.
 
     Raises:
         ValueError: if a `lab:` name or its parameters are not known, or PATH has no text.
-        FileNotFoundError: if PATH does not exist, or the name is of a trained asset that is not there yet.
+        FileNotFoundError: if PATH does not exist, or the stage files that train an asset are not found.
     """
     kind, colon, rest = name.partition(":")
     if colon and kind == "lab":
@@ -95,22 +89,32 @@ def build_tiny(source: Path) -> Path:
 
 
 def _resolve_lab(name: str, rest: str) -> Path:
+    from memgen.lab.trained import TRAINED, build_trained
+
     asset, _, query = rest.partition("?")
-    if asset in STAGE_OF:
-        stage = STAGE_OF[asset]
-        raise FileNotFoundError(
-            f"{name} has to be trained first: run `memgen fit --config conf/{stage}.yaml` "
-            "and give the checkpoint directory that it prints instead of the name"
-        )
-    if asset != "reasoner":
+    if asset != "reasoner" and asset not in TRAINED:
         raise ValueError(
             f"{name!r} is not an asset of the lab; there are lab:reasoner, lab:reasoner?seed=N, "
-            + ", ".join(f"lab:{trained}" for trained in STAGE_OF)
+            + ", ".join(f"lab:{trained}" for trained in TRAINED)
         )
-    from memgen.lab.pretrain import ReasonerRecipe
+    if asset == "reasoner":
+        from memgen.lab.pretrain import ReasonerRecipe
 
-    parameters = dict(parse_qsl(query, keep_blank_values=True))
-    seed = parameters.pop("seed", "0")
-    if parameters or not seed.isdecimal() or (query and "seed=" not in query):
-        raise ValueError(f"{name!r}: lab:reasoner takes one parameter, a seed, as in lab:reasoner?seed=1")
-    return build_reasoner(ReasonerRecipe(seed=int(seed)))
+        return build_reasoner(ReasonerRecipe(seed=_numbers(name, query, ("seed",))["seed"]))
+    numbers = _numbers(name, query, ("seed", "base"))
+    return build_trained(asset, numbers["seed"], numbers["base"], RECIPE_VERSION, resolve_asset)
+
+
+def _numbers(name: str, query: str, known: tuple[str, ...]) -> dict[str, int]:
+    """The parameters of an asset's name, 0 where they are not given."""
+    given = dict(parse_qsl(query, keep_blank_values=True))
+    if (
+        (query and not given)
+        or not set(given) <= set(known)
+        or not all(v.isdecimal() for v in given.values())
+    ):
+        raise ValueError(
+            f"{name!r}: its parameters are {' and '.join(known)}, each a number, as in "
+            f"{name.partition('?')[0]}?{known[0]}=1"
+        )
+    return {key: int(given.get(key, 0)) for key in known}

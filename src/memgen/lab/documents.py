@@ -1,81 +1,106 @@
 """The text on which the lab's reasoner is pretrained.
 
-Solved problems of all tasks. Closed-book shop problems have prices of their own in every document, so that no world can
-be learnt here. In half of the documents notes stand where a weaver may insert latents: at the end of the prompt and
-after the delimiters of the solution. A note is a few "item price" pairs; in most closed-book problems it says what is
-asked, everywhere else it is irrelevant. So the reasoner learns to read inserted memory and to pass over it. This is a
-concession to its size: without notes the same reasoner is hardly steerable by latents at this budget.
+Solved problems of all tasks, episodes of the text world, and recalls: a few facts said again and again, from which
+looking up is learnt first. Prices, maps and homes are drawn anew in every document, so that no world can be learnt here.
+
+In half of the documents notes stand where a weaver may insert latents: at the end of a prompt and after the delimiters
+of a solution. A note is a few facts; where a world would tell them, most notes say what is asked, everywhere else they
+are irrelevant. So the reasoner learns to read inserted memory and to pass over it. This is a concession to its size:
+without notes the same reasoner is hardly steerable by latents at this budget.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
+from memgen.lab.text_world import MAX_TURNS, House
 from memgen.lab.tokenizer import END
-from memgen.lab.world import ITEMS, PRICES, Problem, Task, draw_problem, split_of
+from memgen.lab.world import ITEMS, PLACES, PRICES, ROOMS, TURNS, Problem, Task, draw_problem, split_of
 
 DELIMITERS = (",", ".", "\n")
+
+Kind = Task | Literal["recall", "text_world"]
+"""What a document may be."""
+
+KINDS: tuple[Kind, ...] = ("recall", "open", "shop", "route", "text_world", "add", "rev", "walk")
 
 
 @dataclass(frozen=True)
 class DocumentMix:
     """What pretraining documents are made of."""
 
-    look: float = 0.18
-    """Share of open-book problems whose solution names each item before its price: the easiest way to learn to look up."""
-    open: float = 0.26
+    recall: float = 0.04
+    """Share of recalls."""
+    open: float = 0.18
     """Share of open-book shop problems."""
-    shop: float = 0.22
+    shop: float = 0.14
     """Share of closed-book shop problems, with prices of their own in every document."""
-    add: float = 0.12
+    route: float = 0.16
+    """Share of routes, with a map of their own in every document."""
+    text_world: float = 0.17
+    """Share of episodes of the text world, with homes of their own in every document."""
+    add: float = 0.14
     rev: float = 0.06
-    walk: float = 0.16
+    walk: float = 0.11
     noted: float = 0.5
     """Share of documents that have notes."""
     note_rate: float = 0.5
     """In a document that has notes: how often a place gets one."""
     relevant: float = 0.7
-    """Share of the noted closed-book problems whose notes say the prices that are asked."""
+    """Share of the noted documents about a world whose notes say what is asked."""
 
-    def draw_task(self, rng: random.Random) -> Task | Literal["look"]:
-        """Draws a task by its share."""
-        tasks: tuple[Task | Literal["look"], ...] = ("look", "open", "shop", "add", "rev", "walk")
-        return rng.choices(tasks, weights=[getattr(self, task) for task in tasks])[0]
+    @classmethod
+    def of(
+        cls, kind: Kind, *, noted: float = 0.5, note_rate: float = 0.5, relevant: float = 0.7
+    ) -> DocumentMix:
+        """A mixture of one kind alone."""
+        shares = {other: float(other == kind) for other in KINDS}
+        return cls(**shares, noted=noted, note_rate=note_rate, relevant=relevant)
+
+    def draw_kind(self, rng: random.Random) -> Kind:
+        """Draws what a document is by its share."""
+        return rng.choices(KINDS, weights=[getattr(self, kind) for kind in KINDS])[0]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text as tokens, and which of them carry loss: those of the solution and the end token."""
+    """A text as tokens, and which of them carry loss: what an assistant would write, end tokens included."""
 
     tokens: tuple[str, ...]
     supervised: tuple[bool, ...]
 
 
-def draw_document(mix: DocumentMix, rng: random.Random) -> Document:
-    """Draws a document. Prompts of the val and test splits never occur, but for those of `shop`, whose prices are drawn."""
-    task = mix.draw_task(rng)
-    problem = draw_problem(task, rng)
-    while task != "shop" and split_of(problem.prompt) != "train":
-        problem = draw_problem(task, rng)
-    noted = rng.random() < mix.noted
-    relevant = task == "shop" and rng.random() < mix.relevant
+@dataclass
+class _Draft:
+    """A document while it is written."""
 
-    tokens = words(problem.prompt)
-    supervised = [False] * len(tokens)
-    if noted and rng.random() < mix.note_rate:
-        note = _note(problem, relevant, rng)
-        tokens += note
-        supervised += [False] * len(note)
-    for word in [*words(problem.solution), END]:
-        tokens.append(word)
-        supervised.append(True)
-        if noted and word in DELIMITERS and rng.random() < mix.note_rate:
-            note = _note(problem, relevant, rng)
-            tokens += note
-            supervised += [False] * len(note)
-    return Document(tuple(tokens), tuple(supervised))
+    tokens: list[str] = field(default_factory=list)
+    supervised: list[bool] = field(default_factory=list)
+
+    def add(self, tokens: list[str], *, supervised: bool = False) -> None:
+        self.tokens += tokens
+        self.supervised += [supervised] * len(tokens)
+
+    def done(self) -> Document:
+        return Document(tuple(self.tokens), tuple(self.supervised))
+
+
+def draw_document(mix: DocumentMix, rng: random.Random) -> Document:
+    """Draws a document. Prompts of the val and test splits never occur, but for those of a world, which is drawn."""
+    kind = mix.draw_kind(rng)
+    if kind == "recall":
+        return _recall(rng)
+    note_rate = mix.note_rate if rng.random() < mix.noted else 0.0
+    relevant = rng.random() < mix.relevant
+    if kind == "text_world":
+        return _episode(note_rate, relevant, rng)
+    problem = draw_problem(kind, rng)
+    while kind not in ("shop", "route") and split_of(problem.prompt) != "train":
+        problem = draw_problem(kind, rng)
+    return _solved(problem, note_rate, relevant, rng)
 
 
 def words(text: str) -> list[str]:
@@ -83,12 +108,101 @@ def words(text: str) -> list[str]:
     return [word for word in text.replace("\n", " \n ").split(" ") if word]
 
 
-def _note(problem: Problem, relevant: bool, rng: random.Random) -> list[str]:
-    """One to three "item price" pairs: of items that are asked, in their order, or of others at any price."""
-    pairs = rng.randint(1, 3)
-    if not relevant:
-        others = [item for item in ITEMS if item not in problem.items]
-        return [word for item in rng.sample(others, pairs) for word in (item, str(rng.choice(PRICES)))]
-    prices = dict(zip(problem.items, problem.steps.removesuffix(" .").split(" , "), strict=True))
-    noted = set(rng.sample(problem.items, pairs))
-    return [word for item in problem.items if item in noted for word in (item, prices[item])]
+def _solved(problem: Problem, note_rate: float, relevant: bool, rng: random.Random) -> Document:
+    """A problem and its solution, with notes at some of the places where a weaver may insert."""
+    draft = _Draft()
+    draft.add(words(problem.prompt))
+    written = 0  # commas of the solution so far
+    if rng.random() < note_rate:
+        draft.add(_note(problem, relevant, written, rng))
+    for word in [*words(problem.solution), END]:
+        draft.add([word], supervised=True)
+        written += word == ","
+        if word in DELIMITERS and rng.random() < note_rate:
+            draft.add(_note(problem, relevant, written, rng))
+    return draft.done()
+
+
+def _note(problem: Problem, relevant: bool, written: int, rng: random.Random) -> list[str]:
+    """One to three facts: of what is asked, in its order, or of something else."""
+    if relevant and problem.task == "shop":
+        prices = dict(zip(problem.items, problem.steps.removesuffix(" .").split(" , "), strict=True))
+        noted = set(rng.sample(problem.items, rng.randint(1, 3)))
+        return [word for item in problem.items if item in noted for word in (item, prices[item])]
+    if relevant and problem.task == "route":
+        return _route_note(problem, written, rng)
+    return _irrelevant_note(problem.items, rng)
+
+
+def _route_note(problem: Problem, written: int, rng: random.Random) -> list[str]:
+    """The next hop of a route without its place, or one or two hops in full; at the end, the last hop again."""
+    hops = [clause.split(" ") for clause in problem.steps.removesuffix(" .").split(" , ")]
+    facts = [[here[0], here[2], there[0]] for here, there in pairwise(hops)]
+    # A delimiter behind hop n is followed by where it leads; at the end of the prompt hop 1 is still to come.
+    coming = facts[max(0, written - 1) :]
+    if rng.random() < 0.5:
+        return coming[0][1:]
+    return [word for fact in coming[: rng.randint(1, 2)] for word in fact]
+
+
+def _irrelevant_note(items: tuple[str, ...], rng: random.Random) -> list[str]:
+    """Prices of items that are not asked."""
+    others = [item for item in ITEMS if item not in items]
+    return [
+        word for item in rng.sample(others, rng.randint(1, 3)) for word in (item, str(rng.choice(PRICES)))
+    ]
+
+
+def _recall(rng: random.Random) -> Document:
+    """Three to five facts of one kind, said again and again; what follows from an earlier mention carries loss."""
+    count = rng.randint(3, 5)
+    match rng.choice(("price", "home", "map")):
+        case "price":
+            facts = [[item, str(rng.choice(PRICES))] for item in rng.sample(ITEMS, count)]
+        case "home":
+            facts = [[item, rng.choice(ROOMS)] for item in rng.sample(ITEMS, count)]
+        case _:
+            sources = rng.sample([(place, turn) for place in PLACES for turn in TURNS], count)
+            facts = [[place, turn, rng.choice(PLACES)] for place, turn in sources]
+    draft = _Draft()
+    seen: set[int] = set()
+    for index in [*range(count), *rng.choices(range(count), k=14)]:
+        *key, value = facts[index]
+        draft.add(key)
+        draft.add([value], supervised=index in seen)
+        seen.add(index)
+    return draft.done()
+
+
+def _episode(note_rate: float, relevant: bool, rng: random.Random) -> Document:
+    """An episode of an agent that goes where it knows a thing to be, from notes or from sight, and searches else."""
+    homes = dict(zip(ITEMS, [*ROOMS, *rng.sample(ROOMS, len(ITEMS) - len(ROOMS))], strict=True))
+    shuffled = list(homes.values())
+    rng.shuffle(shuffled)
+    homes = dict(zip(ITEMS, shuffled, strict=True))
+    thing, goal = rng.sample(ITEMS, 2)
+    while homes[thing] == homes[goal]:
+        thing, goal = rng.sample(ITEMS, 2)
+    house = House(homes, thing, goal, rng.choice(ROOMS))
+    draft = _Draft()
+    known: dict[str, str] = {}
+    unseen = set(ROOMS)
+    draft.add(words(house.task))
+    for _ in range(MAX_TURNS):
+        unseen.discard(house.here)
+        known |= {item: room for item, room in homes.items() if room == house.here}
+        if rng.random() < note_rate:
+            if relevant:
+                noted = rng.choice(((thing,), (goal,), (thing, goal)))
+                known |= {item: homes[item] for item in noted}
+                draft.add([word for item in noted for word in (item, homes[item])])
+            else:
+                draft.add(_irrelevant_note((thing, goal), rng))
+        action = house.best_action(known) or f"go {rng.choice(sorted(unseen))}"
+        draft.add([*words(action), END], supervised=True)
+        seen = house.act(action)
+        assert seen is not None, "the agent does what is possible"
+        if house.solved:
+            break
+        draft.add(words(seen))
+    return draft.done()

@@ -9,7 +9,7 @@ from functools import cache
 from typing import final, get_args
 
 from memgen.environments.base import Environment, Example, Message, Reward, Split
-from memgen.lab.world import Problem, Task, World, sample_problems, shop_problems
+from memgen.lab.world import Problem, Task, World, route_problems, sample_problems, shop_problems
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,16 @@ class Lab(Environment):
         return [_example(next(supply[task]), f"{split}-{index}") for index, task in enumerate(turns)]
 
     def _problems(self, task: str, split: Split, count: int) -> Sequence[Problem]:
-        if task != "shop":
-            return _sampled(task, split, count)
-        problems = shop_problems(self.world, split)
+        match task:
+            case "shop":
+                problems = shop_problems(self.world, split)
+            case "route":
+                problems = route_problems(self.world, split)
+            case _:
+                return _sampled(task, split, count)
         if count > len(problems):
             raise ValueError(
-                f"{split}_size asks for {count} shop problems, but the split has {len(problems)}; "
+                f"{split}_size asks for {count} {task} problems, but the split has {len(problems)}; "
                 f"set {split}_size lower"
             )
         return problems[:count]

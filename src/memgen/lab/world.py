@@ -1,32 +1,46 @@
-"""The lab's tasks: a small shop whose prices only experience tells, and four skills that need no memory.
+"""The lab's tasks: a shop and a map that only experience tells, and four skills that need no memory.
 
 `shop` is closed book: the prices of 16 items are fixed by a world seed and stand in no prompt and in no pretraining
-text, so a model can answer only after learning them from solved problems. `open` is the same with the prices written
-in the prompt (drawn per problem, so they contradict the world); `add`, `rev` and `walk` have nothing to do with it.
+text, so a model can answer only after learning them from solved problems. `route` is closed book too: each of 16 places
+has a left and a right neighbour, and the answer follows three to six turns, so that each step needs the place that the
+step before led to: what is known at the end of the prompt does not suffice. `open` is `shop` with the prices written in
+the prompt (drawn per problem, so they contradict the world); `add`, `rev` and `walk` have nothing to do with a world.
 
 Shop problems are split by their unordered triple of items: every item's price occurs in training, the combinations of
-the other splits do not. The other tasks are split by their prompt.
+the other splits do not. The other tasks are split by their prompt: a route by start
+and turns together.
 """
 
 from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
 from typing import Literal, get_args
 
 from memgen.environments.base import Split
 
-Task = Literal["shop", "open", "add", "rev", "walk"]
-"""What can be asked. `look`, an open-book problem whose solution names the items, occurs in pretraining only."""
+Task = Literal["shop", "route", "open", "add", "rev", "walk"]
+"""What can be asked."""
 
 ITEMS = (
     "fig", "nut", "tea", "oat", "ham", "egg", "jam", "pie",
     "rye", "bun", "cod", "leek", "corn", "plum", "rice", "salt",
 )  # fmt: skip
 PRICES = (1, 2, 3, 4, 5)
+PLACES = (
+    "hall", "yard", "den", "loft", "shed", "barn", "cave", "dock",
+    "farm", "fort", "gate", "hill", "inn", "lake", "mill", "park",
+)  # fmt: skip
+TURNS = ("left", "right")
+HOPS = (3, 4, 5, 6)
+"""How many turns a route may have."""
+SHORT_HOPS = (1, 2)
+"""Routes that are too short to need memory inside the answer, which occur in training only: the map's facts by themselves."""
+ROOMS = PLACES[:10]
+"""Places of the text world."""
 
 TEST_PERCENT = 27
 VAL_PERCENT = 10
@@ -40,14 +54,14 @@ class Problem:
     r"""A prompt and its worked solution.
 
     Attributes:
-        task: what is asked; `look` only in pretraining.
+        task: what is asked.
         prompt: ends in a newline, e.g. "shop : fig , nut , tea .\n".
         steps: the working before the answer, e.g. "4 , 1 , 5 .".
         answer: what follows "#", digits apart, e.g. "1 0".
-        items: the items it is about, in the order in which they are asked.
+        items: the items it is about, in the order in which they are asked; of a route all places, in their order.
     """
 
-    task: Task | Literal["look"]
+    task: Task
     prompt: str
     steps: str
     answer: str
@@ -61,18 +75,37 @@ class Problem:
 
 @dataclass(frozen=True)
 class World:
-    """A price for each item, dealt as evenly as 16 items and five prices allow (one price four times, the others three)."""
+    """What only experience tells: prices, neighbours of places, and where things are kept."""
 
     seed: int = 0
-    """Decides which item has which price; the split into train, val and test does not depend on it."""
+    """Decides all of it; the split into train, val and test does not depend on it."""
 
     def prices(self) -> dict[str, int]:
-        """The price of each item."""
+        """The price of each item, dealt as evenly as may be (one price four times, the others three times)."""
         rng = random.Random(f"world {self.seed}")
         extra = rng.sample(PRICES, len(ITEMS) % len(PRICES))
         dealt = [*PRICES * (len(ITEMS) // len(PRICES)), *extra]
         rng.shuffle(dealt)
         return dict(zip(ITEMS, dealt, strict=True))
+
+    def neighbours(self) -> dict[tuple[str, str], str]:
+        """Where each turn leads from each place: never to the place itself, and every place is left and right of one."""
+        rng = random.Random(f"map {self.seed}")
+        left = right = PLACES
+        while any(len({place, a, b}) < 3 for place, a, b in zip(PLACES, left, right, strict=True)):
+            left, right = (tuple(rng.sample(PLACES, len(PLACES))) for _ in TURNS)
+        return {
+            (place, turn): there
+            for turn, row in zip(TURNS, (left, right), strict=True)
+            for place, there in zip(PLACES, row, strict=True)
+        }
+
+    def homes(self) -> dict[str, str]:
+        """The room in which each item is kept: one or two items in each room."""
+        rng = random.Random(f"homes {self.seed}")
+        rooms = [*ROOMS, *rng.sample(ROOMS, len(ITEMS) - len(ROOMS))]
+        rng.shuffle(rooms)
+        return dict(zip(ITEMS, rooms, strict=True))
 
 
 def digits(number: int) -> str:
@@ -116,14 +149,59 @@ def shop_problem(items: Sequence[str], prices: Sequence[int]) -> Problem:
     )
 
 
+def route_problems(world: World, split: Split) -> list[Problem]:
+    """Every route of three or more turns of a split, shuffled the same way in every run.
+
+    In training every second problem is a short route, so that the map's facts are also seen by themselves; the short
+    ones come again and again.
+    """
+    rng = random.Random(f"route {split}")
+    problems = [problem for problem in _routes(world, HOPS) if split_of(problem.prompt) == split]
+    rng.shuffle(problems)
+    if split != "train":
+        return problems
+    short: list[Problem] = []
+    while len(short) < len(problems):
+        short += rng.sample(again := _routes(world, SHORT_HOPS), len(again))
+    return [problem for pair in zip(short, problems, strict=False) for problem in pair]
+
+
+def _routes(world: World, lengths: Sequence[int]) -> list[Problem]:
+    neighbours = world.neighbours()
+    return [
+        route_problem(start, turns, neighbours)
+        for hops in lengths
+        for start in PLACES
+        for turns in product(TURNS, repeat=hops)
+    ]
+
+
+def route_problem(start: str, turns: Sequence[str], neighbours: Mapping[tuple[str, str], str]) -> Problem:
+    """Asks where some turns lead. Each step of the solution says place and turn before the place that comes of them."""
+    places = [start]
+    for turn in turns:
+        places.append(neighbours[places[-1], turn])
+    hops = [
+        f"{place} {number} {turn} ,"
+        for number, (place, turn) in enumerate(zip(places, turns, strict=False), 1)
+    ]
+    return Problem(
+        task="route",
+        prompt=f"route : {start} , {' , '.join(f'{number} {turn}' for number, turn in enumerate(turns, 1))} .\n",
+        steps=f"{' '.join(hops)} {places[-1]} .",
+        answer=places[-1],
+        items=tuple(places),
+    )
+
+
 def sample_problems(task: Task, split: Split, count: int) -> list[Problem]:
-    """Different problems of a task other than `shop`, the same ones in every run; a longer list begins with the shorter.
+    """Different problems of a task without a world, the same ones in every run; a longer list begins with the shorter.
 
     Raises:
-        ValueError: if the task is `shop` (its problems are enumerated, not sampled) or has not as many problems.
+        ValueError: if the task is `shop` or `route` (their problems are enumerated, not sampled) or has not as many.
     """
-    if task == "shop":
-        raise ValueError("the problems of 'shop' depend on a world; use shop_problems(world, split)")
+    if task in ("shop", "route"):
+        raise ValueError(f"the problems of {task!r} depend on a world; use {task}_problems(world, split)")
     rng = random.Random(f"{task} {split}")
     found: dict[str, Problem] = {}
     misses = 0  # since the last one that was found
@@ -142,15 +220,16 @@ def sample_problems(task: Task, split: Split, count: int) -> list[Problem]:
     return list(found.values())
 
 
-def draw_problem(task: Task | Literal["look"], rng: random.Random) -> Problem:
-    """Draws a problem; shop problems get prices of their own, unrelated to any world."""
+def draw_problem(task: Task, rng: random.Random) -> Problem:
+    """Draws a problem; shops and routes get prices and a map of their own, unrelated to any world."""
     match task:
         case "shop":
             return shop_problem(rng.sample(ITEMS, 3), rng.choices(PRICES, k=3))
         case "open":
             return _open(rng)
-        case "look":
-            return _look(rng)
+        case "route":
+            turns = rng.choices(TURNS, k=rng.choice(SHORT_HOPS + HOPS))
+            return route_problem(rng.choice(PLACES), turns, _drawn_map(rng))
         case "add":
             return _add(rng)
         case "rev":
@@ -158,6 +237,15 @@ def draw_problem(task: Task | Literal["look"], rng: random.Random) -> Problem:
         case "walk":
             return _walk(rng)
     raise ValueError(f"unknown task {task!r}; there are {', '.join(get_args(Task))}")
+
+
+def _drawn_map(rng: random.Random) -> dict[tuple[str, str], str]:
+    """A map whose two turns lead to different other places; unlike a world's, a place may be reached from many."""
+    neighbours = {}
+    for place in PLACES:
+        left, right = rng.sample([other for other in PLACES if other != place], 2)
+        neighbours |= {(place, "left"): left, (place, "right"): right}
+    return neighbours
 
 
 def _price_list(rng: random.Random) -> tuple[dict[str, int], str]:
@@ -171,18 +259,6 @@ def _open(rng: random.Random) -> Problem:
     asked = rng.sample(list(prices), 3)
     closed = shop_problem(asked, [prices[item] for item in asked])
     return Problem("open", text + closed.prompt, closed.steps, closed.answer, tuple(prices))
-
-
-def _look(rng: random.Random) -> Problem:
-    prices, text = _price_list(rng)
-    asked = rng.sample(list(prices), 3)
-    return Problem(
-        task="look",
-        prompt=f"{text}find : {' , '.join(asked)} .\n",
-        steps=f"{' , '.join(f'{item} {prices[item]}' for item in asked)} .",
-        answer=digits(sum(prices[item] for item in asked)),
-        items=tuple(prices),
-    )
 
 
 def _add(rng: random.Random) -> Problem:

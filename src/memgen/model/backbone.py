@@ -2,13 +2,15 @@
 
 Any decoder-only Hugging Face model with rotary (or no) positions serves: its modules run unchanged on packed input,
 and its attention, registered under the name "memgen", keeps keys and values in the memory that the pass was opened
-on. The adapter is an argument of a pass.
+on. A decoder of the common plain shape is computed without its modules (see decoder.py). The adapter is an argument
+of a pass.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -24,8 +26,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 
 from memgen.model.adapters import AdapterSwitch, LoraSettings
 from memgen.model.cache import View
+from memgen.model.decoder import DirectDecoder, UnlikeError, direct_decoder
 
 # T packed positions, H hidden size, h query heads, g key-value heads, d head size
+
+logger = logging.getLogger(__name__)
 
 _VIEW: ContextVar[View | None] = ContextVar("memgen_view", default=None)
 
@@ -122,6 +127,8 @@ class Backbone(nn.Module):
         self.model = model
         self.adapters = AdapterSwitch(model)
         self._recompute = False
+        self._direct: DirectDecoder | None = None
+        self._directly: bool | None = None
         self._layers = _decoder_layers(self._decoder, int(config.num_hidden_layers))
         for layer in self._layers:
             layer.forward = partial(self._layer, layer.forward)
@@ -159,6 +166,13 @@ class Backbone(nn.Module):
     def add_adapter(self, name: str, settings: LoraSettings) -> None:
         """Adds a LoRA adapter that a pass may name."""
         self.adapters.add(name, settings)
+        if self._direct is not None:
+            # Its layers were replaced by layers with an adapter.
+            self._directly, self._direct = None, None
+
+    def compute_directly(self, enabled: bool) -> None:
+        """Whether a decoder of the plain shape is computed without calling its modules. On by default."""
+        self._directly, self._direct = None if enabled else False, None
 
     def use_checkpointing(self, enabled: bool) -> None:
         """Activation checkpointing: layers recompute their activations in the backward pass."""
@@ -177,7 +191,7 @@ class Backbone(nn.Module):
 
     def forward(
         self, embeddings: Float[Tensor, "time hidden"], view: View, adapter: str | None = None
-    ) -> Float[Tensor, "time hidden"]:
+    ) -> Float[Tensor, "read hidden"]:
         """Reads packed input embeddings.
 
         Args:
@@ -186,15 +200,33 @@ class Backbone(nn.Module):
             adapter: adapter to apply, or None for the bare base.
 
         Returns:
-            Hidden states after the final norm, (T, H), in the base's type.
+            Hidden states after the final norm, in the base's type, (T, H): of the positions that the pass reads.
         """
+        embeddings = embeddings.to(self.embedding.dtype)
+        if self._directly is None:
+            self._probe()
+        direct = self._direct
+        # A strategy that shards the layers replaces them or hooks into their calls: then they must be called.
+        if direct is not None and self._layers[0] is direct.first and not direct.hooked:
+            return direct(embeddings, view, adapter, recompute=self._recompute)
+        hidden = self._through_modules(embeddings, view, adapter)
+        return hidden if view.read is None else hidden.index_select(0, view.read)
+
+    def _through_modules(self, embeddings: Tensor, view: View, adapter: str | None = None) -> Tensor:
         with self._pass(view, adapter):
             output = self._decoder(
-                inputs_embeds=embeddings.to(self.embedding.dtype)[None],
-                position_ids=view.positions[None],
-                use_cache=False,
+                inputs_embeds=embeddings[None], position_ids=view.positions[None], use_cache=False
             )
         return cast(Tensor, output.last_hidden_state[0])
+
+    def _probe(self) -> None:
+        """Finds out, once, whether the decoder can be computed directly."""
+        sample = self.embedding[: min(6, self.embedding.shape[0])].detach()
+        try:
+            self._direct = direct_decoder(self._decoder, sample, self._through_modules)
+        except UnlikeError as reason:
+            logger.info("%s is read through its modules: %s", self.name or type(self.model).__name__, reason)
+        self._directly = self._direct is not None
 
     @contextmanager
     def _pass(self, view: View, adapter: str | None) -> Iterator[None]:

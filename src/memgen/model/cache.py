@@ -39,6 +39,9 @@ class Segment:
     """New positions of each row; they lie one behind the other in the packed input, in the order of `rows`."""
     keep: Sequence[int] | None = None
     """How many of them the memory keeps, from the front; None keeps all."""
+    read: Sequence[int] | None = None
+    """From how many of them, counted from the back, the result is wanted; None: from all. The others are computed
+    only as far as those behind them look at them."""
 
 
 class View(ABC):
@@ -46,23 +49,36 @@ class View(ABC):
 
     positions: Tensor
     """Position ids of the packed input, int64 (T,)."""
+    limit: int
+    """One more than the largest position."""
+    read: Tensor | None = None
+    """Where in the packed input the results are that somebody wants, int64; None: everywhere."""
 
     @abstractmethod
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        *,
+        narrowed: bool = False,
     ) -> Tensor:
         """Attention of one layer.
 
         Args:
             layer: index of the layer.
-            query: (1, h, T, d), of the packed input.
+            query: (1, h, T, d), of the packed input; of its positions `read` alone if `narrowed`.
             key: (1, g, T, d), likewise.
             value: (1, g, T, d), likewise.
             scale: factor on the scores.
             window: sliding window in positions, or None.
+            narrowed: see `query`.
 
         Returns:
-            (1, T, h, d).
+            (1, T, h, d), for the queries given.
         """
 
 
@@ -78,8 +94,15 @@ class Memory(ABC):
         """Positions that a row keeps."""
 
 
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Query i of (R, h, S, d) sees slots up to i of (R, g, S, d)."""
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] > key.shape[1]
+    )
+
+
 def _grouped_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *, causal: bool
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """Attention of h query heads on g key-value heads.
 
@@ -89,35 +112,43 @@ def _grouped_attention(
         query: (R, h, Q, d).
         key: (R, g, S, d).
         value: (R, g, S, d).
-        mask: True where a query sees a slot, (R, Q, S), or None.
+        mask: what is added to the scores, (R, 1, h/g * Q, S), or None.
         scale: factor on the scores.
-        causal: query i sees slots up to i; only without a mask, and where Q = S.
 
     Returns:
         (R, h, Q, d).
     """
-    rows, heads, length, size = query.shape
-    groups = key.shape[1]
-    repeat = heads // groups
-    if causal:
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=repeat > 1
-        )
-    folded = query.reshape(rows, groups, repeat * length, size)
-    if mask is not None:
-        mask = mask[:, None, None].expand(rows, 1, repeat, length, mask.shape[-1])
-        mask = mask.reshape(rows, 1, repeat * length, mask.shape[-1])
+    folded = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
     attended = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
-    return attended.reshape(rows, heads, length, size)
+    return attended.reshape(query.shape)
 
 
-def _visible(positions: Tensor, slots: int, window: int | None) -> Tensor:
-    """True where a query at a position (R, Q) sees a slot: (R, Q, S)."""
-    slot = torch.arange(slots, device=positions.device)
-    visible = slot <= positions[..., None]
-    if window is not None:
-        visible &= slot > positions[..., None] - window
-    return visible
+class _Masks:
+    """The mask of a part of a pass: made once, for all layers that see the same window.
+
+    Args:
+        positions: of the queries, (R, Q).
+        slots: S.
+    """
+
+    def __init__(self, positions: Tensor, slots: int) -> None:
+        self._positions = positions
+        self._slots = slots
+        self._made: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
+
+    def get(self, window: int | None, repeat: int, dtype: torch.dtype) -> Tensor:
+        """0 where a query sees a slot, else minus infinity: (R, 1, repeat * Q, S)."""
+        key = (window, repeat, dtype)
+        if key not in self._made:
+            positions = self._positions[:, None, :, None]
+            slot = torch.arange(self._slots, device=positions.device)
+            hidden = slot > positions
+            if window is not None:
+                hidden |= slot <= positions - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            mask.masked_fill_(hidden, -torch.inf)
+            self._made[key] = mask.repeat(1, 1, repeat, 1) if repeat > 1 else mask
+        return self._made[key]
 
 
 class _Padding:
@@ -151,6 +182,48 @@ class _Padding:
         return flat if self.uniform else flat.index_select(0, self.unpad_index)
 
 
+@dataclass(frozen=True)
+class _Tail:
+    lines: np.ndarray  # lines of the segment from which something is wanted
+    counts: np.ndarray  # how many positions of each, from the back
+
+
+class _Narrowed:
+    """Gathers which positions of a pass are wanted, if not all are."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._all = all(segment.read is None for segment in segments)
+        self._index: list[np.ndarray] = []
+        self._offset = 0
+        self.total = 0
+
+    def tail(self, segment: Segment) -> _Tail | None:
+        """The wanted part of the next segment; None if it is empty, or if the whole pass is wanted."""
+        if self._all:
+            return None
+        counts = np.asarray(segment.counts)
+        read = counts if segment.read is None else np.asarray(segment.read)
+        assert bool((read <= counts).all()), "what is wanted of a row is part of what is fed"
+        ends = self._offset + np.cumsum(counts)
+        within = np.arange(read.sum()) - np.repeat(np.cumsum(read) - read, read)
+        self._index.append(np.repeat(ends - read, read) + within)
+        self._offset += int(counts.sum())
+        self.total += int(read.sum())
+        lines = np.flatnonzero(read)
+        return _Tail(lines, read[lines]) if len(lines) else None
+
+    def index(self, device: torch.device) -> Tensor | None:
+        """Packed positions that are wanted, or None for all."""
+        return None if self._all else torch.from_numpy(np.concatenate(self._index)).to(device)
+
+
+def _joined(outputs: list[Tensor], query: Tensor) -> Tensor:
+    """(1, T, h, d) from the parts of a pass."""
+    if not outputs:
+        return query.transpose(1, 2)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+
+
 # Generation
 
 
@@ -158,10 +231,33 @@ class _Padding:
 class _RowSegment:
     padding: _Padding
     rows: Tensor | slice
-    positions: Tensor  # (R, Q)
+    masks: _Masks
     slots: int
     fresh: bool  # the rows were empty: plain causal attention over the pass's own keys
     aligned: bool  # one query per row and every row equally long: no mask needed
+
+
+def _row_segment(
+    rows: Sequence[int],
+    starts: np.ndarray,
+    counts: np.ndarray,
+    offset: int,
+    device: torch.device,
+    *,
+    fresh: bool | None = None,
+) -> _RowSegment:
+    padding = _Padding(counts.tolist(), offset, device)
+    padded = starts[:, None] + np.minimum(np.arange(padding.width), counts[:, None] - 1)
+    slots = int((starts + counts).max())
+    contiguous = list(rows) == list(range(rows[0], rows[0] + len(rows)))
+    return _RowSegment(
+        padding=padding,
+        rows=slice(rows[0], rows[0] + len(rows)) if contiguous else torch.tensor(list(rows), device=device),
+        masks=_Masks(torch.from_numpy(padded).to(device), slots),
+        slots=slots,
+        fresh=bool((starts == 0).all()) if fresh is None else fresh,
+        aligned=padding.width == 1 and bool((starts == starts[0]).all()),
+    )
 
 
 @final
@@ -171,6 +267,8 @@ class _RowView(View):
         cursor = {row: cache.length(row) for segment in segments for row in segment.rows}
         offset = 0
         parts, all_rows, all_positions = [], [], []
+        narrowed = _Narrowed(segments)
+        tails = []
         for segment in segments:
             starts = np.asarray([cursor[row] for row in segment.rows])
             counts = np.asarray(segment.counts)
@@ -180,55 +278,69 @@ class _RowView(View):
                     raise ValueError(
                         f"a row needs {cursor[row]} cache slots but the cache was made for {cache.capacity}"
                     )
-            padding = _Padding(segment.counts, offset, cache.device)
-            padded = starts[:, None] + np.minimum(np.arange(padding.width), counts[:, None] - 1)
             all_rows.append(np.repeat(np.asarray(segment.rows), counts))
-            all_positions.append(padded[np.arange(padding.width) < counts[:, None]])
-            contiguous = list(segment.rows) == list(range(segment.rows[0], segment.rows[0] + len(starts)))
-            parts.append(
-                _RowSegment(
-                    padding=padding,
-                    rows=slice(segment.rows[0], segment.rows[0] + len(starts))
-                    if contiguous
-                    else torch.tensor(list(segment.rows), device=cache.device),
-                    positions=torch.from_numpy(padded).to(cache.device),
-                    slots=int((starts + counts).max()),
-                    fresh=bool((starts == 0).all()),
-                    aligned=padding.width == 1 and bool((starts == starts[0]).all()),
-                )
-            )
-            offset = padding.end
-        self._parts = parts
+            within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            all_positions.append(np.repeat(starts, counts) + within)
+            parts.append(_row_segment(segment.rows, starts, counts, offset, cache.device))
+            begin = narrowed.total
+            if (tail := narrowed.tail(segment)) is not None:
+                rows = [segment.rows[line] for line in tail.lines]
+                first = (starts + counts)[tail.lines] - tail.counts
+                tails.append(_row_segment(rows, first, tail.counts, begin, cache.device, fresh=False))
+            offset += int(counts.sum())
+        self._parts, self._tails = parts, tails
+        self.read = narrowed.index(cache.device)
         self._rows = torch.from_numpy(np.concatenate(all_rows)).to(cache.device)
         self.positions = torch.from_numpy(np.concatenate(all_positions)).to(cache.device)
-        self._end = cursor
+        self.limit = max(part.slots for part in parts)
+        only = parts[0]
+        self._column = (
+            only.slots - 1 if len(parts) == 1 and only.aligned and isinstance(only.rows, slice) else None
+        )
 
     @override
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        *,
+        narrowed: bool = False,
     ) -> Tensor:
         keys, values = self._cache.buffers(layer, key)
-        keys[self._rows, :, self.positions] = key[0].transpose(0, 1)
-        values[self._rows, :, self.positions] = value[0].transpose(0, 1)
+        new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)  # (T, g, d)
+        if self._column is not None:
+            keys[self._parts[0].rows, :, self._column] = new_keys
+            values[self._parts[0].rows, :, self._column] = new_values
+        else:
+            keys[self._rows, :, self.positions] = new_keys
+            values[self._rows, :, self.positions] = new_values
+        repeat = query.shape[1] // key.shape[1]
         outputs = []
-        for part in self._parts:
+        for part in self._tails if narrowed else self._parts:
             padded = part.padding.pad(query)  # (R, h, Q, d)
             if part.fresh and window is None:
-                attended = _grouped_attention(
-                    padded, part.padding.pad(key), part.padding.pad(value), None, scale, causal=True
-                )
+                attended = _causal_attention(padded, part.padding.pad(key), part.padding.pad(value), scale)
             else:
                 plain = part.aligned and window is None
                 attended = _grouped_attention(
                     padded,
-                    keys[part.rows, :, : part.slots],
-                    values[part.rows, :, : part.slots],
-                    None if plain else _visible(part.positions, part.slots, window),
+                    _lines(keys, part.rows, part.slots),
+                    _lines(values, part.rows, part.slots),
+                    None if plain else part.masks.get(window, repeat, query.dtype),
                     scale,
-                    causal=False,
                 )
             outputs.append(part.padding.unpad(attended))
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+        return _joined(outputs, query)
+
+
+def _lines(buffer: Tensor, rows: Tensor | slice, slots: int) -> Tensor:
+    """The first slots of some rows, (R, g, slots, d). Copied only where the rows do not lie together."""
+    used = buffer[:, :, :slots]
+    return used[rows] if isinstance(rows, slice) else used.index_select(0, rows)
 
 
 @final
@@ -300,13 +412,85 @@ class RowCache(Memory):
 # Training
 
 
+class _Square:
+    """Moves the packed positions of one segment into (R, S), each to its own slot, and back.
+
+    Causal attention over the square needs no mask, computes only half of it, and so is cheaper than rectangular
+    attention with a mask, unless most of its queries stand for nothing.
+    """
+
+    def __init__(
+        self, where: np.ndarray, real: np.ndarray, slots: int, offset: int, device: torch.device
+    ) -> None:
+        rows = len(where)
+        flat = (np.arange(rows)[:, None] * slots + where)[real]
+        # A slot without a query repeats the first: it computes something finite that nobody reads.
+        index = np.full(rows * slots, offset, dtype=np.int64)
+        index[flat] = offset + np.arange(len(flat))
+        self.shape = (rows, slots)
+        self.pad_index = torch.from_numpy(index).to(device)
+        self.unpad_index = torch.from_numpy(flat).to(device)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(1, heads, T, d) -> (R, heads, S, d)."""
+        padded: Tensor = packed[0].transpose(0, 1).index_select(0, self.pad_index).unflatten(0, self.shape)
+        return padded.transpose(1, 2)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """(R, heads, S, d) -> (the segment's positions, heads, d)."""
+        return padded.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad_index)
+
+
+@dataclass(frozen=True)
+class _PackedSegment:
+    padding: _Padding
+    square: _Square | None
+    index: Tensor  # slots of the store, (R * S,)
+    shape: tuple[int, int]  # (R, S)
+    masks: _Masks
+    fresh: bool  # the rows were empty: plain causal attention over the pass's own keys
+
+
+def _packed_segment(
+    contexts: Sequence[np.ndarray],
+    counts: np.ndarray,
+    offset: int,
+    device: torch.device,
+    *,
+    fresh: bool | None = None,
+) -> _PackedSegment:
+    """The last `counts` positions of each row as queries to all of the row's slots."""
+    padding = _Padding(counts.tolist(), offset, device)
+    slots = max(len(context) for context in contexts)
+    index = np.zeros((len(contexts), slots), dtype=np.int64)
+    for line, context in enumerate(contexts):
+        index[line, : len(context)] = context
+    counts = counts[:, None]
+    starts = np.asarray([len(context) for context in contexts])[:, None] - counts
+    column = np.arange(padding.width)
+    where = starts + np.minimum(column, counts - 1)
+    fresh = bool((starts == 0).all()) if fresh is None else fresh
+    # Causal attention over the square costs about half of it; a rectangle with a mask costs all of itself.
+    square = not fresh and 2 * padding.width >= slots
+    return _PackedSegment(
+        padding=padding,
+        square=_Square(where, column < counts, slots, offset, device) if square else None,
+        index=torch.from_numpy(index.reshape(-1)).to(device),
+        shape=(len(contexts), slots),
+        masks=_Masks(torch.from_numpy(where).to(device), slots),
+        fresh=fresh,
+    )
+
+
 @final
 class _PackedView(View):
     def __init__(self, store: PackedStore, chunk: int, segments: Sequence[Segment]) -> None:
         self._store = store
         self._chunk = chunk
-        self._parts: list[tuple[_Padding, Tensor, Tensor, bool]] = []
+        self._parts: list[_PackedSegment] = []
+        self._tails: list[_PackedSegment] = []
         positions = []
+        narrowed = _Narrowed(segments)
         offset = 0
         for segment in segments:
             contexts = []
@@ -321,54 +505,52 @@ class _PackedView(View):
                 positions.append(np.arange(len(before), len(before) + count))
                 store.extend(row, new[:kept])
             store.size = first
-            padding = _Padding(segment.counts, offset, store.device)
-            offset = padding.end
-            slots = max(len(context) for context in contexts)
-            index = np.zeros((len(contexts), slots), dtype=np.int64)
-            where = np.zeros((len(contexts), padding.width), dtype=np.int64)
-            for line, (context, count) in enumerate(zip(contexts, segment.counts, strict=True)):
-                index[line, : len(context)] = context
-                start = len(context) - count
-                where[line] = start + np.minimum(np.arange(padding.width), count - 1)
-            fresh = all(
-                len(context) == count for context, count in zip(contexts, segment.counts, strict=True)
-            )
-            self._parts.append(
-                (
-                    padding,
-                    torch.from_numpy(index).to(store.device),
-                    torch.from_numpy(where).to(store.device),
-                    fresh,
-                )
-            )
-        self.positions = torch.from_numpy(np.concatenate(positions)).to(store.device)
+            counts = np.asarray(segment.counts)
+            self._parts.append(_packed_segment(contexts, counts, offset, store.device))
+            begin = narrowed.total
+            if (tail := narrowed.tail(segment)) is not None:
+                seen = [contexts[line] for line in tail.lines]
+                self._tails.append(_packed_segment(seen, tail.counts, begin, store.device, fresh=False))
+            offset += int(counts.sum())
+        self.read = narrowed.index(store.device)
+        packed = np.concatenate(positions)
+        self.limit = int(packed.max()) + 1
+        self.positions = torch.from_numpy(packed).to(store.device)
 
     @override
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        *,
+        narrowed: bool = False,
     ) -> Tensor:
         keys, values = self._store.with_chunk(
             layer, self._chunk, key[0].transpose(0, 1), value[0].transpose(0, 1)
         )
+        repeat = query.shape[1] // key.shape[1]
         outputs = []
-        for padding, index, where, fresh in self._parts:
-            padded = padding.pad(query)
-            if fresh and window is None:
-                attended = _grouped_attention(
-                    padded, padding.pad(key), padding.pad(value), None, scale, causal=True
-                )
+        for part in self._tails if narrowed else self._parts:
+            if part.fresh and window is None:
+                padding = part.padding
+                attended = _causal_attention(padding.pad(query), padding.pad(key), padding.pad(value), scale)
+                outputs.append(padding.unpad(attended))
+                continue
+            # Rows, key-value heads, slots, head size
+            read_keys = keys.index_select(0, part.index).unflatten(0, part.shape).transpose(1, 2)
+            read_values = values.index_select(0, part.index).unflatten(0, part.shape).transpose(1, 2)
+            if part.square is not None and window is None:
+                attended = _causal_attention(part.square.pad(query), read_keys, read_values, scale)
+                outputs.append(part.square.unpad(attended))
             else:
-                flat, shape = index.reshape(-1), index.shape
-                attended = _grouped_attention(
-                    padded,
-                    keys.index_select(0, flat).unflatten(0, shape).transpose(1, 2),
-                    values.index_select(0, flat).unflatten(0, shape).transpose(1, 2),
-                    _visible(where, shape[1], window),
-                    scale,
-                    causal=False,
-                )
-            outputs.append(padding.unpad(attended))
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+                mask = part.masks.get(window, repeat, query.dtype)
+                attended = _grouped_attention(part.padding.pad(query), read_keys, read_values, mask, scale)
+                outputs.append(part.padding.unpad(attended))
+        return _joined(outputs, query)
 
 
 @final

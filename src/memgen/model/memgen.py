@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from memgen.kernels.reference import weave
+from memgen.kernels import weave
 from memgen.model.backbone import Backbone, BackboneConfig, load_backbone
 from memgen.model.boundary import Boundaries, BoundaryConfig
 from memgen.model.cache import PackedStore, Segment
@@ -60,6 +60,21 @@ class Woven:
     hidden: Float[Tensor, "places hidden"]
     latents: Float[Tensor, "latents hidden"]
     work: WorkCount
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """What the reasoner says about the supervised tokens of a batch, row by row.
+
+    Attributes:
+        logprobs: log-probability of each, float32, (N,).
+        entropy: of the distribution that each was scored under, in nats, float32, (N,); None if not asked for.
+        woven: what the pass read.
+    """
+
+    logprobs: Float[Tensor, " labels"]
+    entropy: Float[Tensor, " labels"] | None
+    woven: Woven
 
 
 @final
@@ -168,15 +183,63 @@ class MemGenModel(nn.Module):
         """
         return _Forward(self, batch, plan, read).run()
 
+    def decision_logits(
+        self, batch: TokenBatch, plan: InsertionPlan, at: Bool[Tensor, "batch length"]
+    ) -> Float[Tensor, "places 2"]:
+        """SKIP and INVOKE logits of a learned trigger, float32, row by row.
+
+        Args:
+            batch: rows of tokens.
+            plan: where latents go. Only a trigger that reads hidden states sees those in front of a place.
+            at: True at the boundary tokens: the decision about token i + 1 is taken behind token i.
+
+        Raises:
+            ValueError: if the trigger has nothing to learn, or reads token ids of another vocabulary.
+        """
+        if isinstance(self.trigger, StateTrigger):
+            with torch.no_grad():  # The reasoner and what it reads are frozen.
+                states = _Forward(self, batch, plan, at, before_latents=True).run().hidden
+            return self.trigger.logits(states)
+        if not isinstance(self.trigger, TokenTrigger):
+            raise ValueError(
+                "a constant trigger has no logits; set model.memgen.trigger.kind to tokens or hidden_states"
+            )
+        if self.trigger.translate is not None:
+            raise ValueError(
+                "a trigger with another vocabulary than the reasoner's can decide but not be trained; share the "
+                "reasoner's base (model.memgen.trigger.backbone: null)"
+            )
+        asked = torch.cat(
+            [line[:length] for line, length in zip(at, batch.lengths.tolist(), strict=True)]
+        ).to(self.device)
+        return self.trigger.logits(batch)[asked]
+
     def label_logprobs(
         self, batch: TokenBatch, plan: InsertionPlan
     ) -> tuple[Float[Tensor, " labels"], Woven]:
         """Log-probability of every supervised token, float32, row by row, and what the pass read."""
+        scores = self.label_scores(batch, plan)
+        return scores.logprobs, scores.woven
+
+    def label_scores(
+        self, batch: TokenBatch, plan: InsertionPlan, *, temperature: float = 1.0, entropy: bool = False
+    ) -> LabelScores:
+        """Scores every supervised token.
+
+        Args:
+            batch: rows of tokens.
+            plan: where latents go, one line per row.
+            temperature: divides the logits, as when the tokens were drawn.
+            entropy: whether to return it.
+        """
         read = torch.zeros_like(batch.supervised)
         read[:, :-1] = batch.supervised[:, 1:]
         woven = self(batch, plan, read)
         targets = batch.ids[:, 1:][batch.supervised[:, 1:]].to(woven.hidden.device)
-        return self.reasoner.logprobs(woven.hidden, targets), woven
+        logprobs, found = self.reasoner.logprobs(
+            woven.hidden, targets, temperature=temperature, entropy=entropy
+        )
+        return LabelScores(logprobs, found, woven)
 
 
 def end_ids(base: Backbone, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -195,7 +258,13 @@ class _Forward:
     """One teacher-forced pass. Rows that nobody reads are left out, and so is what lies behind a row's last read."""
 
     def __init__(
-        self, model: MemGenModel, batch: TokenBatch, plan: InsertionPlan, read: Bool[Tensor, "batch length"]
+        self,
+        model: MemGenModel,
+        batch: TokenBatch,
+        plan: InsertionPlan,
+        read: Bool[Tensor, "batch length"],
+        *,
+        before_latents: bool = False,
     ) -> None:
         self.model = model
         self.device = model.device
@@ -204,7 +273,10 @@ class _Forward:
         lengths = batch.lengths.tolist()
         reads = [np.flatnonzero(line[:n]) for line, n in zip(read.cpu().numpy(), lengths, strict=True)]
         self.streams = self._streams(ids, lengths, plan)
-        self.reads = [stream.predictors(places) for stream, places in zip(self.streams, reads, strict=True)]
+        self.reads = [
+            stream.token_positions[places] if before_latents else stream.predictors(places)
+            for stream, places in zip(self.streams, reads, strict=True)
+        ]
         self.ends = [int(places[-1]) + 1 if len(places) else 0 for places in self.reads]
         self.insertions = [
             [i for i in stream.insertions if i.begin < end]
@@ -264,7 +336,7 @@ class _Forward:
         self.reasoner_store = PackedStore(len(self.streams), self.device)
         self.weaver_store = PackedStore(len(self.streams), self.device)
         self.states: list[Tensor] = []
-        # Where each row's stream positions lie in the packed states of all reasoner passes.
+        # Where the states of each row's stream positions lie among those that all reasoner passes returned.
         self.state_index = [np.full(end, -1, dtype=np.int64) for end in self.ends]
         self.state_count = 0
         self._read_prefixes(rows)
@@ -279,6 +351,7 @@ class _Forward:
         wanted = np.concatenate(
             [self.state_index[row][self.reads[row]] for row in rows] or [np.zeros(0, int)]
         )
+        assert bool((wanted >= 0).all()), "every state that is read was computed"
         return Woven(
             hidden=states[torch.from_numpy(wanted).to(self.device)],
             latents=self.latents,
@@ -307,8 +380,12 @@ class _Forward:
             row: self.insertions[row][0].begin if self.insertions[row] else self.ends[row] for row in rows
         }
         leaders = _leaders(rows, self.shared, self.group)
+        # A leader's states serve its whole group.
+        first = {self.group[row]: len(self.streams[row].ids) for row in rows}
+        for row in rows:
+            first[self.group[row]] = min(first[self.group[row]], int(self.reads[row][0]))
         with torch.no_grad():
-            self._read({row: prefix[row] for row in leaders.values()})
+            self._read({row: prefix[row] for row in leaders.values()}, first)
         for row in rows:
             leader = leaders[self.group[row]]
             if row != leader and self.shared[row]:
@@ -330,21 +407,30 @@ class _Forward:
         self.weaver_order = [row for row in rows if row in first] + [row for row in rows if row not in first]
         return done
 
-    def _read(self, until: dict[int, int]) -> None:
-        """Reads rows through the reasoner up to a stream position each."""
-        spans = []
+    def _read(self, until: dict[int, int], first: dict[int, int] | None = None) -> None:
+        """Reads rows through the reasoner up to a stream position each.
+
+        Args:
+            until: row -> position.
+            first: group -> the first position whose state somebody wants. Default: for each row, its own.
+        """
+        spans, wanted = [], []
         for row, end in until.items():
             begin = self.reasoner_store.length(row)
             if begin < end:
                 spans.append((row, begin, end))
-                count = end - begin
-                self.state_index[row][begin:end] = np.arange(self.state_count, self.state_count + count)
+                from_ = int(self.reads[row][0]) if first is None else first[self.group[row]]
+                if self.model.weaver.config.reads == "hidden_states":
+                    from_ = begin
+                from_ = min(max(from_, begin), end)
+                count = end - from_
+                self.state_index[row][from_:end] = np.arange(self.state_count, self.state_count + count)
                 self.state_count += count
+                wanted.append(count)
         if not spans:
             return
-        view = self.reasoner_store.open(
-            [Segment(rows=[row for row, _, _ in spans], counts=[end - begin for _, begin, end in spans])]
-        )
+        counts = [end - begin for _, begin, end in spans]
+        view = self.reasoner_store.open([Segment([row for row, _, _ in spans], counts, read=wanted)])
         self.states.append(self.model.reasoner.read(self._embeddings(spans), view))
         self.work["reasoner_forwards"] += 1
         self.work["reasoner_positions"] += sum(end - begin for _, begin, end in spans)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from memgen.kernels.reference import linear_logprob
+from memgen.kernels import linear_logprob
 from memgen.model.backbone import Backbone
 from memgen.model.cache import View
 
@@ -31,8 +31,8 @@ class Reasoner(nn.Module):
         """Ends answers at one more token: a chat template's end of turn need not be the model's end of sequence."""
         self.end_ids = tuple(sorted({*self.end_ids, token}))
 
-    def read(self, embeddings: Float[Tensor, "time hidden"], view: View) -> Float[Tensor, "time hidden"]:
-        """Hidden states of packed stream positions, without any adapter."""
+    def read(self, embeddings: Float[Tensor, "time hidden"], view: View) -> Float[Tensor, "read hidden"]:
+        """Hidden states of those packed stream positions that the pass reads, without any adapter."""
         hidden: Tensor = self.backbone(embeddings, view)
         return hidden
 
@@ -41,12 +41,30 @@ class Reasoner(nn.Module):
         return cast(Tensor, self.backbone.head(hidden)).float()
 
     def logprobs(
-        self, hidden: Float[Tensor, "labels hidden"], targets: Int[Tensor, " labels"]
-    ) -> Float[Tensor, " labels"]:
-        """Log-probability of a next token for each state, float32, without holding (labels, vocabulary)."""
+        self,
+        hidden: Float[Tensor, "labels hidden"],
+        targets: Int[Tensor, " labels"],
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> tuple[Float[Tensor, " labels"], Float[Tensor, " labels"] | None]:
+        """Log-probability of a next token for each state, float32, without holding (labels, vocabulary).
+
+        Args:
+            hidden: states.
+            targets: the next token of each.
+            temperature: divides the logits.
+            entropy: whether to return the entropy of each distribution too, in nats.
+        """
         head = self.backbone.head
-        logprobs: Tensor = linear_logprob(hidden, head.weight, targets, head.bias)
-        return logprobs
+        bias: Tensor | None = head.bias
+        if temperature != 1.0:
+            hidden = hidden / temperature
+            bias = None if bias is None else bias / temperature
+        if entropy:
+            logprobs, found = linear_logprob(hidden, head.weight, targets, bias, entropy=True)
+            return logprobs, found
+        return linear_logprob(hidden, head.weight, targets, bias), None
 
     @torch.no_grad()
     def predictions(self, hidden: Float[Tensor, "labels hidden"], chunk: int = 512) -> Int[Tensor, " labels"]:

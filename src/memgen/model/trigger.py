@@ -139,30 +139,33 @@ class TokenTrigger(Trigger):
     def invoke_probs(self, boundary: Boundary, memory: Memory | None) -> Float[Tensor, " rows"]:
         assert memory is not None, "the caller made this trigger's memory"
         unread = [list(ids) if self.translate is None else self.translate(ids) for ids in boundary.unread]
-        hidden, ends = self._read(unread, boundary.rows, memory)
-        return self._logits(hidden[ends]).softmax(dim=-1)[:, int(Decision.INVOKE)]
+        hidden = self._read(unread, boundary.rows, memory, [1] * len(unread))
+        return self._logits(hidden).softmax(dim=-1)[:, int(Decision.INVOKE)]
 
     def logits(self, batch: TokenBatch) -> Float[Tensor, "time 2"]:
         """SKIP and INVOKE logits behind every token of a batch (in its own base's ids), packed row by row."""
         device = self.backbone.device
         store = PackedStore(len(batch.lengths), device)
-        hidden, _ = self._read(batch.rows(), range(len(batch.lengths)), store)
-        return self._logits(hidden)
+        return self._logits(self._read(batch.rows(), range(len(batch.lengths)), store, None))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.output_layer(hidden.to(self.output_layer.weight.dtype))
         return logits.float()
 
     def _read(
-        self, unread: Sequence[Sequence[int]], rows: Sequence[int], memory: Memory
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states of the new tokens, packed, and the index of each row's last."""
+        self,
+        unread: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        memory: Memory,
+        wanted: Sequence[int] | None,
+    ) -> Tensor:
+        """Hidden states of the new tokens, packed: of the last ones of each row if fewer are wanted than are read."""
         counts = [len(ids) for ids in unread]
         assert min(counts) > 0, "a boundary lies behind a token that the trigger has not read"
         ids = torch.tensor([token for row in unread for token in row], device=self.backbone.device)
-        view = memory.open([Segment(rows=rows, counts=counts)])
-        hidden = self.backbone(self.backbone.embed(ids), view, self.adapter)
-        return hidden, torch.tensor(counts, device=hidden.device).cumsum(0) - 1
+        view = memory.open([Segment(rows=rows, counts=counts, read=wanted)])
+        hidden: Tensor = self.backbone(self.backbone.embed(ids), view, self.adapter)
+        return hidden
 
 
 @final

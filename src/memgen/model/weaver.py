@@ -111,6 +111,11 @@ class Weaver(nn.Module):
         }
         return own | adapter
 
+    def is_untrained(self) -> bool:
+        """Whether its adapter is as it was made: the second factor of every LoRA pair is 0 then."""
+        pairs = self.backbone.adapters.parameters(self.adapter)
+        return all(not bool(p.any()) for name, p in pairs.items() if ".lora_B." in name)
+
     def weave(
         self,
         states: Float[Tensor, "time hidden"],
@@ -144,17 +149,13 @@ class Weaver(nn.Module):
         }
         projected = self.reasoner_to_weaver(states.to(self.reasoner_to_weaver.weight.dtype))
         parts: list[Tensor] = []
-        lengths: list[int] = []
-        places: list[Tensor] = []
-        end = 0
+        sizes: list[int] = []
         for part, kind in zip(projected.split(list(counts)), kinds, strict=True):
             bank = queries[kind]
             parts += [part, bank.to(part.dtype)]
-            lengths.append(part.shape[0] + bank.shape[0])
-            end += lengths[-1]
-            places.append(torch.arange(end - bank.shape[0], end, device=states.device))
-        view = memory.open([Segment(rows=rows, counts=lengths, keep=counts)])
+            sizes.append(bank.shape[0])
+        fed = [count + size for count, size in zip(counts, sizes, strict=True)]
+        view = memory.open([Segment(rows=rows, counts=fed, keep=counts, read=sizes)])
         hidden = self.backbone(torch.cat(parts), view, self.adapter)
-        read = hidden[torch.cat(places)].to(self.weaver_to_reasoner.weight.dtype)
-        latents: Tensor = self.weaver_to_reasoner(read)
+        latents: Tensor = self.weaver_to_reasoner(hidden.to(self.weaver_to_reasoner.weight.dtype))
         return latents

@@ -157,6 +157,28 @@ def open_checkpoint(
     return model.eval(), config
 
 
+def keep_trained(stage: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Leaves in Lightning's checkpoint only what a stage trains: the frozen base is loaded from where it came."""
+    trained = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
+    state = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in trained}
+
+
+def require_trained(stage: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint of Lightning's that holds other tensors than a stage trains.
+
+    Raises:
+        CheckpointError: with the names that are missing or unexpected.
+    """
+    trained = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
+    found = set(checkpoint["state_dict"])
+    if found != trained:
+        raise CheckpointError(
+            f"the .ckpt does not fit this model; missing: {sorted(trained - found)}, "
+            f"unexpected: {sorted(found - trained)}"
+        )
+
+
 def _bases(model: MemGenModel) -> dict[str, Backbone]:
     bases = {"reasoner": model.reasoner.backbone, "weaver": model.weaver.backbone}
     if isinstance(model.trigger, TokenTrigger):

@@ -7,11 +7,9 @@ setting; (4) validation decodes answers and rewards them.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -21,24 +19,18 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from memgen.chat import end_of_turn_id
 from memgen.data import EnvironmentData, EvalBatch, SFTBatch, no_assets
-from memgen.environments.base import Reward
-from memgen.generation.decode import generate
+from memgen.generation.rollout import Actor, EpisodeSettings
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel, Woven
 from memgen.objectives.sft import Curriculum, choose_points, token_loss
-from memgen.tracking.metrics import AnswerMetrics
-from memgen.tracking.mlflow import Sample, log_samples
-from memgen.tracking.samples import marked_answer
-from memgen.training.checkpoint import load_checkpoint
+from memgen.training.checkpoint import keep_trained, require_trained
+from memgen.training.evaluation import Evaluation
 from memgen.training.optimizer import OptimizerSettings
-from memgen.types import Generation, InsertionPlan
+from memgen.training.stage import build_model, seed_of, stage_data
+from memgen.types import InsertionPlan
 
 logger = logging.getLogger(__name__)
-
-SHOWN = 16
-"""Sample generations kept for the page that each evaluation writes."""
 
 
 @final
@@ -50,6 +42,7 @@ class WeaverSFT(LightningModule):
         optimizer: AdamW, warm-up and cosine.
         curriculum: where latents go while the weaver learns.
         generation: how answers are drawn in validation and test.
+        episodes: limits of episodes of several turns in validation and test.
         init_from: a checkpoint directory to start from (test, validate and predict: to score).
         checkpointing: recompute activations in the backward pass: less memory, more time.
         seed: of the insertion curriculum; the Trainer's own seed is `seed_everything`.
@@ -61,6 +54,7 @@ class WeaverSFT(LightningModule):
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008 - a frozen record
         curriculum: Curriculum = Curriculum(),  # noqa: B008 - a frozen record
         generation: GenerationSettings = GenerationSettings(),  # noqa: B008 - a frozen record
+        episodes: EpisodeSettings = EpisodeSettings(),  # noqa: B008 - a frozen record
         init_from: str | None = None,
         checkpointing: bool = False,
         seed: int = 0,
@@ -70,6 +64,7 @@ class WeaverSFT(LightningModule):
         self.optimizer_settings = optimizer
         self.curriculum = curriculum
         self.generation = generation
+        self.episodes = episodes
         self.init_from = init_from
         self.recompute = checkpointing
         self.seed = seed
@@ -79,8 +74,7 @@ class WeaverSFT(LightningModule):
         self.memgen: MemGenModel
         self.train_loss = MeanMetric()
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
-        self.answers = AnswerMetrics(memgen.weaver)
-        self._samples: list[Sample] = []
+        self.evaluation = Evaluation(memgen.weaver)
         self._clock = 0.0
 
     # Set-up
@@ -94,21 +88,15 @@ class WeaverSFT(LightningModule):
                 f"weaver.inference_latents {weaver.inference_latents}, boundaries.max_inference_insertions {cap}"
             )
         if not hasattr(self, "memgen"):
-            self.memgen = MemGenModel.build(self.config, self.tokenizer, self.resolve_asset)
-            self.memgen.reasoner.end_at(end_of_turn_id(self.tokenizer, self.data.template))
-            if self.init_from is not None:
-                report = load_checkpoint(self.memgen, Path(self.resolve_asset(self.init_from)))
-                logger.info("%s: %d tensors loaded", self.init_from, len(report.matched))
+            data = stage_data(self, "answers" if stage == "fit" else None)
+            self.memgen = build_model(self.config, data, self.resolve_asset, self.init_from)
         self.memgen.train_only(self.memgen.weaver)
         self.memgen.use_checkpointing(self.recompute)
 
     @property
     def data(self) -> EnvironmentData:
         """The Trainer's data module."""
-        module = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(module, EnvironmentData):
-            raise TypeError(f"a stage needs a memgen.data.EnvironmentData, got {type(module).__name__}")
-        return module
+        return stage_data(self)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -142,8 +130,8 @@ class WeaverSFT(LightningModule):
 
         def choose(row: int, points: tuple[int, ...]) -> list[int]:
             # Points are part of the key: turns of one item draw for themselves.
-            key = f"{self.seed} {batch.epoch} {rows[row]} {points}"
-            generator = torch.Generator().manual_seed(_hash(key))
+            seed = seed_of(self.seed, batch.epoch, rows[row], points)
+            generator = torch.Generator().manual_seed(seed)
             return choose_points(points, cap, self.curriculum, generator)
 
         return self.memgen.boundaries.plan(batch.tokens, choose)
@@ -182,7 +170,19 @@ class WeaverSFT(LightningModule):
         self.val_accuracy.update(hits.mean(), weight=len(targets))
         self.log("val/loss", self.val_loss, prog_bar=True, on_epoch=True)
         self.log("val/token_accuracy", self.val_accuracy, on_epoch=True)
-        self._answer(batch)
+        self.evaluation.update(self.actor, batch)
+
+    @property
+    def actor(self) -> Actor:
+        """Who answers in validation and test."""
+        return Actor(
+            self.memgen,
+            self.tokenizer,
+            self.data.environment,
+            self.generation,
+            self.episodes,
+            self.data.template,
+        )
 
     @override
     def on_test_start(self) -> None:
@@ -198,89 +198,30 @@ class WeaverSFT(LightningModule):
 
     @override
     def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        self._answer(batch)
+        self.evaluation.update(self.actor, batch)
 
     @override
     def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[dict[str, Any]]:
-        generation, texts, rewards = self._generate(batch)
-        return [
-            {
-                "id": example.id,
-                "question": example.question,
-                "answer": text,
-                "reward": reward.total,
-                "parts": dict(reward.parts),
-                "insertions": [point - len(prompt) for point, _ in points],
-                "finished": finished,
-            }
-            for example, prompt, text, reward, points, finished in zip(
-                batch.examples,
-                batch.prompts,
-                texts,
-                rewards,
-                generation.plan.rows(),
-                generation.finished.tolist(),
-                strict=True,
-            )
-        ]
+        return self.evaluation.records(self.actor, batch)
 
     @override
     def on_validation_epoch_end(self) -> None:
-        self._finish_answers("val", f"step_{self.global_step:06d}")
+        self.evaluation.finish(self, "val", f"step_{self.global_step:06d}")
         self._clock = 0.0
 
     @override
     def on_test_epoch_end(self) -> None:
-        self._finish_answers("test", "test")
-
-    def _answer(self, batch: EvalBatch) -> None:
-        generation, texts, rewards = self._generate(batch)
-        self.answers.update(generation, rewards)
-        for row in range(min(len(texts), SHOWN - len(self._samples))):
-            segments = marked_answer(self.tokenizer, self.memgen.weaver.config, generation, row)
-            title = f"{batch.examples[row].id}: reward {rewards[row].total:g}"
-            self._samples.append(Sample(batch.examples[row].question, segments, title))
-
-    def _generate(self, batch: EvalBatch) -> tuple[Generation, list[str], list[Reward]]:
-        generation = generate(self.memgen, batch.prompts, self.generation)
-        texts = self.tokenizer.batch_decode(generation.answers(), skip_special_tokens=True)
-        rewards = [
-            self.data.environment.reward(example, text)
-            for example, text in zip(batch.examples, texts, strict=True)
-        ]
-        return generation, texts, rewards
-
-    def _finish_answers(self, split: str, name: str) -> None:
-        for key, value in self.answers.compute().items():
-            # Every rank has the same means already; the flag only says so to Lightning.
-            self.log(f"{split}/{key}", value, prog_bar=key in ("reward", "exact_match"), sync_dist=True)
-        self.answers.reset()
-        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            log_samples(self.trainer.loggers, self._samples, f"{split}_{name}")
-        self._samples = []
+        self.evaluation.finish(self, "test", "test")
 
     # Lightning's own checkpoint
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in trained}
+        keep_trained(self, checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        found = set(checkpoint["state_dict"])
-        if found != trained:
-            raise ValueError(
-                f"the .ckpt does not fit this model; missing: {sorted(trained - found)}, "
-                f"unexpected: {sorted(found - trained)}"
-            )
-
-
-def _hash(text: str) -> int:
-    """A 63-bit seed from a text, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        require_trained(self, checkpoint)
 
 
 @torch.no_grad()

@@ -1,0 +1,464 @@
+"""Rollouts: the agent plays episodes, and what it did can be replayed token for token.
+
+Differs from the released code: (1) tokens go in and come out, nothing that the agent wrote is decoded and encoded
+again; (2) episodes of unequal length run side by side and leave when they are over; (3) a trajectory keeps its
+insertion plan, so that later passes read exactly what the rollout read; (4) an environment that fails marks its
+episode instead of scoring it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from memgen.chat import end_of_turn_id, observation_ids, prompt_ids
+from memgen.environments.base import Environment, Episode, Example, InteractiveEnvironment, Message, Reward
+from memgen.generation.decode import generate
+from memgen.generation.sampling import GenerationSettings
+from memgen.model.memgen import MemGenModel
+from memgen.types import AgentTurn, Decision, Generation, InsertionPlan, TokenBatch, Trajectory, WorkCount
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# E episodes, R rows, N tokens of an episode, D decisions of an episode
+
+
+@dataclass(frozen=True)
+class EpisodeSettings:
+    """Limits of episodes of several turns. `GenerationSettings.max_new_tokens` limits each turn."""
+
+    max_turns: int | None = None
+    """Turns after which an episode is cut. null: the environment's own limit."""
+    max_observation_tokens: int = 512
+    """Tokens of an observation; what is longer is cut."""
+    max_length: int | None = None
+    """Tokens of an episode, observations included, latents not counted: no turn begins that might exceed it.
+    null: the reasoner's context."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_turns", "max_observation_tokens", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"episodes.{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Actor:
+    """Who plays what, and how.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: the reasoner's.
+        environment: the task.
+        generation: how each turn is drawn; `group_size` episodes per item.
+        episodes: limits.
+        template: a chat template in place of the tokenizer's.
+    """
+
+    model: MemGenModel
+    tokenizer: PreTrainedTokenizerBase
+    environment: Environment
+    generation: GenerationSettings
+    episodes: EpisodeSettings = field(default_factory=EpisodeSettings)
+    template: str | None = None
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What came of it.
+
+    Attributes:
+        trajectories: `group_size` of each item, those of an item one behind the other.
+        latents: inserted latents of each trajectory in order, each (K, H), if they were asked for.
+        work: exact work counts of all turns.
+        seconds: wall time of decoding.
+        environment_seconds: wall time of environment and rewards.
+    """
+
+    trajectories: list[Trajectory]
+    latents: list[list[Tensor]] | None
+    work: WorkCount
+    seconds: float
+    environment_seconds: float
+
+
+def rollout(
+    actor: Actor, examples: Sequence[Example], seeds: Sequence[int], *, keep_latents: bool = False
+) -> Rollouts:
+    """Plays `group_size` episodes of each item.
+
+    Args:
+        actor: who plays.
+        examples: the items.
+        seeds: a seed for each episode; its draws depend on nothing else in the batch.
+        keep_latents: whether to return the inserted latents.
+
+    Raises:
+        RuntimeError: if the model is in training mode: with dropout, another distribution would be trained on.
+        ValueError: if a prompt is empty, has words that the tokenizer does not know, or does not fit into the context.
+    """
+    return _Rollout(actor, examples, seeds, keep_latents=keep_latents).run()
+
+
+@dataclass
+class _Playing:
+    """An episode that is being played."""
+
+    example: Example
+    seed: int
+    context: list[int]
+    episode: Episode | None  # None for a single-turn task
+    turns: list[AgentTurn] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+    over: bool = False
+    cut: bool = False
+    fault: str | None = None
+    reward: Reward | None = None
+
+
+class _Rollout:
+    def __init__(
+        self, actor: Actor, examples: Sequence[Example], seeds: Sequence[int], *, keep_latents: bool
+    ) -> None:
+        group = actor.generation.group_size
+        if len(seeds) != len(examples) * group:
+            raise ValueError(
+                f"{len(examples)} items x group_size {group} need as many seeds, got {len(seeds)}"
+            )
+        self.actor = actor
+        self.examples = [example for example in examples for _ in range(group)]
+        self.seeds = list(seeds)
+        self.keep_latents = keep_latents
+        self.keep_turns = actor.model.boundaries.config.keep_turn_latents
+        self.work = dict.fromkeys(WorkCount.__dataclass_fields__, 0)
+        self.seconds = 0.0
+        self.environment_seconds = 0.0
+
+    def run(self) -> Rollouts:
+        environment = self.actor.environment
+        playing: list[_Playing]
+        if isinstance(environment, InteractiveEnvironment):
+            episodes = [environment.episode() for _ in self.examples]
+            try:
+                playing = self._begin(environment, episodes)
+                self._play(environment, playing)
+            finally:
+                for episode in episodes:
+                    episode.close()
+        else:
+            playing = self._answer(environment)
+        return Rollouts(
+            trajectories=[_trajectory(p) for p in playing],
+            latents=[p.latents for p in playing] if self.keep_latents else None,
+            work=WorkCount(**self.work),
+            seconds=self.seconds,
+            environment_seconds=self.environment_seconds,
+        )
+
+    # One turn
+
+    def _answer(self, environment: Environment) -> list[_Playing]:
+        playing = []
+        for index, (example, seed) in enumerate(zip(self.examples, self.seeds, strict=True)):
+            first = index - index % self.actor.generation.group_size
+            context = playing[first].context if first < index else self._prompt(environment.messages(example))
+            playing.append(_Playing(example, seed, context, episode=None))
+        texts = self._turn(playing, grouped=True)
+        clock = time.perf_counter()
+        for episode, reward in zip(playing, environment.rewards(self.examples, texts), strict=True):
+            episode.reward = reward
+        self.environment_seconds += time.perf_counter() - clock
+        return playing
+
+    # Several turns
+
+    def _begin(self, environment: InteractiveEnvironment, episodes: Sequence[Episode]) -> list[_Playing]:
+        clock = time.perf_counter()
+        observations = environment.reset_all(episodes, self.examples)
+        self.environment_seconds += time.perf_counter() - clock
+        playing = []
+        for example, seed, episode, observation in zip(
+            self.examples, self.seeds, episodes, observations, strict=True
+        ):
+            messages = environment.messages(example)
+            if observation.text:
+                messages = [*messages, Message(role="user", content=observation.text)]
+            playing.append(_Playing(example, seed, self._prompt(messages), episode))
+        return playing
+
+    def _play(self, environment: InteractiveEnvironment, playing: list[_Playing]) -> None:
+        turns = self.actor.episodes.max_turns or environment.max_turns
+        group = self.actor.generation.group_size
+        alike = all(p.context == playing[i - i % group].context for i, p in enumerate(playing))
+        for turn in range(turns):
+            live = [p for p in playing if not p.over]
+            if turn > 0:
+                for p in live:
+                    p.over = p.cut = self._room(p) < 0
+                live = [p for p in live if not p.over]
+            if not live:
+                break
+            texts = self._turn(live, grouped=turn == 0 and alike)
+            clock = time.perf_counter()
+            steps = environment.step_all([p.episode for p in live if p.episode is not None], texts)
+            self.environment_seconds += time.perf_counter() - clock
+            for p, step in zip(live, steps, strict=True):
+                p.fault = step.fault
+                p.over = step.done or step.fault is not None
+                if not p.over:
+                    p.context = [
+                        *p.turns[-1].context,
+                        *p.turns[-1].tokens,
+                        *self._observation(p, step.observation),
+                    ]
+        for p in playing:
+            p.cut = p.cut or not p.over
+            if p.fault is None and p.episode is not None:
+                p.reward = p.episode.reward()
+
+    def _room(self, playing: _Playing) -> int:
+        """Positions that are left behind the longest turn that may follow. Negative: there must be none."""
+        model, new = self.actor.model, self.actor.generation.max_new_tokens
+        weaver = model.weaver.config
+        length = len(playing.context) + new
+        latents = (
+            weaver.prompt_latents
+            + model.boundaries.config.max_inference_insertions * weaver.inference_latents
+        )
+        kept = sum(block.shape[0] for block in playing.latents) if self.keep_turns else 0
+        room = [
+            limit - used
+            for limit, used in (
+                (self.actor.episodes.max_length, length),
+                (model.reasoner.backbone.context_length, length + latents + kept),
+            )
+            if limit is not None
+        ]
+        return min(room, default=0)
+
+    def _observation(self, playing: _Playing, text: str) -> list[int]:
+        """Token ids of an observation; an agent that did not end its turn itself has it ended here."""
+        tokenizer, template = self.actor.tokenizer, self.actor.template
+        limit = self.actor.episodes.max_observation_tokens
+        words = tokenizer.encode(text, add_special_tokens=False)
+        if len(words) > limit:
+            text = tokenizer.decode(words[:limit])
+        ids = observation_ids(tokenizer, text, template)
+        self._require_known(ids, f"an observation of {self.actor.environment.name}")
+        end = end_of_turn_id(tokenizer, template)
+        return ids if playing.turns[-1].tokens[-1] == end else [end, *ids]
+
+    # Shared by both
+
+    def _prompt(self, messages: list[Message]) -> list[int]:
+        ids = prompt_ids(self.actor.tokenizer, messages, self.actor.template)
+        self._require_known(ids, f"a prompt of {self.actor.environment.name}")
+        return ids
+
+    def _require_known(self, ids: Sequence[int], what: str) -> None:
+        tokenizer = self.actor.tokenizer
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            raise ValueError(
+                f"{what} has words that the tokenizer does not know ({tokenizer.unk_token}): "
+                f"{tokenizer.decode(list(ids))!r}; environment and backbone do not belong together"
+            )
+
+    def _turn(self, playing: Sequence[_Playing], *, grouped: bool) -> list[str]:
+        """Lets each episode's agent write a turn. Returns the texts."""
+        actor = self.actor
+        size = actor.generation.group_size if grouped else 1
+        settings = dataclasses.replace(actor.generation, group_size=size)
+        earlier = self.keep_turns and any(p.turns for p in playing)
+        clock = time.perf_counter()
+        generation = generate(
+            actor.model,
+            [p.context for p in playing[::size]],
+            settings,
+            row_seeds=[_turn_seed(p.seed, len(p.turns)) for p in playing],
+            earlier=_plan([p.turns for p in playing]) if earlier else None,
+            earlier_latents=[p.latents for p in playing] if earlier else None,
+            stop=self._stop(),
+            keep_latents=self.keep_latents or self.keep_turns,
+        )
+        self.seconds += time.perf_counter() - clock
+        for name in self.work:
+            self.work[name] += getattr(generation.work, name)
+        for p, turn in zip(playing, agent_turns(generation), strict=True):
+            p.turns.append(turn)
+        if generation.latents is not None:
+            for p, blocks in zip(playing, generation.latents, strict=True):
+                p.latents += blocks
+        texts: list[str] = actor.tokenizer.batch_decode(generation.answers(), skip_special_tokens=True)
+        return texts
+
+    def _stop(self) -> Callable[[Sequence[int]], bool] | None:
+        environment, decode = self.actor.environment, self.actor.tokenizer.decode
+        texts = environment.stop_texts if isinstance(environment, InteractiveEnvironment) else ()
+        if not texts:
+            return None
+        # A text has at most as many tokens as bytes, and the token that completes it is the newest.
+        tail = max(len(text.encode()) for text in texts) + 1
+        return lambda tokens: any(text in decode(list(tokens[-tail:])) for text in texts)
+
+
+def agent_turns(generation: Generation) -> list[AgentTurn]:
+    """A generation's rows as turns."""
+    answers, plans, prompts = generation.answers(), generation.plan.rows(), generation.prompt.rows()
+    logprobs = generation.logprobs.tolist()
+    decisions, probs = generation.decisions.tolist(), generation.invoke_probs.tolist()
+    return [
+        AgentTurn(
+            context=prompts[row],
+            tokens=tokens,
+            logprobs=logprobs[row][: len(tokens)],
+            decisions=decisions[row][: len(tokens)],
+            invoke_probs=probs[row][: len(tokens)],
+            insertions=plans[row],
+            finished=finished,
+        )
+        for row, (tokens, finished) in enumerate(zip(answers, generation.finished.tolist(), strict=True))
+    ]
+
+
+def _trajectory(playing: _Playing) -> Trajectory:
+    reward = playing.reward or Reward(0.0)
+    return Trajectory(
+        example=playing.example.id,
+        turns=tuple(playing.turns),
+        reward=reward.total,
+        parts=dict(reward.parts),
+        truncated=playing.cut or any(not turn.finished for turn in playing.turns),
+        fault=playing.fault,
+    )
+
+
+def _turn_seed(seed: int, turn: int) -> int:
+    return (seed + turn * 0x9E3779B97F4A7C15) % 2**63
+
+
+def _plan(rows: Sequence[Sequence[AgentTurn]]) -> InsertionPlan:
+    """All insertions of each row's turns."""
+    insertions = [[item for turn in turns for item in turn.insertions] for turns in rows]
+    return InsertionPlan.from_rows(
+        [[point for point, _ in row] for row in insertions], [[kind for _, kind in row] for row in insertions]
+    )
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Trajectories as rows that a teacher-forced pass reads, and where its values belong.
+
+    A row per turn, or per episode if the latents of a turn stay for the next. The agent's tokens are supervised:
+    observations are read, never trained on.
+
+    Attributes:
+        batch: rows of tokens.
+        plan: where their latents lie.
+        tokens: True where an episode has a token, bool (E, N): the agent's tokens of all turns, one behind the other.
+        logprobs: what the rollout recorded for them, float32 (E, N).
+        at: True at the boundary tokens behind which a decision was taken, bool (R, L).
+        decided: True where an episode has a decision, bool (E, D): those of all turns, one behind the other.
+        decisions: SKIP or INVOKE, int64 (E, D).
+        invoke_probs: the trigger's probability of INVOKE in the rollout, float32 (E, D).
+    """
+
+    batch: TokenBatch
+    plan: InsertionPlan
+    tokens: Bool[Tensor, "episodes tokens"]
+    logprobs: Float[Tensor, "episodes tokens"]
+    at: Bool[Tensor, "rows length"]
+    decided: Bool[Tensor, "episodes decisions"]
+    decisions: Tensor
+    invoke_probs: Float[Tensor, "episodes decisions"]
+
+    def by_episode(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Packed values of a pass, in the order of rows, as (E, N) or (E, D); 0 where `mask` is False."""
+        # Rows of an episode are neighbours and in the order of its turns, so their values are already in place.
+        return values.new_zeros(mask.shape).masked_scatter(mask.to(values.device), values)
+
+    def to(self, device: torch.device | str) -> Replay:
+        """The same on another device. The plan stays on the host, where it is read."""
+        moved = {
+            f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self) if f.name != "plan"
+        }
+        return Replay(plan=self.plan, **moved)
+
+
+def replay(
+    trajectories: Sequence[Trajectory], groups: Sequence[int], *, keep_turn_latents: bool
+) -> Replay | None:
+    """Rows that read again what the trajectories read.
+
+    Args:
+        trajectories: E of them; those that the environment failed have no rows.
+        groups: a number for each; trajectories of one number began with the same prompt, which is read once.
+        keep_turn_latents: whether later turns saw the latents of earlier ones.
+
+    Returns:
+        None if there is nothing to read.
+    """
+    valid = [() if t.fault is not None else t.turns for t in trajectories]
+    if not any(valid):
+        return None
+    one_turn = all(len(turns) <= 1 for turns in valid)
+    rows: list[list[int]] = []
+    marks: list[list[bool]] = []
+    row_turns: list[Sequence[AgentTurn]] = []
+    group: list[int] = []
+    shared: list[int] = []
+    for episode, turns in enumerate(valid):
+        for part in [turns] if keep_turn_latents and turns else [(turn,) for turn in turns]:
+            ids = [*part[-1].context, *part[-1].tokens]
+            mark = [False] * len(ids)
+            for turn in part:
+                begin = len(turn.context)
+                mark[begin : begin + len(turn.tokens)] = [True] * len(turn.tokens)
+            rows.append(ids)
+            marks.append(mark)
+            row_turns.append(part)
+            # The turns of an episode begin alike; so do the answers to a prompt. One number can say only one of both.
+            group.append(groups[episode] if one_turn or keep_turn_latents else episode)
+            shared.append(len(part[0].context))
+    batch = dataclasses.replace(
+        TokenBatch.from_rows(rows, marks), group=torch.tensor(group), shared=torch.tensor(shared)
+    )
+    at = torch.zeros_like(batch.supervised)
+    for row, written in enumerate(row_turns):
+        for turn in written:
+            for index, decision in enumerate(turn.decisions):
+                if decision != Decision.NOT_ASKED:
+                    at[row, len(turn.context) + index - 1] = True
+    decisions = [
+        [(d, p) for turn in turns for d, p in zip(turn.decisions, turn.invoke_probs, strict=True)]
+        for turns in valid
+    ]
+    offered = [[pair for pair in row if pair[0] != Decision.NOT_ASKED] for row in decisions]
+    decided, values = _padded([[float(d) for d, _ in row] for row in offered])
+    tokens, logprobs = _padded([[x for turn in turns for x in turn.logprobs] for turns in valid])
+    return Replay(
+        batch=batch,
+        plan=_plan(row_turns),
+        tokens=tokens,
+        logprobs=logprobs,
+        at=at,
+        decided=decided,
+        decisions=values.long(),
+        invoke_probs=_padded([[p for _, p in row] for row in offered])[1],
+    )
+
+
+def _padded(rows: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:
+    """Which places of a rectangle have a value, and the values."""
+    width = max((len(row) for row in rows), default=0)
+    mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    values = torch.zeros(mask.shape)
+    values[mask] = torch.tensor([x for row in rows for x in row])
+    return mask, values

@@ -1,0 +1,268 @@
+"""The fused latent insertion in Triton: woven rows in one pass, and the gather of the latents' gradients.
+
+Two forms share one backward kernel. `weave` writes the packed line that our engine reads: attention there goes by row
+memories, so it needs neither mask nor positions. `weave_rows` begins at an insertion plan and computes in the kernel
+what stands where: rows, position ids, is-latent mask and attention mask come out of one pass.
+
+The backward pass gathers: one program sums the gradients of all places of one latent in float32 and writes it once.
+So the order of the sum is fixed, unlike that of atomic additions, and a resumed run stays bit exact.
+
+Sums here name their own combining function: Triton's `tl.sum` cannot be interpreted if somebody imported triton before
+TRITON_INTERPRET was set.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memgen.kernels.dispatch import require_runnable
+from memgen.kernels.reference import WovenRows
+
+# T packed positions or positions of the longest row, M latents, V vocabulary, H hidden, B rows, E insertion points
+
+_TILE_ELEMENTS = 4096  # of a (positions, hidden) tile: 32 for each of a program's 128 threads
+
+
+@triton.jit
+def _add(a, b):
+    return a + b
+
+
+@triton.jit
+def _copy_tile(
+    table, table_row, table_column, latents, latents_row, latents_column, woven, woven_row,
+    ids, sources, places, is_token, is_latent, inside, first, H, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes (positions, hidden) of the woven line: embedding, latent, or zero."""
+    columns = first + tl.arange(0, BLOCK)
+    within = columns[None, :] < H
+    embedded = tl.load(
+        table + ids[:, None] * table_row + columns[None, :] * table_column,
+        mask=is_token[:, None] & within, other=0.0,
+    )  # fmt: skip
+    latent = tl.load(
+        latents + sources[:, None] * latents_row + columns[None, :] * latents_column,
+        mask=is_latent[:, None] & within, other=0.0,
+    )  # fmt: skip
+    value = tl.where(is_latent[:, None], latent.to(WIDE), embedded.to(WIDE))
+    tl.store(
+        woven + places[:, None] * woven_row + columns[None, :],
+        value.to(woven.dtype.element_ty),
+        mask=inside[:, None] & within,
+    )
+
+
+@triton.jit
+def _weave_fwd_kernel(
+    table, table_row, table_column, tokens, tokens_step, latents, latents_row, latents_column,
+    sources, sources_step, woven, T, H, V, M,
+    WIDE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    places = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = places < T
+    source = tl.load(sources + places * sources_step, mask=inside, other=-1).to(tl.int64)
+    is_latent = inside & (source >= 0)
+    is_token = inside & (source < 0)
+    ids = tl.load(tokens + places * tokens_step, mask=is_token, other=0).to(tl.int64)
+    tl.device_assert((ids >= 0) & (ids < V), "token id outside the embedding table")
+    tl.device_assert(source < M, "source outside the latents")
+    _copy_tile(
+        table, table_row, table_column, latents, latents_row, latents_column, woven, H,
+        ids, source, places, is_token, is_latent, inside, tl.program_id(1) * BLOCK, H, WIDE, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _weave_rows_fwd_kernel(
+    table, table_row, table_column, tokens, tokens_row, tokens_column, lengths, lengths_step,
+    latents, latents_row, latents_column, points, points_row, points_column, sizes, sizes_row, sizes_column,
+    firsts, firsts_row, firsts_column, woven, positions, latent_mask, valid_mask, sources,
+    T, H, L, E, V, M, tiles,
+    WIDE: tl.constexpr, POINTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    at = (tl.program_id(0) % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
+    # The row's plan: where each block of latents begins in the woven row.
+    slots = tl.arange(0, POINTS)
+    known = slots < E
+    point = tl.load(points + row * points_row + slots * points_column, mask=known, other=-1).to(tl.int64)
+    known = known & (point >= 0)
+    size = tl.load(sizes + row * sizes_row + slots * sizes_column, mask=known, other=0).to(tl.int64)
+    first = tl.load(firsts + row * firsts_row + slots * firsts_column, mask=known, other=0).to(tl.int64)
+    begin = point + tl.associative_scan(size, 0, _add) - size
+    length = tl.load(lengths + row * lengths_step).to(tl.int64)
+    end = length + tl.reduce(size, 0, _add)
+    # What stands at each position.
+    into = at[:, None] - begin[None, :]
+    covers = (into >= 0) & (into < size[None, :])
+    valid = at < end
+    is_latent = valid & (tl.reduce(covers.to(tl.int32), 1, _add) > 0)
+    source = tl.reduce(tl.where(covers, first[None, :] + into, 0), 1, _add)
+    source = tl.where(is_latent, source, -1)
+    before = tl.reduce(tl.minimum(tl.maximum(into, 0), size[None, :]), 1, _add)
+    is_token = valid & (source < 0)
+    tl.device_assert((at - before < L) | (is_token == 0), "a row is longer than its tokens")
+    ids = tl.load(tokens + row * tokens_row + (at - before) * tokens_column, mask=is_token, other=0).to(
+        tl.int64
+    )
+    tl.device_assert((ids >= 0) & (ids < V), "token id outside the embedding table")
+    tl.device_assert(source < M, "plan names more latents than there are")
+    places = row * T + at
+    inside = at < T
+    _copy_tile(
+        table, table_row, table_column, latents, latents_row, latents_column, woven, H,
+        ids, source, places, is_token, is_latent, inside, tl.program_id(1) * BLOCK, H, WIDE, BLOCK,
+    )  # fmt: skip
+    once = at < tl.where(tl.program_id(1) == 0, T, 0)
+    tl.store(positions + places, tl.where(valid, at, 0), mask=once)
+    tl.store(latent_mask + places, is_latent, mask=once)
+    tl.store(valid_mask + places, valid, mask=once)
+    tl.store(sources + places, source, mask=once)
+
+
+@triton.jit
+def _weave_bwd_kernel(
+    grad, grad_row, grad_column, order, starts, latents_grad, H, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):
+    latent = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    within = columns < H
+    turn = tl.load(starts + latent)
+    end = tl.load(starts + latent + 1)
+    total = tl.full((BLOCK,), 0, WIDE)
+    while turn < end:
+        place = tl.load(order + turn)
+        total += tl.load(grad + place * grad_row + columns * grad_column, mask=within, other=0.0).to(WIDE)
+        turn += 1
+    tl.store(latents_grad + latent * H + columns, total.to(latents_grad.dtype.element_ty), mask=within)
+
+
+def _wide(*tensors: Tensor) -> Any:
+    return tl.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else tl.float32
+
+
+def _block(hidden: int) -> int:
+    """The largest power of two that divides the hidden size, so that no lane idles; else one that covers it."""
+    for block in (1024, 512, 256, 128):
+        if hidden % block == 0:
+            return block
+    return min(triton.next_power_of_2(max(hidden, 1)), 1024)
+
+
+def _gather_gradient(grad: Tensor, sources: Tensor, latents: Tensor) -> Tensor:
+    """Gradient of each latent: the sum over its places, (M, H)."""
+    count, hidden = latents.shape
+    gathered = torch.empty(count, hidden, dtype=latents.dtype, device=latents.device)
+    if gathered.numel() == 0:
+        return gathered
+    ordered, order = torch.sort(sources, stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(count + 1, device=sources.device, dtype=ordered.dtype))
+    block = _block(hidden)
+    _weave_bwd_kernel[(count, triton.cdiv(hidden, block))](
+        grad, grad.stride(0), grad.stride(1), order, starts, gathered, hidden,
+        WIDE=_wide(grad, latents), BLOCK=block,
+    )  # fmt: skip
+    return gathered
+
+
+class Weave(torch.autograd.Function):
+    """`weave`: forward as a gather of tokens and latents, backward as a gather of the latents' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
+        length, hidden = tokens.shape[0], table.shape[1]
+        woven = torch.empty(length, hidden, dtype=table.dtype, device=table.device)
+        ctx.save_for_backward(sources, latents)
+        if woven.numel() == 0:
+            return woven
+        block = _block(hidden)
+        tile = max(1, _TILE_ELEMENTS // block)
+        _weave_fwd_kernel[(triton.cdiv(length, tile), triton.cdiv(hidden, block))](
+            table, table.stride(0), table.stride(1), tokens, tokens.stride(0),
+            latents, latents.stride(0), latents.stride(1), sources, sources.stride(0),
+            woven, length, hidden, table.shape[0], latents.shape[0],
+            WIDE=_wide(table, latents), TILE=tile, BLOCK=block,
+        )  # fmt: skip
+        return woven
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
+        sources, latents = ctx.saved_tensors
+        return None, None, _gather_gradient(grad, sources, latents), None
+
+
+class WeaveRows(torch.autograd.Function):
+    """`weave_rows`: the plan is read in the kernel; backward as in `Weave`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        table: Tensor,
+        tokens: Tensor,
+        lengths: Tensor,
+        latents: Tensor,
+        points: Tensor,
+        sizes: Tensor,
+        firsts: Tensor,
+        width: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        (rows, length), hidden, device = tokens.shape, table.shape[1], table.device
+        woven = torch.empty(rows, width, hidden, dtype=table.dtype, device=device)
+        positions = torch.empty(rows, width, dtype=torch.int64, device=device)
+        sources = torch.empty_like(positions)
+        is_latent = torch.empty(rows, width, dtype=torch.bool, device=device)
+        valid = torch.empty_like(is_latent)
+        if rows and width:
+            block = _block(hidden)
+            tile = max(1, _TILE_ELEMENTS // block)
+            tiles = triton.cdiv(width, tile)
+            _weave_rows_fwd_kernel[(rows * tiles, max(1, triton.cdiv(hidden, block)))](
+                table, table.stride(0), table.stride(1), tokens, tokens.stride(0), tokens.stride(1),
+                lengths, lengths.stride(0), latents, latents.stride(0), latents.stride(1),
+                points, points.stride(0), points.stride(1), sizes, sizes.stride(0), sizes.stride(1),
+                firsts, firsts.stride(0), firsts.stride(1), woven, positions, is_latent, valid, sources,
+                width, hidden, length, points.shape[1], table.shape[0], latents.shape[0], tiles,
+                WIDE=_wide(table, latents), POINTS=triton.next_power_of_2(max(points.shape[1], 1)),
+                TILE=tile, BLOCK=block,
+            )  # fmt: skip
+        ctx.save_for_backward(sources, latents)
+        ctx.mark_non_differentiable(positions, is_latent, valid, sources)
+        ctx.set_materialize_grads(False)
+        return woven, positions, is_latent, valid, sources
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        sources, latents = ctx.saved_tensors
+        if grad is None:
+            return (None,) * 8
+        gathered = _gather_gradient(grad.reshape(-1, grad.shape[-1]), sources.flatten(), latents)
+        return None, None, None, gathered, None, None, None, None
+
+
+def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
+    """As `reference.weave`."""
+    require_runnable(table.device)
+    woven: Tensor = Weave.apply(table, tokens, latents, sources)
+    return woven
+
+
+def weave_rows(
+    table: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    latents: Tensor,
+    points: Tensor,
+    sizes: Tensor,
+    firsts: Tensor,
+    width: int,
+) -> WovenRows:
+    """As `reference.weave_rows`."""
+    require_runnable(table.device)
+    return WovenRows(*WeaveRows.apply(table, tokens, lengths, latents, points, sizes, firsts, width))

@@ -1,0 +1,148 @@
+"""Linear log-probability with its row-wise part in Triton: cuBLAS makes the logits of a chunk, one kernel does the rest.
+
+One program reads a row of logits once for normaliser, target and entropy, and once more to put the derivative in their
+place, in their type, for the matrix product that follows. The chunks, the products and the autograd Function are those
+of `reference.py`. The file is not called as its function: importing it would replace `memgen.kernels.linear_logprob`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memgen.kernels.dispatch import require_runnable
+from memgen.kernels.reference import RowSoftmax, chunked_logprob
+
+# n rows of a chunk, V vocabulary
+
+_MAX_BLOCK = 8192
+
+
+@triton.jit
+def _add(a, b):
+    return a + b
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _linear_logprob_fwd_kernel(
+    logits, logits_row, targets, targets_step, logprobs, normalisers, entropies,
+    V: tl.constexpr, WIDE: tl.constexpr, ENTROPY: tl.constexpr, DERIVATIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # V is a constant: one vocabulary, one compilation, and Triton 3.6's interpreter cannot loop up to a variable.
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * logits_row
+    target = tl.load(targets + row * targets_step).to(tl.int64)
+    tl.device_assert((target >= 0) & (target < V), "target outside the vocabulary")
+    target_logit = tl.load(line + target).to(WIDE)
+    columns = tl.arange(0, BLOCK)
+    # Per lane, so that lanes are combined once, behind the loop. Finite at first: inf - inf is no number.
+    largest = tl.full((BLOCK,), -1.0e30, WIDE)
+    total = tl.full((BLOCK,), 0.0, WIDE)
+    weighted = tl.full((BLOCK,), 0.0, WIDE)
+    for begin in range(0, V, BLOCK):
+        within = begin + columns < V
+        value = tl.load(line + begin + columns, mask=within, other=-float("inf")).to(WIDE)
+        higher = tl.maximum(largest, value)
+        shrink = tl.exp(largest - higher)
+        share = tl.exp(value - higher)
+        if ENTROPY:
+            # sum of exp(z - largest) * (z - largest), moved to the new maximum; a share of 0 contributes 0
+            weighted = shrink * (weighted + (largest - higher) * total)
+            weighted += tl.where(share > 0, share * (value - higher), 0.0)
+        total = total * shrink + share
+        largest = higher
+    top = tl.reduce(largest, 0, _larger)
+    shrink = tl.exp(largest - top)
+    all_total = tl.reduce(total * shrink, 0, _add)
+    log_total = tl.log(all_total)
+    normaliser = top + log_total
+    tl.store(normalisers + row, normaliser)
+    tl.store(logprobs + row, (target_logit - top) - log_total)
+    if ENTROPY:
+        moved = tl.where(shrink > 0, shrink * (weighted + (largest - top) * total), 0.0)
+        tl.store(entropies + row, log_total - tl.reduce(moved, 0, _add) / all_total)
+    if DERIVATIVE:
+        for begin in range(0, V, BLOCK):
+            within = begin + columns < V
+            value = tl.load(line + begin + columns, mask=within, other=-float("inf")).to(WIDE)
+            derivative = tl.where(begin + columns == target, 1.0, 0.0) - tl.exp(value - top) / all_total
+            tl.store(line + begin + columns, derivative.to(logits.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def _linear_logprob_bwd_kernel(
+    logits, logits_row, normalisers, entropies, grads, grads_step, V, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    within = columns < V
+    line = logits + row * logits_row + columns
+    logprob = tl.load(line, mask=within, other=-float("inf")).to(WIDE) - tl.load(normalisers + row)
+    prob = tl.exp(logprob)
+    # d entropy / d logits = -p (log p + entropy)
+    slope = tl.where(prob > 0, prob * (logprob + tl.load(entropies + row)), 0.0)
+    grad = -tl.load(grads + row * grads_step) * slope
+    tl.store(line, grad.to(logits.dtype.element_ty), mask=within)
+
+
+def _block(vocabulary: int) -> int:
+    return min(triton.next_power_of_2(vocabulary), _MAX_BLOCK)
+
+
+def _wide(logits: Tensor) -> tuple[torch.dtype, Any]:
+    return (torch.float64, tl.float64) if logits.dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+@final
+class TritonRows:
+    """The row-wise part of `linear_logprob` in Triton. Every method overwrites the logits."""
+
+    @staticmethod
+    def forward(logits: Tensor, targets: Tensor, *, entropy: bool, derivative: bool) -> RowSoftmax:
+        """As `reference.TorchRows.forward`; the derivative takes the logits' place, in their type."""
+        count, vocabulary = logits.shape
+        exact, wide = _wide(logits)
+        logprobs = torch.empty(count, dtype=exact, device=logits.device)
+        normalisers = torch.empty_like(logprobs)
+        entropies = torch.empty_like(logprobs) if entropy else None
+        block = _block(vocabulary)
+        _linear_logprob_fwd_kernel[(count,)](
+            logits, logits.stride(0), targets, targets.stride(0), logprobs, normalisers,
+            logprobs if entropies is None else entropies,
+            V=vocabulary, WIDE=wide, ENTROPY=entropy, DERIVATIVE=derivative, BLOCK=block, num_warps=max(1, min(16, block // 256)),
+        )  # fmt: skip
+        return RowSoftmax(logprobs, normalisers, entropies, logits if derivative else None)
+
+    @staticmethod
+    def entropy_gradient(logits: Tensor, normalisers: Tensor, entropies: Tensor, grad: Tensor) -> Tensor:
+        """As `reference.TorchRows.entropy_gradient`; the gradient takes the logits' place, in their type."""
+        count, vocabulary = logits.shape
+        block = _block(vocabulary)
+        _linear_logprob_bwd_kernel[(count, triton.cdiv(vocabulary, block))](
+            logits, logits.stride(0), normalisers, entropies, grad, grad.stride(0), vocabulary,
+            WIDE=_wide(logits)[1], BLOCK=block, num_warps=max(1, min(16, block // 256)),
+        )  # fmt: skip
+        return logits
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    entropy: bool = False,
+    chunk: int | None = None,
+) -> Any:
+    """As `reference.linear_logprob`."""
+    require_runnable(hidden.device)
+    return chunked_logprob(hidden, weight, targets, bias, rows=TritonRows, entropy=entropy, chunk=chunk)

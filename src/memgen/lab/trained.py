@@ -1,0 +1,159 @@
+"""Trained assets of the lab: each is the checkpoint that a stage's own command writes, made once and kept.
+
+A stage file of `conf/` says how it is trained; here stands only which one, from what, and for how many steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import memgen
+from memgen.lab.cache import build_once, memgen_home
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainedAsset:
+    """A checkpoint of the lab.
+
+    Attributes:
+        stage: the stage file in `conf/` that trains it, without ending.
+        start: the asset that it starts from, or None.
+        steps: optimizer steps in place of the stage file's; None keeps those.
+        minutes: how long it takes on one CPU core, for the message.
+    """
+
+    stage: str
+    start: str | None = None
+    steps: int | None = None
+    minutes: int = 1
+
+
+TRAINED = {
+    "weaver_sft_half": TrainedAsset("weaver_sft", steps=60),
+    "weaver_sft": TrainedAsset("weaver_sft"),
+    "weaver_grpo": TrainedAsset("weaver_grpo", start="weaver_sft_half", minutes=3),
+    "trigger_rl": TrainedAsset("trigger_rl", start="weaver_sft", minutes=2),
+}
+"""By name. `weaver_sft_half` is stopped early, with a schedule of its own, so that reinforcement has something to do."""
+
+
+def build_trained(
+    name: str, seed: int, base_seed: int, version: int, resolve_asset: Callable[[str], str]
+) -> Path:
+    """The checkpoint directory of a trained asset; it and what it starts from are trained first if they are missing.
+
+    Args:
+        name: one of `TRAINED`.
+        seed: of the stage's initial weights, data order and draws.
+        base_seed: of the reasoner.
+        version: of the recipes.
+        resolve_asset: resolves what it starts from.
+
+    Raises:
+        FileNotFoundError: if the stage files are not where the package is, nor below the working directory.
+        RuntimeError: if the stage's command fails.
+    """
+    asset = TRAINED[name]
+    config = stage_file(asset.stage)
+    settings = {
+        "version": version,
+        "asset": name,
+        "seed": seed,
+        "base_seed": base_seed,
+        "steps": asset.steps,
+        "stage": hashlib.sha256(config.read_bytes()).hexdigest(),
+    }
+    query = asset_query(seed, base_seed)
+    # Before the lock is taken: what it starts from has a lock of its own.
+    start = None if asset.start is None else resolve_asset(f"lab:{asset.start}{query}")
+
+    def build(directory: Path) -> None:
+        logger.warning(
+            "Training lab:%s%s, once (memgen fit --config %s); it takes about %d CPU minutes.",
+            name,
+            query,
+            config,
+            asset.minutes,
+        )
+        clock = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            root = Path(scratch)
+            overrides: dict[str, object] = {
+                "model.memgen.backbone.name": base_name(base_seed),
+                "seed_everything": seed,
+                "model.seed": seed,
+                "data.seed": seed,
+                "trainer.logger": "false",
+                "trainer.default_root_dir": root,
+                "trainer.callbacks.0.init_args.root": root / "runs",
+                "trainer.callbacks.1.init_args.save_last": "false",
+            }
+            if start is not None:
+                overrides["model.init_from"] = start
+            if asset.steps is not None:
+                overrides |= {"trainer.max_steps": asset.steps, "trainer.limit_val_batches": 0}
+            fit(config, overrides)
+            run = root / "runs" / "latest"
+            found = run / "best" if (run / "best").is_dir() else run / "last"
+            shutil.copytree(found, directory, dirs_exist_ok=True)
+        logger.warning("Trained lab:%s%s in %.0f s.", name, query, time.perf_counter() - clock)
+
+    path = build_once(memgen_home(), f"lab-{name}", settings, build)
+    logger.info("lab:%s%s is %s", name, query, path)
+    return path
+
+
+def base_name(base_seed: int) -> str:
+    """The asset name of a reasoner."""
+    return "lab:reasoner" if base_seed == 0 else f"lab:reasoner?seed={base_seed}"
+
+
+def asset_query(seed: int, base_seed: int) -> str:
+    """The parameters of an asset's name that are not the default."""
+    given = [f"{key}={value}" for key, value in (("seed", seed), ("base", base_seed)) if value]
+    return f"?{'&'.join(given)}" if given else ""
+
+
+def stage_file(stage: str) -> Path:
+    """A stage's configuration file: of the checkout that the package lies in, or below the working directory.
+
+    Raises:
+        FileNotFoundError: if it is in neither place.
+    """
+    name = Path("conf") / f"{stage}.yaml"
+    for folder in (Path(memgen.__file__).resolve().parents[2], Path.cwd()):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(
+        f"{name} is needed to train an asset of the lab, but it is not below {Path.cwd()}; run the command in the "
+        "project's folder"
+    )
+
+
+def fit(config: Path, overrides: dict[str, object]) -> None:
+    """Runs `memgen fit` in a process of its own.
+
+    Raises:
+        RuntimeError: if it fails.
+        KeyboardInterrupt: if it was interrupted.
+    """
+    command = [sys.executable, "-m", "memgen.cli.main", "fit", "--config", str(config)]
+    # Its own report goes where progress goes: what this process prints to stdout may be a pipe's input.
+    done = subprocess.run(
+        [*command, *(f"--{key}={value}" for key, value in overrides.items())], stdout=sys.stderr, check=False
+    )
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if done.returncode:
+        raise RuntimeError(f"memgen fit --config {config} failed with exit status {done.returncode}")

@@ -1,0 +1,393 @@
+"""A llama-like decoder computed directly: the same operations as its Hugging Face modules, without the modules' calls.
+
+For one token of a small model, calling the modules costs more than the arithmetic; in training, theirs keep more
+activations than a frozen model needs. Only architectures of one plain shape are read this way (pre-norm attention with
+rotary positions, then a gated feed-forward), and only after a probe: the modules' own forward and this one read the
+same random input, and must agree in every layer's queries, keys, values and in the result. Everything else goes
+through the modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
+
+from memgen.model.cache import View
+
+# T packed positions, H hidden size, F feed-forward size, h query heads, g key-value heads, d head size
+
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embedding whose angles depend on the position alone, so that a table of them holds."""
+
+
+class UnlikeError(Exception):
+    """The model is not of the shape that is computed directly; the message says where it differs."""
+
+
+# Operations of a frozen model: no gradient for weights, and no activation kept that can be computed again
+
+
+class _FrozenNorm(torch.autograd.Function):
+    """x / rms(x) * weight; keeps x and one number per position."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        with torch.autocast(x.device.type, enabled=False):
+            squares = torch.linalg.vecdot(exact, exact)
+        inverse = torch.rsqrt(squares.div_(x.shape[-1]).add_(eps))[..., None]
+        ctx.save_for_backward(x, weight, inverse)
+        return (exact * inverse).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        exact = x.to(inverse.dtype)
+        scaled = grad.to(inverse.dtype) * weight
+        along = torch.linalg.vecdot(scaled, exact)[..., None].mul_(inverse.pow(3)).div_(-x.shape[-1])
+        return scaled.mul_(inverse).addcmul_(exact, along).to(x.dtype), None, None
+
+
+class _GatedSilu(torch.autograd.Function):
+    """silu(gate) * up; keeps its two inputs, where the plain expression keeps silu(gate) too."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_up = F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), grad_up
+
+
+@final
+class _Norm:
+    """An RMS norm. Parameters are looked up at each call, in the module's own dictionary: they may be replaced."""
+
+    __slots__ = ("_eps", "_parameters")
+
+    def __init__(self, module: nn.Module) -> None:
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if not type(module).__name__.endswith("RMSNorm") or eps is None or len(module._parameters) != 1:
+            raise UnlikeError(f"its norm is a {type(module).__name__}")
+        self._eps = float(eps)
+        self._parameters: Any = module._parameters
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight: Tensor = self._parameters["weight"]
+        if torch.is_grad_enabled() and x.requires_grad:
+            normed: Tensor = _FrozenNorm.apply(x, weight, self._eps)
+        else:
+            normed = F.rms_norm(x, weight.shape, weight, self._eps)
+        return normed
+
+
+@final
+class _Linear:
+    """A linear layer with its adapters, if it has some: PEFT's LoRA layer, computed directly."""
+
+    __slots__ = ("_lora", "_parameters")
+
+    def __init__(self, parent: nn.Module, name: str) -> None:
+        module: Any = getattr(parent, name)
+        self._lora: LoraLayer | None = module if isinstance(module, LoraLayer) else None
+        base = module.base_layer if self._lora is not None else module
+        if type(base) is not nn.Linear:
+            raise UnlikeError(f"its {name} is a {type(base).__name__}")
+        self._parameters: Any = base._parameters
+
+    def __call__(self, x: Tensor, adapter: str | None) -> Tensor:
+        y: Tensor = F.linear(x, self._parameters["weight"], self._parameters["bias"])
+        lora = self._lora
+        if adapter is None or lora is None or adapter not in lora.lora_A:
+            return y
+        down, up = lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
+        scale = lora.scaling[adapter]
+        low = F.linear(lora.lora_dropout[adapter](x.to(down.dtype)), down)
+        if low.dtype == up.dtype == y.dtype:
+            return torch.addmm(y, low, up.t(), alpha=scale)
+        return (y + F.linear(low, up) * scale).to(y.dtype)
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary positions: (T, heads, d), with the sign of the rotation's upper half in `sine`."""
+    return torch.addcmul(x * cosine, torch.roll(x, x.shape[-1] // 2, -1), sine)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    before: _Norm
+    query: _Linear
+    key: _Linear
+    value: _Linear
+    out: _Linear
+    query_norm: _Norm | None
+    key_norm: _Norm | None
+    between: _Norm
+    gate: _Linear
+    up: _Linear
+    down: _Linear
+    activation: nn.Module
+    silu: bool
+    head: int  # d
+    rotary: bool
+    scale: float
+    window: int | None
+
+
+@final
+class DirectDecoder:
+    """The direct computation of one decoder.
+
+    Args:
+        decoder: the Hugging Face decoder, frozen.
+        settings: (scale, window) that its modules pass to the attention of each layer.
+
+    Raises:
+        UnlikeError: if the decoder is not of the plain shape.
+    """
+
+    def __init__(self, decoder: nn.Module, settings: list[tuple[float, int | None]]) -> None:
+        children = {name for name, _ in decoder.named_children()}
+        if children != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+            raise UnlikeError(f"{type(decoder).__name__} consists of {sorted(children)}")
+        modules = cast(nn.ModuleList, decoder.layers)
+        self.first = modules[0]
+        self._final_norm = _Norm(cast(nn.Module, decoder.norm))
+        self._rotary = cast(nn.Module, decoder.rotary_emb)
+        self._layers = [_layer(m, *setting) for m, setting in zip(modules, settings, strict=True)]
+        # Dictionaries of hooks live as long as their modules, so looking into them tells of hooks added later.
+        self._hooks = [
+            hooks
+            for module in (decoder, *self.first.modules(), decoder.norm)
+            for hooks in (cast(nn.Module, module)._forward_pre_hooks, cast(nn.Module, module)._forward_hooks)
+        ]
+        rope = getattr(self._rotary, "rope_type", None)
+        self._tabled = rope in _STATIC_ROPE
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def hooked(self) -> bool:
+        """Whether something (a sharding strategy, say) wants to hear of calls that a direct computation leaves out."""
+        return any(self._hooks)
+
+    def __call__(
+        self, embeddings: Float[Tensor, "time hidden"], view: View, adapter: str | None, *, recompute: bool
+    ) -> Float[Tensor, "read hidden"]:
+        """Hidden states after the final norm, at the positions that the pass reads.
+
+        Args:
+            embeddings: (T, H), in the base's type.
+            view: the pass.
+            adapter: adapter to apply, or None.
+            recompute: activation checkpointing.
+        """
+        cosine, sine = self._angles(embeddings, view)
+        x = embeddings
+        recompute = recompute and torch.is_grad_enabled()
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            read = view.read if index == last else None
+            inputs = (layer, index, x, cosine, sine, view, adapter, read)
+            if recompute:
+                x = cast(Tensor, checkpoint(_read_layer, *inputs, use_reentrant=False))
+            else:
+                x = _read_layer(*inputs)
+        return self._final_norm(x)
+
+    def _angles(self, like: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine at the positions of the pass, (T, 1, d) each."""
+        if not self._tabled:
+            return self._signed(like, view.positions)
+        table = self._table
+        if (
+            table is None
+            or table[0].shape[0] < view.limit
+            or table[0].dtype != like.dtype
+            or table[0].device != like.device
+        ):
+            # Longer than asked for, so that an answer that grows does not make a table per step. A table made while
+            # a model is evaluated serves training too, where inference tensors are not allowed.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                length = max(512, 2 * view.limit)
+                table = self._signed(like, torch.arange(length, device=like.device))
+            self._table = table
+        return table[0].index_select(0, view.positions), table[1].index_select(0, view.positions)
+
+    def _signed(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cosine, sine = self._rotary(torch.empty(0, dtype=like.dtype, device=like.device), positions[None])
+        half = sine.shape[-1] // 2
+        sine = torch.cat([-sine[..., :half], sine[..., half:]], dim=-1)
+        return cosine[0, :, None], sine[0, :, None]
+
+
+def _read_layer(
+    layer: _Layer,
+    index: int,
+    x: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    view: View,
+    adapter: str | None,
+    read: Tensor | None,
+) -> Tensor:
+    """One layer. Behind the last one only some positions may be wanted: the others give keys and values alone."""
+    heads = (-1, layer.head)
+    normed = layer.before(x)
+    key = layer.key(normed, adapter).view(x.shape[0], *heads)  # (T, g, d)
+    value = layer.value(normed, adapter).view(x.shape[0], *heads)
+    if layer.key_norm is not None:
+        key = layer.key_norm(key)
+    if layer.rotary:
+        key = _rotate(key, cosine, sine)
+    if read is not None:
+        x, normed = x.index_select(0, read), normed.index_select(0, read)
+        cosine, sine = cosine.index_select(0, read), sine.index_select(0, read)
+    query = layer.query(normed, adapter).unflatten(-1, heads)  # (T, h, d)
+    if layer.query_norm is not None:
+        query = layer.query_norm(query)
+    if layer.rotary:
+        query = _rotate(query, cosine, sine)
+    attended = view.attend(
+        index,
+        # Under autocast the rotary embedding leaves queries and keys in float32 beside values of the lower type.
+        query.to(value.dtype).transpose(0, 1)[None],
+        key.to(value.dtype).transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        layer.scale,
+        layer.window,
+        narrowed=read is not None,
+    )
+    x = x + layer.out(attended[0].flatten(1), adapter)
+    normed = layer.between(x)
+    gate, up = layer.gate(normed, adapter), layer.up(normed, adapter)
+    return x + layer.down(_gated(layer, gate, up), adapter)
+
+
+def _gated(layer: _Layer, gate: Tensor, up: Tensor) -> Tensor:
+    if not layer.silu:
+        return cast(Tensor, layer.activation(gate) * up)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return cast(Tensor, _GatedSilu.apply(gate, up))
+    return F.silu(gate, inplace=True).mul_(up)
+
+
+# Which decoders
+
+
+def _layer(module: nn.Module, scale: float, window: int | None) -> _Layer:
+    def expect(part: nn.Module, needed: set[str], optional: frozenset[str] = frozenset()) -> None:
+        found = {name for name, _ in part.named_children()}
+        if not needed <= found <= needed | optional:
+            raise UnlikeError(f"a {type(part).__name__} consists of {sorted(found)}")
+
+    expect(module, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+    attention, mlp = cast(nn.Module, module.self_attn), cast(nn.Module, module.mlp)
+    norms = frozenset({"q_norm", "k_norm"})
+    expect(attention, {"q_proj", "k_proj", "v_proj", "o_proj"}, norms)
+    expect(mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"})
+    normed = [name for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    if len(normed) == 1:
+        raise UnlikeError(f"it has {normed[0]} alone")
+    activation = cast(nn.Module, mlp.act_fn)
+    return _Layer(
+        before=_Norm(cast(nn.Module, module.input_layernorm)),
+        query=_Linear(attention, "q_proj"),
+        key=_Linear(attention, "k_proj"),
+        value=_Linear(attention, "v_proj"),
+        out=_Linear(attention, "o_proj"),
+        query_norm=_Norm(cast(nn.Module, attention.q_norm)) if normed else None,
+        key_norm=_Norm(cast(nn.Module, attention.k_norm)) if normed else None,
+        between=_Norm(cast(nn.Module, module.post_attention_layernorm)),
+        gate=_Linear(mlp, "gate_proj"),
+        up=_Linear(mlp, "up_proj"),
+        down=_Linear(mlp, "down_proj"),
+        activation=activation,
+        silu=type(activation).__name__ in ("SiLU", "SiLUActivation"),
+        head=int(cast(int, attention.head_dim)),
+        rotary=bool(getattr(attention, "use_rope", True)),
+        scale=scale,
+        window=window,
+    )
+
+
+@final
+class ProbeView(View):
+    """A pass that keeps nothing and mixes no positions, but remembers what each layer's attention was given."""
+
+    def __init__(self, positions: Tensor, limit: int) -> None:
+        self.positions = positions
+        self.limit = limit
+        self.settings: list[tuple[float, int | None]] = []
+        self.inputs: list[Tensor] = []
+
+    @override
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        *,
+        narrowed: bool = False,
+    ) -> Tensor:
+        if layer != len(self.settings):
+            raise UnlikeError(f"layer {layer} was read as number {len(self.settings)}")
+        self.settings.append((scale, window))
+        self.inputs += [query, key, value]
+        repeat = query.shape[1] // key.shape[1]
+        mixed = query + (key + 2 * value).repeat_interleave(repeat, dim=1)
+        return mixed.transpose(1, 2)
+
+
+PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
+"""Relative error that the two computations may differ by (norms are float32 inside); lower types: 5e-2."""
+
+
+@torch.no_grad()
+def direct_decoder(
+    decoder: nn.Module, embeddings: Tensor, modules: Callable[[Tensor, View], Tensor]
+) -> DirectDecoder:
+    """The direct computation of a decoder, compared with its modules' own.
+
+    Args:
+        decoder: the Hugging Face decoder.
+        embeddings: some of its token embeddings, (T, H): the probe's input.
+        modules: reads a pass through the decoder's own forward.
+
+    Raises:
+        UnlikeError: if it has another shape, or the two results differ.
+    """
+    # Neighbours and a jump: a decoder that takes positions from their order would differ.
+    positions = torch.arange(embeddings.shape[0], device=embeddings.device)
+    positions[-1] += 40
+    limit = embeddings.shape[0] + 40
+    theirs, ours = ProbeView(positions, limit), ProbeView(positions, limit)
+    reference = modules(embeddings, theirs)
+    direct = DirectDecoder(decoder, theirs.settings)
+    try:
+        result = direct(embeddings, ours, None, recompute=False)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UnlikeError(f"computed directly, {type(decoder).__name__} fails: {error}") from error
+    tolerance = PROBE_TOLERANCE.get(embeddings.dtype, 5e-2)
+    for place, (a, b) in enumerate(zip([*ours.inputs, result], [*theirs.inputs, reference], strict=True)):
+        difference = float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30))
+        if not difference <= tolerance:
+            raise UnlikeError(
+                f"computed directly, {type(decoder).__name__} differs by {difference:.2g} in layer {place // 3}"
+            )
+    return direct

@@ -1,0 +1,217 @@
+"""The direct computation of a decoder against its Hugging Face modules, and when the modules are called instead."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from test_backbone import ARCHITECTURES, COMMON, random_lm
+from transformers import AutoModelForCausalLM, GraniteConfig, Olmo2Config, Phi3Config
+
+from memgen.model.adapters import LoraSettings
+from memgen.model.backbone import Backbone
+from memgen.model.cache import PackedStore, RowCache, Segment
+from tiny import random_batch, tiny_causal_lm, tiny_memgen
+from tolerance import assert_close
+
+CPU = torch.device("cpu")
+
+
+def with_adapter(config, dropout: float = 0.0, targets: tuple[str, ...] = ("q_proj", "v_proj")) -> Backbone:
+    backbone = Backbone(random_lm(config), "tiny")
+    backbone.add_adapter("weaver", LoraSettings(r=3, alpha=5, dropout=dropout, target_modules=targets))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in backbone.adapters.parameters("weaver").values():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return backbone
+
+
+def is_direct(backbone: Backbone) -> bool:
+    backbone(backbone.embed(torch.tensor([3])), RowCache(1, 1, CPU).open([Segment([0], [1])]))
+    return backbone._direct is not None
+
+
+def passes(backbone, memory, adapter, reads):
+    """Two rows in three passes, the last ones narrowed: all hidden states that are wanted."""
+    store = RowCache(2, 13, CPU) if memory is RowCache else PackedStore(2, CPU)
+    rows = torch.randint(2, 64, (2, 13), generator=torch.Generator().manual_seed(1))
+    begin, found = [0, 0], []
+    for counts, read in zip(((5, 2), (1, 8), (7, 3)), reads, strict=True):
+        ids = torch.cat([rows[row, begin[row] : begin[row] + count] for row, count in enumerate(counts)])
+        view = store.open([Segment([0, 1], counts, read=read)])
+        found.append(backbone(backbone.embed(ids), view, adapter))
+        begin = [b + count for b, count in zip(begin, counts, strict=True)]
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("memory", [RowCache, PackedStore], ids=["generation", "training"])
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_it_equals_the_modules_with_and_without_an_adapter_and_for_any_wanted_positions(config, memory):
+    backbone = with_adapter(config)
+    assert is_direct(backbone)
+    for adapter in (None, "weaver"):
+        for reads in ((None, None, None), ([2, 2], [1, 8], [0, 3]), ([0, 0], [1, 1], None)):
+            ours, theirs = [], []
+            for results, direct in ((ours, True), (theirs, False)):
+                backbone.compute_directly(direct)
+                backbone.zero_grad()
+                with torch.set_grad_enabled(memory is PackedStore):
+                    hidden = passes(backbone, memory, adapter, reads)
+                results.append(hidden)
+                if memory is PackedStore and adapter is not None:
+                    hidden.square().sum().backward()
+                    results += [p.grad for p in backbone.adapters.parameters(adapter).values()]
+            for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+                assert_close(f"{adapter}, {reads}, {index}", a, b)
+
+
+def test_each_wanted_position_has_the_state_that_it_has_where_all_are_wanted():
+    backbone = with_adapter(ARCHITECTURES["qwen2"])
+    with torch.no_grad():
+        everything = passes(backbone, RowCache, "weaver", (None, None, None))
+        some = passes(backbone, RowCache, "weaver", ([1, 2], [0, 8], [3, 0]))
+    places = [4, 5, 6, *range(8, 16), 20, 21, 22]
+    assert_close("wanted", some, everything[places])
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("down_proj",), ("gate_proj",)])
+def test_an_adapters_dropout_is_that_of_its_layer(targets):
+    backbone = with_adapter(ARCHITECTURES["llama"], dropout=0.4, targets=targets).train()
+    results = []
+    for direct in (True, False):
+        backbone.compute_directly(direct)
+        is_direct(backbone)
+        torch.manual_seed(3)
+        results.append(passes(backbone, PackedStore, "weaver", (None, None, None)))
+    assert_close("hidden", *results)
+    assert not torch.equal(results[0], passes(backbone, PackedStore, "weaver", (None, None, None)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_low_precision_is_no_further_from_float32_than_the_modules_are(dtype):
+    exact = passes(Backbone(random_lm(ARCHITECTURES["qwen3"])), RowCache, None, (None, None, None))
+    backbone = Backbone(random_lm(ARCHITECTURES["qwen3"]).to(dtype))
+    errors = []
+    for direct in (True, False):
+        backbone.compute_directly(direct)
+        hidden = passes(backbone, RowCache, None, (None, None, None))
+        assert hidden.dtype == dtype
+        errors.append(float((hidden.float() - exact).norm()))
+    assert errors[0] <= 1.2 * errors[1]
+
+
+def test_a_mixed_precision_pass_equals_the_modules():
+    backbone = with_adapter(ARCHITECTURES["qwen2"])
+    results = []
+    for direct in (True, False):
+        backbone.compute_directly(direct)
+        backbone.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = passes(backbone, PackedStore, "weaver", (None, None, None))
+        hidden.float().square().sum().backward()
+        grads = [p.grad for p in backbone.adapters.parameters("weaver").values()]
+        results.append([hidden, *grads])
+    for index, (ours, theirs) in enumerate(zip(*results, strict=True)):
+        # Both round at every layer, in another order: two bfloat16 computations, not one against its reference.
+        assert_close(str(index), ours, theirs, dtype=torch.bfloat16, factor=2)
+
+
+def test_angles_made_while_evaluating_serve_training():
+    backbone = with_adapter(ARCHITECTURES["qwen2"])
+    with torch.inference_mode():
+        passes(backbone, RowCache, None, (None, None, None))
+    passes(backbone, PackedStore, "weaver", (None, None, None)).sum().backward()
+    assert all(p.grad is not None for p in backbone.adapters.parameters("weaver").values())
+
+
+def test_an_adapter_added_later_is_applied():
+    backbone = with_adapter(ARCHITECTURES["qwen2"])
+    assert is_direct(backbone)
+    backbone.add_adapter(
+        "trigger", LoraSettings(r=2, alpha=4, dropout=0.0, target_modules=("k_proj", "v_proj"))
+    )
+    with torch.no_grad():
+        for parameter in backbone.adapters.parameters("trigger").values():
+            parameter.normal_()
+        ours = passes(backbone, RowCache, "trigger", (None, None, None))
+        backbone.compute_directly(False)
+        assert_close("hidden", ours, passes(backbone, RowCache, "trigger", (None, None, None)))
+        assert not torch.allclose(ours, passes(backbone, RowCache, "weaver", (None, None, None)))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (GraniteConfig(**COMMON, residual_multiplier=0.5), "differs by"),
+        (Olmo2Config(**COMMON), "consists of"),
+        (Phi3Config(**COMMON), "consists of"),
+    ],
+    ids=["scaled residuals", "norms elsewhere", "fused projections"],
+)
+@torch.no_grad()
+def test_another_shape_is_read_through_its_modules_and_says_so(config, reason, caplog):
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+    ids = torch.randint(2, 64, (9,), generator=torch.Generator().manual_seed(1))
+    expected = model(input_ids=ids[None]).logits[0]
+    backbone = Backbone(model, "tiny")
+    with caplog.at_level(logging.INFO, logger="memgen.model.backbone"):
+        hidden = backbone(backbone.embed(ids), RowCache(1, 9, CPU).open([Segment([0], [9], read=[4])]))
+    assert_close("logits", backbone.head(hidden), expected[-4:])
+    assert "tiny is read through its modules" in caplog.text
+    assert reason in caplog.text
+
+
+def test_modules_that_somebody_hooks_into_are_called():
+    backbone = with_adapter(ARCHITECTURES["qwen2"])
+    with torch.no_grad():
+        expected = passes(backbone, RowCache, None, (None, None, None))
+        heard = []
+        handle = backbone._layers[0].register_forward_pre_hook(lambda *_: heard.append(1))
+        assert_close("hooked", passes(backbone, RowCache, None, (None, None, None)), expected)
+        assert len(heard) == 3
+        handle.remove()
+        passes(backbone, RowCache, None, (None, None, None))
+        assert len(heard) == 3
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_training_forward_is_the_same_both_ways(recompute):
+    model = tiny_memgen()
+    model.train_only(model.weaver)
+    model.use_checkpointing(recompute)
+    batch, plan = random_batch([20, 9, 15, 12], [6, 4, 8, 5], [[6, 9, 14], [4], [8, 12], []])
+    results = []
+    for direct in (True, False):
+        for base in model.bases():
+            base.compute_directly(direct)
+        model.zero_grad()
+        logprobs, woven = model.label_logprobs(batch, plan)
+        logprobs.sum().backward()
+        results.append([logprobs, *(p.grad for p in model.weaver.own_parameters().values()), woven.work])
+    assert results[0].pop() == results[1].pop()
+    for index, (ours, theirs) in enumerate(zip(*results, strict=True)):
+        assert_close(str(index), ours, theirs)
+
+
+def test_a_long_stream_has_its_own_angles():
+    backbone = Backbone(tiny_causal_lm(max_position_embeddings=2048), "tiny")
+    ids = torch.randint(2, 250, (1200,), generator=torch.Generator().manual_seed(1))
+    results = []
+    with torch.no_grad():
+        for direct in (True, False):
+            backbone.compute_directly(direct)
+            is_direct(backbone)  # the table begins short
+            view = RowCache(1, 1200, CPU).open([Segment([0], [1200])])
+            results.append(backbone(backbone.embed(ids), view))
+    assert_close("hidden", *results)
+
+
+def test_a_window_is_seen_in_the_probe():
+    config = copy.deepcopy(ARCHITECTURES["mistral with a window"])
+    backbone = Backbone(random_lm(config), "tiny")
+    assert is_direct(backbone)
+    assert [layer.window for layer in backbone._direct._layers] == [4, 4]

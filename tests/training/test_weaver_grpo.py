@@ -1,0 +1,256 @@
+"""Weaver GRPO with a real Trainer on a tiny model."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from memgen.data import PromptBatch, PromptIndex
+from memgen.generation.rollout import EpisodeSettings
+from memgen.generation.sampling import GenerationSettings
+from memgen.objectives.grpo import PolicySettings
+from memgen.training.optimizer import OptimizerSettings
+from memgen.training.rollouts import UpdateSettings
+from rl_runs import Countdown, Vowels, make_data, make_grpo
+from sft_runs import assert_gradients_close, make_trainer, save_tiny
+from tolerance import assert_close
+from training_records import Recorded, SaveAt
+
+ROLLOUT = GenerationSettings(max_new_tokens=10, temperature=1.0, group_size=4)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("base"), max_position_embeddings=1024)
+
+
+def run(base, tmp_path, stage=None, data=None, **trainer):
+    recorded = Recorded()
+    stage = stage or make_grpo(base)
+    trainer = make_trainer(tmp_path, callbacks=[recorded, *trainer.pop("callbacks", [])], **trainer)
+    trainer.fit(stage, data or make_data(base))
+    return stage, recorded
+
+
+def test_the_first_update_has_a_ratio_of_one_and_the_rollouts_logprobs(base, tmp_path):
+    _, recorded = run(base, tmp_path)
+    metrics = recorded.metrics[0]
+    assert metrics["train/ratio_min"] == metrics["train/ratio_max"] == 1.0
+    assert metrics["train/clip_low"] == metrics["train/clip_high"] == 0.0
+    assert 0.0 < metrics["rollout/logprob_drift_max"] < 1e-4
+    assert abs(metrics["train/loss"]) < 1e-6
+    assert metrics["train/gradient_norm"] > 1e-6
+
+
+def test_only_the_weaver_moves(base, tmp_path):
+    torch.manual_seed(0)
+    stage = make_grpo(base, trigger="tokens")
+    before = {}
+
+    class Before(Callback):
+        def on_train_start(self, trainer, pl_module):
+            before.update({n: p.clone() for n, p in pl_module.memgen.named_parameters()})
+
+    run(base, tmp_path, stage, callbacks=[Before()], max_steps=2)
+    weaver = {id(p) for p in stage.memgen.weaver.own_parameters().values()}
+    for name, parameter in stage.memgen.named_parameters():
+        assert torch.equal(parameter, before[name]) == (id(parameter) not in weaver), name
+
+
+@pytest.mark.parametrize(
+    "loss", ["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "reinforce", "reinforce_pp"]
+)
+@pytest.mark.parametrize("environment", [Vowels(), Countdown((1, 2, 3))], ids=["one turn", "several turns"])
+def test_micro_batches_give_the_gradient_of_one_batch(base, tmp_path, loss, environment):
+    policy = PolicySettings(loss=loss, kl=0.01 if loss == "grpo" else 0.0)
+    results = []
+    for accumulate in (1, 4):
+        stage = make_grpo(base, policy=policy)
+        data = make_data(base, environment)
+        _, recorded = run(
+            base, tmp_path, stage, data, accumulate_grad_batches=accumulate, max_steps=1, max_epochs=1
+        )
+        results.append(recorded)
+    assert len(results[1].losses) == 4
+    assert_gradients_close("gradient", results[1].steps[0], results[0].steps[0])
+
+
+def test_a_rollout_serves_all_its_iterations_and_minibatches(base, tmp_path):
+    stage = make_grpo(base, update=UpdateSettings(iterations=2, minibatches=2))
+    _, recorded = run(base, tmp_path, stage, accumulate_grad_batches=2, max_steps=8)
+    assert len(recorded.steps) == 8
+    places = [part.window for part in recorded.parts]
+    assert len(places) == 16
+    # Two rollouts of eight training steps; each part is used twice.
+    for first in (0, 8):
+        for part in range(4):
+            assert recorded.parts[first + part].trajectories is recorded.parts[first + 4 + part].trajectories
+    assert recorded.parts[0].trajectories is not recorded.parts[8].trajectories
+    ratios = [metrics["train/ratio_max"] for metrics in recorded.metrics]
+    assert max(ratios[4:8]) > 1.001
+    # The first minibatch of a rollout is updated at the rollout's own weights.
+    assert ratios[0] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_kl_divergence_from_the_weaver_training_began_with_is_zero_at_first(base, tmp_path):
+    stage = make_grpo(base, policy=PolicySettings(kl=0.1))
+    _, recorded = run(base, tmp_path, stage, max_steps=3)
+    divergences = [metrics["train/kl"] for metrics in recorded.metrics]
+    assert divergences[0] == pytest.approx(0.0, abs=1e-9)
+    assert divergences[2] > 1e-5
+
+
+def test_the_kl_divergence_from_the_rollouts_weights_stays_zero_at_one_update(base, tmp_path):
+    stage = make_grpo(base, policy=PolicySettings(kl=0.1), update=UpdateSettings(reference="rollout"))
+    _, recorded = run(base, tmp_path, stage, max_steps=3)
+    assert [metrics["train/kl"] for metrics in recorded.metrics] == pytest.approx([0.0] * 3, abs=1e-9)
+
+
+def test_entropy_is_that_of_the_distribution_the_tokens_were_drawn_from(base, tmp_path):
+    stage = make_grpo(base, policy=PolicySettings(entropy_bonus=0.01, top_entropy=0.5))
+    _, recorded = run(base, tmp_path, stage)
+    assert 0.0 < recorded.metrics[0]["train/entropy"] < torch.log(torch.tensor(260.0))
+    assert recorded.metrics[0]["train/focused"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_episodes_that_the_environment_failed_teach_nothing(base, tmp_path, caplog):
+    environment = Countdown((2, 2), fails={0: 1})
+    _, recorded = run(base, tmp_path, make_grpo(base), make_data(base, environment))
+    (part,) = recorded.parts
+    failed = [t.fault is not None for t in part.trajectories]
+    assert sum(failed) == 4
+    assert part.advantages[torch.tensor(failed)].tolist() == [0.0] * 4
+    assert part.window.episodes == 4
+    assert "the environment failed 4 episodes" in caplog.text
+    every = Countdown((2, 2), fails={0: 1, 1: 1})
+    _, recorded = run(base, tmp_path, make_grpo(base), make_data(base, every))
+    assert recorded.losses == [0.0]
+    assert all(not grad.any() for grad in recorded.steps[0].values())
+
+
+def test_cut_episodes_can_be_left_out_of_the_loss(base, tmp_path):
+    _, recorded = run(base, tmp_path, make_grpo(base, policy=PolicySettings(mask_truncated=True)))
+    (part,) = recorded.parts
+    kept = [t.tokens for t in part.trajectories if not t.truncated]
+    assert part.window.tokens == sum(kept)
+    assert part.window.episodes == len(kept)
+
+
+def test_groups_without_spread_are_replaced(base, tmp_path):
+    class Rare(Vowels):
+        """Only one item in four can be rewarded at all."""
+
+        def reward(self, example, answer):
+            reward = super().reward(example, answer)
+            return reward if int(example.id.rpartition("-")[2]) % 4 == 0 else type(reward)(0.0)
+
+    shares = []
+    for rounds in (0, 6):
+        stage = make_grpo(base, update=UpdateSettings(dynamic_sampling=rounds))
+        _, recorded = run(base, tmp_path, stage, make_data(base, Rare(16), batch_size=4))
+        assert len(recorded.parts[0].trajectories) == 16
+        shares.append(recorded.metrics[0]["rollout/dead_groups"])
+    assert shares[1] < shares[0]
+
+
+def test_dead_groups_and_truncation_are_told_once(base, tmp_path, caplog):
+    class Hopeless(Vowels):
+        def reward(self, example, answer):
+            return type(super().reward(example, answer))(0.0)
+
+    with caplog.at_level(logging.WARNING):
+        run(base, tmp_path, make_grpo(base), make_data(base, Hopeless()), max_steps=3)
+    assert caplog.text.count("every group of this rollout has equal rewards") == 1
+    assert caplog.text.count("were cut at their limit") == 1
+    assert caplog.text.count("the gradient is exactly 0") == 1
+
+
+def test_a_loss_of_zero_explains_itself(base, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        run(base, tmp_path, max_steps=2)
+    assert caplog.text.count("train/loss is about 0, as it must be at the first update") == 1
+
+
+def test_rollouts_run_without_dropout_and_so_do_updates(base, tmp_path):
+    stage, recorded = run(base, tmp_path)
+    assert not stage.memgen.training
+    assert recorded.metrics[0]["rollout/logprob_drift_max"] < 1e-4
+
+
+def test_checkpointing_does_not_change_the_gradient(base, tmp_path):
+    plain = run(base, tmp_path)[1].steps[0]
+    recomputed = run(base, tmp_path, make_grpo(base, checkpointing=True))[1].steps[0]
+    assert_gradients_close("gradient", recomputed, plain)
+
+
+def test_learning_raises_the_reward(base, tmp_path):
+    stage = make_grpo(
+        base,
+        optimizer=OptimizerSettings(lr=5e-2, warmup_ratio=0.0, final_lr_ratio=1.0),
+        rollout=GenerationSettings(max_new_tokens=10, temperature=1.0, group_size=16),
+    )
+    data = make_data(base, Vowels(8), batch_size=8)
+    _, recorded = run(base, tmp_path, stage, data, max_steps=30)
+    rewards = [metrics["rollout/reward"] for metrics in recorded.metrics]
+    assert sum(rewards[-5:]) / 5 > 2 * sum(rewards[:5]) / 5
+
+
+def test_validation_and_test_play_episodes(base, tmp_path):
+    data = make_data(base, Countdown((1, 2, 3)))
+    stage = make_grpo(base, episodes=EpisodeSettings(max_turns=2))
+    trainer = make_trainer(tmp_path)
+    (results,) = trainer.test(stage, data, verbose=False)
+    assert results["test/turns"] == pytest.approx(5 / 3)
+    assert results["test/reward_left"] == pytest.approx(1 / 3)
+    predictions = [item for batch in trainer.predict(stage, data) for item in batch]
+    assert [len(item["answer"]) for item in predictions] == [1, 2, 2]
+    assert [item["finished"] for item in predictions][2] is False
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5], ids=["in a pass", "between passes", "in the second rollout"])
+def test_an_interrupted_run_gives_the_uninterrupted_runs_numbers(base, tmp_path, steps):
+    def fresh():
+        return make_grpo(
+            base, update=UpdateSettings(iterations=2, minibatches=2), policy=PolicySettings(kl=0.05)
+        )
+
+    whole, expected = run(base, tmp_path / "whole", fresh(), max_steps=9)
+    saver = SaveAt(steps, tmp_path / "a.ckpt")
+    make_trainer(tmp_path / "first", max_steps=9, callbacks=[saver]).fit(fresh(), make_data(base))
+    stage = fresh()
+    recorded = Recorded()
+    trainer = make_trainer(tmp_path / "second", max_steps=9, callbacks=[recorded])
+    trainer.fit(stage, make_data(base), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert recorded.losses == expected.losses[steps:]
+    for name, parameter in stage.trained().items():
+        assert torch.equal(parameter, whole.trained()[name]), name
+
+
+def test_settings_that_cannot_work_say_what_to_change(base, tmp_path):
+    with pytest.raises(ValueError, match=r"rollout.temperature is 0, so all answers to a prompt are equal"):
+        make_grpo(base, rollout=GenerationSettings(group_size=4))
+    data = make_data(base)
+    data.learn_from = "answers"
+    with pytest.raises(ValueError, match=r"WeaverGRPO learns from rollouts, but data.learn_from is answers"):
+        run(base, tmp_path, data=data)
+    with pytest.raises(ValueError, match="8 episodes per rank and rollout cannot be shared out evenly"):
+        run(base, tmp_path, make_grpo(base, update=UpdateSettings(minibatches=3)))
+
+
+def test_a_step_of_a_rollout_that_is_not_there_is_refused(base, tmp_path):
+    stage = make_grpo(base)
+    make_trainer(tmp_path).fit(stage, make_data(base))
+    stage.cycle.buffer = None
+    with pytest.raises(RuntimeError, match="comes before its first"):
+        stage.cycle.step(stage, PromptBatch([], PromptIndex((0,), 0, 0, part=2)))
+
+
+def test_a_reward_that_counts_is_the_environments(base, tmp_path):
+    _, recorded = run(base, tmp_path)
+    (part,) = recorded.parts
+    rewards = torch.tensor([t.reward for t in part.trajectories])
+    assert_close("reward", torch.tensor(recorded.metrics[0]["rollout/reward"]), rewards.mean())
+    assert recorded.metrics[0]["rollout/reward_vowels"] == recorded.metrics[0]["rollout/reward"]
