@@ -2,6 +2,7 @@
 # make demo    the whole pipeline on the embedded default, ending in a table of results
 # make test    every test that needs no GPU
 # make test-slow  what takes minutes: two processes, the whole pipeline on the lab; a skipped test fails
+# make bench-performance  every figure of docs/performance.md, about 20 minutes
 # make check   lint, format, types, import directions, spelling
 #
 # Variables: PYTHON (an interpreter >= 3.11), VENV (where the environment goes), TORCH_INDEX (another package index
@@ -20,7 +21,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= true
 
-.PHONY: setup demo test test-slow check test-gpu bench-lab format
+.PHONY: setup demo test test-slow check test-gpu bench-lab bench-performance format
 
 setup: $(STAMP)
 
@@ -39,10 +40,10 @@ demo: setup
 	$(BIN)/memgen demo $(DEMO_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not sandbox" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not sandbox" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: setup
-	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not sandbox and not alfworld and not scienceworld" $(PYTEST_ARGS)
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
@@ -60,3 +61,17 @@ format: setup
 
 bench-lab: setup
 	$(BIN)/python -m memgen.lab.bench
+
+# All figures of docs/performance.md, and the document's tables from them. Let the machine do nothing else meanwhile.
+PERFORMANCE := docs/results/performance
+bench-performance: export OMP_NUM_THREADS = 1
+bench-performance: setup
+	mkdir -p $(PERFORMANCE)
+	$(BIN)/memgen bench generation --model small --batch 1 8 32 --json $(PERFORMANCE)/generation_small.json
+	$(BIN)/memgen bench generation --model medium --batch 8 --json $(PERFORMANCE)/generation_medium.json
+	$(BIN)/memgen bench generation --sweep all --json $(PERFORMANCE)/sweeps.json
+	$(BIN)/memgen bench training --model small --json $(PERFORMANCE)/training_small.json
+	$(BIN)/memgen bench training --model medium --json $(PERFORMANCE)/training_medium.json
+	$(BIN)/memgen bench memory --json $(PERFORMANCE)/memory.json
+	$(BIN)/memgen bench kernels --json $(PERFORMANCE)/kernels.json
+	$(BIN)/python -m memgen.bench.report

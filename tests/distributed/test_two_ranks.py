@@ -19,9 +19,14 @@ WORKER = Path(__file__).with_name("two_ranks_worker.py")
 
 
 def run(ranks: int, base: Path, out: Path, targets: list[str], accumulate: int = 1) -> list[dict]:
+    """What each rank of a supervised run wrote."""
+    return launch(WORKER, ranks, base, out, json.dumps(targets), str(accumulate))
+
+
+def launch(worker: Path, ranks: int, base: Path, out: Path, *arguments: str) -> list[dict]:
     """What each rank wrote."""
     environment = os.environ | {
-        "PYTHONPATH": str(WORKER.parents[1]),
+        "PYTHONPATH": str(worker.parents[1]),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -30,15 +35,7 @@ def run(ranks: int, base: Path, out: Path, targets: list[str], accumulate: int =
     # left behind would be set again in every rank of a launch, but not in a single process.
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"):
         environment.pop(name, None)
-    command = [
-        sys.executable,
-        str(WORKER),
-        str(ranks),
-        str(base),
-        str(out),
-        json.dumps(targets),
-        str(accumulate),
-    ]
+    command = [sys.executable, str(worker), str(ranks), str(base), str(out), *arguments]
     log = out.with_suffix(".log")
     with log.open("w") as file:
         # A session of its own, so that a rank that waits for the other in vain can be ended with it.
@@ -108,3 +105,25 @@ def test_answer_metrics_agree_however_the_answers_lie_on_the_ranks(runs, share):
     assert {"reward_even", "reward_odd", "exact_match", "insertions_per_answer"} <= set(expected)
     for rank in runs["two"]:
         assert rank["answers"][share] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("stage", ["weaver", "trigger"])
+def test_ranks_whose_episodes_have_one_and_five_turns_take_the_steps_of_one_rank(tmp_path, stage):
+    base = save_tiny(tmp_path / "base", max_position_embeddings=1024)
+    worker = Path(__file__).with_name("rl_ranks_worker.py")
+    (one,) = launch(worker, 1, base, tmp_path / "one", stage)
+    two = launch(worker, 2, base, tmp_path / "two", stage)
+    assert sorted([two[0]["turns"][0], two[1]["turns"][0]]) == [[1] * 4, [5] * 4]
+    assert sorted(two[0]["tokens"][0] + two[1]["tokens"][0]) == sorted(one["tokens"][0])
+    if stage == "weaver":
+        assert min(one["tokens"][0]) == 1
+    for rank in two:
+        assert len(rank["gradients"]) == 3
+        for step in range(2):
+            assert_gradients_close(
+                f"step {step}", rank["gradients"][step], one["gradients"][step], factor=10 ** min(step, 2)
+            )
+        for name in ("rollout/reward", "train/kl", "rollout/tokens", "rollout/dead_groups"):
+            assert rank["metrics"][0][name] == pytest.approx(one["metrics"][0][name], abs=1e-6), name
+    for name, reference in two[0]["parameters"].items():
+        assert torch.equal(two[1]["parameters"][name], reference), name

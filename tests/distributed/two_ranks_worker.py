@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import sys
@@ -12,12 +11,13 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
-from memgen.environments.base import Reward
 from memgen.generation.decode import generate
+from memgen.generation.rollout import agent_turns
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.weaver import WeaverConfig
 from memgen.tracking.metrics import AnswerMetrics
 from memgen.training.optimizer import OptimizerSettings
+from memgen.types import Trajectory
 from sft_runs import MIXED, Gradients, Letters, make_data, make_stage, make_trainer
 from tiny import random_rows, tiny_memgen
 
@@ -41,23 +41,15 @@ def answers(rank: int, ranks: int, share: list[int]) -> dict[str, float]:
     """Answer metrics of six answers: all on one rank, or `share` of them on each of two."""
     model = tiny_memgen()
     generation = generate(model, random_rows([3, 5, 4, 6, 2, 7]), GenerationSettings(max_new_tokens=6))
-    rewards = [Reward(i / 5, {"even": 1.0} if i % 2 == 0 else {"odd": i / 10}) for i in range(6)]
+    answered = [
+        Trajectory(str(i), (turn,), i / 5, {"even": 1.0} if i % 2 == 0 else {"odd": i / 10})
+        for i, turn in enumerate(agent_turns(generation))
+    ]
     first = sum(share[:rank]) if ranks > 1 else 0
     metric = AnswerMetrics(WeaverConfig())
     for i in range(first, first + (share[rank] if ranks > 1 else 6)):
-        metric.update(only(generation, i), [rewards[i]])
+        metric.update([answered[i]])
     return {name: float(value) for name, value in metric.compute().items()}
-
-
-def only(generation, row: int):
-    index = torch.tensor([row])
-    fields = {
-        name: getattr(generation, name)[index]
-        for name in ("tokens", "lengths", "finished", "logprobs", "decisions", "invoke_probs")
-    }
-    return dataclasses.replace(
-        generation, prompt=generation.prompt.select(index), plan=generation.plan.select(index), **fields
-    )
 
 
 def main(ranks: int, base: Path, out: Path, targets: list[str], accumulate: int) -> None:

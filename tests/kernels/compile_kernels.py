@@ -1,4 +1,4 @@
-"""Compiles one kernel for an H100 and prints the size of the result. Run as a script, where kernels are not interpreted."""
+"""Compiles every kernel for an H100 and prints the sizes of the results. Run as a script, where kernels are not interpreted."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CASES = {
     "weave": (
         insert._weave_fwd_kernel,
         {"table": FLOAT, "tokens": INDEX, "latents": ROW, "sources": INDEX, "woven": FLOAT},
-        {"WIDE": tl.float32, "TILE": 8, "BLOCK": 512},
+        {"TILE": 8, "BLOCK": 512},
     ),
     "weave_rows": (
         insert._weave_rows_fwd_kernel,
         {"table": FLOAT, "latents": ROW, "woven": FLOAT, "latent_mask": MASK, "valid_mask": MASK}
         | dict.fromkeys(("tokens", "lengths", "points", "sizes", "firsts", "positions", "sources"), INDEX),
-        {"WIDE": tl.float32, "POINTS": 8, "TILE": 8, "BLOCK": 512},
+        {"POINTS": 8, "TILE": 8, "BLOCK": 512},
     ),
     "weave_bwd": (
         insert._weave_bwd_kernel,
@@ -42,12 +42,12 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    kernel, pointers, constants = CASES[sys.argv[1]]
-    signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names
-    }
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    compiled = triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=places), target=GPUTarget("cuda", 90, 32)
-    )
-    sys.stdout.write(str(len(compiled.asm["cubin"])))
+    for case, (kernel, pointers, constants) in CASES.items():
+        signature = {
+            name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names
+        }
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        compiled = triton.compile(
+            ASTSource(fn=kernel, signature=signature, constexprs=places), target=GPUTarget("cuda", 90, 32)
+        )
+        sys.stdout.write(f"{case} {len(compiled.asm['cubin'])}\n")

@@ -149,8 +149,8 @@ def test_low_precision_is_as_close_to_float32_as_plain_torch_in_it(dtype):
         errors.append((rmse(out, exact), rmse(leaf.grad, exact_leaf.grad)))
     ours, plain = errors
     assert linear_logprob(hidden.to(dtype), weight.to(dtype), targets).dtype == torch.float32
-    assert ours[0] <= 1.05 * plain[0]
-    assert ours[1] <= 1.5 * plain[1]
+    assert ours[0] <= plain[0]
+    assert ours[1] <= plain[1]
 
 
 def rmse(ours, reference):
@@ -176,7 +176,7 @@ def test_autocast_changes_no_more_than_its_own_rounding():
         out.sum().backward()
         gradients[name] = leaf.grad
     ours, plain = (rmse(gradients[name], gradients["exact"]) for name in ("ours", "plain"))
-    assert ours <= 1.5 * plain
+    assert ours <= plain
 
 
 def test_only_the_derivative_is_kept_for_the_backward_pass():

@@ -2,78 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPTJConfig,
     GptOssConfig,
-    LlamaConfig,
     MambaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
 )
 
+from architectures import ARCHITECTURES, COMMON, random_lm
 from memgen.model.backbone import Backbone, BackboneConfig, fingerprint, load_backbone
 from memgen.model.cache import PackedStore, RowCache, Segment
 from tiny import tiny_causal_lm, tiny_memgen
 from tolerance import assert_close
-
-COMMON = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
-ARCHITECTURES = {
-    "llama": LlamaConfig(**COMMON),
-    "llama with a key for each query": LlamaConfig(**(COMMON | {"num_key_value_heads": 4})),
-    "llama with one key for all queries": LlamaConfig(**(COMMON | {"num_key_value_heads": 1})),
-    "llama with stretched angles": LlamaConfig(
-        **COMMON,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 1e4,
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8,
-        },
-    ),
-    "qwen2": Qwen2Config(**COMMON),
-    "qwen2 with a tied head": Qwen2Config(**COMMON, tie_word_embeddings=True),
-    "qwen2 with a window in some layers": Qwen2Config(
-        **COMMON, use_sliding_window=True, sliding_window=4, max_window_layers=1
-    ),
-    "qwen3": Qwen3Config(**COMMON, head_dim=8),
-    "qwen3 with a tied head": Qwen3Config(**COMMON, head_dim=8, tie_word_embeddings=True),
-    "qwen3 with wide heads": Qwen3Config(**COMMON, head_dim=16),
-    "smollm3": SmolLM3Config(**COMMON, tie_word_embeddings=False),
-    "smollm3 with a tied head and layers without positions": SmolLM3Config(
-        **COMMON, tie_word_embeddings=True, no_rope_layers=[1, 0]
-    ),
-    "mistral with a window": MistralConfig(**COMMON, sliding_window=4),
-}
-
-
-def random_lm(config):
-    torch.manual_seed(0)
-    # A model's attention is set in its configuration, which the cases share.
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
 
 
 @pytest.mark.parametrize("memory", [RowCache, PackedStore], ids=["generation", "training"])

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from memgen.model.adapters import LoraSettings
 from memgen.types import InsertionKind, InsertionPlan, TokenBatch
@@ -230,3 +236,104 @@ def test_any_plan_gives_each_row_what_it_gets_alone(seed, rows):
 
 
 MODEL = tiny_memgen()
+
+
+def test_rows_packed_together_do_not_reach_each_others_gradients():
+    model = tiny_memgen(double=True)
+    model.train_only(model.weaver)
+    batch, plan = random_batch(LENGTHS, PROMPTS, POINTS)
+    parameters = list(model.weaver.own_parameters().values())
+    for row in range(len(LENGTHS)):
+        index = torch.tensor([row])
+        together = model.label_logprobs(batch, plan)[0].split(batch.supervised.sum(1).tolist())[row]
+        alone, _ = model.label_logprobs(batch.select(index), plan.select(index))
+        assert_close(f"row {row}", together, alone)
+        if not POINTS[row]:
+            assert not alone.requires_grad
+            continue
+        gradients = [
+            torch.autograd.grad(total.sum(), parameters, allow_unused=True) for total in (together, alone)
+        ]
+        for parameter, ours, reference in zip(model.weaver.own_parameters(), *gradients, strict=True):
+            # A bank that the row does not use has no gradient alone and a zero one in the batch.
+            expected = torch.zeros_like(ours) if reference is None else reference
+            assert_close(f"row {row}, {parameter}", ours, expected)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+        self.where = ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            # A view of the embedding table allocates nothing.
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().nbytes() > 4 * self.elements:
+                fresh = all(
+                    leaf.untyped_storage().data_ptr() != other.untyped_storage().data_ptr()
+                    for other in tree_leaves((args, kwargs))
+                    if isinstance(other, torch.Tensor)
+                )
+                if fresh:
+                    self.elements, self.where = leaf.untyped_storage().nbytes() // 4, str(func)
+        return result
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_training_step_holds_logits_of_all_rows_positions_and_classes(recompute, entropy):
+    vocabulary, rows, length = 8192, 16, 320
+    model = tiny_memgen(vocab_size=vocabulary)
+    model.train_only(model.weaver)
+    model.use_checkpointing(recompute)
+    batch, plan = random_batch([length] * rows, [20] * rows, [[20, 40, 60]] * rows)
+    with Largest() as largest:
+        scores = model.label_scores(batch, plan, entropy=entropy)
+        loss = scores.logprobs.mean() + (scores.entropy.mean() if entropy else 0.0)
+        loss.backward()
+    logits = rows * length * vocabulary
+    assert largest.elements < logits / 4, f"{largest.where} made {largest.elements} of {logits} elements"
+    # The hook does see logits: a chunk of them.
+    assert largest.elements >= 128 * vocabulary
+
+
+FORCED = """
+import torch
+from memgen.generation.decode import generate
+from memgen.generation.sampling import GenerationSettings
+from memgen.kernels import forced, insert
+from tiny import random_rows, tiny_memgen
+from tolerance import assert_close
+
+torch.set_num_threads(1)
+calls = []
+original = insert.weave
+insert.weave = lambda *args: (calls.append(1), original(*args))[1]
+model = tiny_memgen()
+model.train_only(model.weaver)
+results = []
+for kind in ("reference", "triton"):
+    with forced(kind):
+        made = generate(model, random_rows([9, 4]), GenerationSettings(max_new_tokens=6))
+        model.zero_grad()
+        logprobs, _ = model.label_logprobs(made.as_batch(), made.plan)
+        logprobs.sum().backward()
+    results.append([logprobs, made.logprobs, *(p.grad for p in model.weaver.own_parameters().values())])
+    assert bool(calls) == (kind == "triton"), (kind, len(calls))
+for index, (reference, ours) in enumerate(zip(*results)):
+    assert_close(str(index), ours, reference)
+"""
+
+
+def test_the_kernels_give_the_model_what_their_definitions_give_it():
+    """In a process of its own: Triton decides once per process whether kernels are interpreted."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run(
+        [sys.executable, "-c", FORCED], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr

@@ -166,7 +166,7 @@ class _Rollout:
     # One turn
 
     def _answer(self, environment: Environment) -> list[_Playing]:
-        playing = []
+        playing: list[_Playing] = []
         for index, (example, seed) in enumerate(zip(self.examples, self.seeds, strict=True)):
             first = index - index % self.actor.generation.group_size
             context = playing[first].context if first < index else self._prompt(environment.messages(example))

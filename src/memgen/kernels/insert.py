@@ -6,9 +6,6 @@ what stands where: rows, position ids, is-latent mask and attention mask come ou
 
 The backward pass gathers: one program sums the gradients of all places of one latent in float32 and writes it once.
 So the order of the sum is fixed, unlike that of atomic additions, and a resumed run stays bit exact.
-
-Sums here name their own combining function: Triton's `tl.sum` cannot be interpreted if somebody imported triton before
-TRITON_INTERPRET was set.
 """
 
 from __future__ import annotations
@@ -29,14 +26,9 @@ _TILE_ELEMENTS = 4096  # of a (positions, hidden) tile: 32 for each of a program
 
 
 @triton.jit
-def _add(a, b):
-    return a + b
-
-
-@triton.jit
 def _copy_tile(
     table, table_row, table_column, latents, latents_row, latents_column, woven, woven_row,
-    ids, sources, places, is_token, is_latent, inside, first, H, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    ids, sources, places, is_token, is_latent, inside, first, H, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes (positions, hidden) of the woven line: embedding, latent, or zero."""
     columns = first + tl.arange(0, BLOCK)
@@ -49,19 +41,15 @@ def _copy_tile(
         latents + sources[:, None] * latents_row + columns[None, :] * latents_column,
         mask=is_latent[:, None] & within, other=0.0,
     )  # fmt: skip
-    value = tl.where(is_latent[:, None], latent.to(WIDE), embedded.to(WIDE))
-    tl.store(
-        woven + places[:, None] * woven_row + columns[None, :],
-        value.to(woven.dtype.element_ty),
-        mask=inside[:, None] & within,
-    )
+    value = tl.where(is_latent[:, None], latent.to(woven.dtype.element_ty), embedded)
+    tl.store(woven + places[:, None] * woven_row + columns[None, :], value, mask=inside[:, None] & within)
 
 
 @triton.jit
 def _weave_fwd_kernel(
     table, table_row, table_column, tokens, tokens_step, latents, latents_row, latents_column,
     sources, sources_step, woven, T, H, V, M,
-    WIDE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     places = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = places < T
@@ -73,7 +61,7 @@ def _weave_fwd_kernel(
     tl.device_assert(source < M, "source outside the latents")
     _copy_tile(
         table, table_row, table_column, latents, latents_row, latents_column, woven, H,
-        ids, source, places, is_token, is_latent, inside, tl.program_id(1) * BLOCK, H, WIDE, BLOCK,
+        ids, source, places, is_token, is_latent, inside, tl.program_id(1) * BLOCK, H, BLOCK,
     )  # fmt: skip
 
 
@@ -83,28 +71,28 @@ def _weave_rows_fwd_kernel(
     latents, latents_row, latents_column, points, points_row, points_column, sizes, sizes_row, sizes_column,
     firsts, firsts_row, firsts_column, woven, positions, latent_mask, valid_mask, sources,
     T, H, L, E, V, M, tiles,
-    WIDE: tl.constexpr, POINTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    POINTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // tiles).to(tl.int64)
     at = (tl.program_id(0) % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
-    # The row's plan: where each block of latents begins in the woven row.
-    slots = tl.arange(0, POINTS)
-    known = slots < E
-    point = tl.load(points + row * points_row + slots * points_column, mask=known, other=-1).to(tl.int64)
-    known = known & (point >= 0)
-    size = tl.load(sizes + row * sizes_row + slots * sizes_column, mask=known, other=0).to(tl.int64)
-    first = tl.load(firsts + row * firsts_row + slots * firsts_column, mask=known, other=0).to(tl.int64)
-    begin = point + tl.associative_scan(size, 0, _add) - size
     length = tl.load(lengths + row * lengths_step).to(tl.int64)
-    end = length + tl.reduce(size, 0, _add)
-    # What stands at each position.
-    into = at[:, None] - begin[None, :]
-    covers = (into >= 0) & (into < size[None, :])
-    valid = at < end
-    is_latent = valid & (tl.reduce(covers.to(tl.int32), 1, _add) > 0)
-    source = tl.reduce(tl.where(covers, first[None, :] + into, 0), 1, _add)
-    source = tl.where(is_latent, source, -1)
-    before = tl.reduce(tl.minimum(tl.maximum(into, 0), size[None, :]), 1, _add)
+    source = tl.full((TILE,), -1, tl.int64)
+    before = tl.full((TILE,), 0, tl.int64)  # latents in front of the position
+    shift = length - length  # latents of the points so far
+    for slot in range(POINTS):
+        point = tl.load(points + row * points_row + slot * points_column, mask=slot < E, other=-1).to(
+            tl.int64
+        )
+        known = point >= 0
+        size = tl.load(sizes + row * sizes_row + slot * sizes_column, mask=known, other=0).to(tl.int64)
+        first = tl.load(firsts + row * firsts_row + slot * firsts_column, mask=known, other=0).to(tl.int64)
+        into = at - (point + shift)
+        source = tl.where((into >= 0) & (into < size), first + into, source)
+        before += tl.minimum(tl.maximum(into, 0), size)
+        shift += size
+    valid = at < length + shift
+    source = tl.where(valid, source, -1)
+    is_latent = source >= 0
     is_token = valid & (source < 0)
     tl.device_assert((at - before < L) | (is_token == 0), "a row is longer than its tokens")
     ids = tl.load(tokens + row * tokens_row + (at - before) * tokens_column, mask=is_token, other=0).to(
@@ -116,7 +104,7 @@ def _weave_rows_fwd_kernel(
     inside = at < T
     _copy_tile(
         table, table_row, table_column, latents, latents_row, latents_column, woven, H,
-        ids, source, places, is_token, is_latent, inside, tl.program_id(1) * BLOCK, H, WIDE, BLOCK,
+        ids, source, places, is_token, is_latent, inside, tl.program_id(1) * BLOCK, H, BLOCK,
     )  # fmt: skip
     once = at < tl.where(tl.program_id(1) == 0, T, 0)
     tl.store(positions + places, tl.where(valid, at, 0), mask=once)
@@ -186,7 +174,7 @@ class Weave(torch.autograd.Function):
             table, table.stride(0), table.stride(1), tokens, tokens.stride(0),
             latents, latents.stride(0), latents.stride(1), sources, sources.stride(0),
             woven, length, hidden, table.shape[0], latents.shape[0],
-            WIDE=_wide(table, latents), TILE=tile, BLOCK=block,
+            TILE=tile, BLOCK=block,
         )  # fmt: skip
         return woven
 
@@ -228,8 +216,7 @@ class WeaveRows(torch.autograd.Function):
                 points, points.stride(0), points.stride(1), sizes, sizes.stride(0), sizes.stride(1),
                 firsts, firsts.stride(0), firsts.stride(1), woven, positions, is_latent, valid, sources,
                 width, hidden, length, points.shape[1], table.shape[0], latents.shape[0], tiles,
-                WIDE=_wide(table, latents), POINTS=triton.next_power_of_2(max(points.shape[1], 1)),
-                TILE=tile, BLOCK=block,
+                POINTS=triton.next_power_of_2(max(points.shape[1], 1)), TILE=tile, BLOCK=block,
             )  # fmt: skip
         ctx.save_for_backward(sources, latents)
         ctx.mark_non_differentiable(positions, is_latent, valid, sources)

@@ -22,6 +22,8 @@ from memgen.kernels.reference import RowSoftmax, chunked_logprob
 _MAX_BLOCK = 8192
 
 
+# Our own, because `tl.sum` and `tl.max` cannot be interpreted if somebody imported triton before TRITON_INTERPRET was
+# set.
 @triton.jit
 def _add(a, b):
     return a + b
@@ -44,20 +46,22 @@ def _linear_logprob_fwd_kernel(
     tl.device_assert((target >= 0) & (target < V), "target outside the vocabulary")
     target_logit = tl.load(line + target).to(WIDE)
     columns = tl.arange(0, BLOCK)
-    # Per lane, so that lanes are combined once, behind the loop. Finite at first: inf - inf is no number.
+    # Per lane, so that lanes are combined once, behind the loop. -1e30 stands for -inf: inf - inf is no number.
     largest = tl.full((BLOCK,), -1.0e30, WIDE)
     total = tl.full((BLOCK,), 0.0, WIDE)
     weighted = tl.full((BLOCK,), 0.0, WIDE)
     for begin in range(0, V, BLOCK):
         within = begin + columns < V
-        value = tl.load(line + begin + columns, mask=within, other=-float("inf")).to(WIDE)
+        value = tl.maximum(
+            tl.load(line + begin + columns, mask=within, other=-float("inf")).to(WIDE), -1.0e30
+        )
         higher = tl.maximum(largest, value)
         shrink = tl.exp(largest - higher)
         share = tl.exp(value - higher)
         if ENTROPY:
-            # sum of exp(z - largest) * (z - largest), moved to the new maximum; a share of 0 contributes 0
+            # sum of exp(z - largest) * (z - largest), moved to the new maximum
             weighted = shrink * (weighted + (largest - higher) * total)
-            weighted += tl.where(share > 0, share * (value - higher), 0.0)
+            weighted += share * (value - higher)
         total = total * shrink + share
         largest = higher
     top = tl.reduce(largest, 0, _larger)
@@ -68,7 +72,7 @@ def _linear_logprob_fwd_kernel(
     tl.store(normalisers + row, normaliser)
     tl.store(logprobs + row, (target_logit - top) - log_total)
     if ENTROPY:
-        moved = tl.where(shrink > 0, shrink * (weighted + (largest - top) * total), 0.0)
+        moved = shrink * (weighted + (largest - top) * total)
         tl.store(entropies + row, log_total - tl.reduce(moved, 0, _add) / all_total)
     if DERIVATIVE:
         for begin in range(0, V, BLOCK):
@@ -86,10 +90,10 @@ def _linear_logprob_bwd_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = columns < V
     line = logits + row * logits_row + columns
-    logprob = tl.load(line, mask=within, other=-float("inf")).to(WIDE) - tl.load(normalisers + row)
-    prob = tl.exp(logprob)
+    logit = tl.maximum(tl.load(line, mask=within, other=-float("inf")).to(WIDE), -1.0e30)
+    logprob = logit - tl.load(normalisers + row)
     # d entropy / d logits = -p (log p + entropy)
-    slope = tl.where(prob > 0, prob * (logprob + tl.load(entropies + row)), 0.0)
+    slope = tl.exp(logprob) * (logprob + tl.load(entropies + row))
     grad = -tl.load(grads + row * grads_step) * slope
     tl.store(line, grad.to(logits.dtype.element_ty), mask=within)
 

@@ -244,7 +244,7 @@ class LinearLogprob(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        rows: type,
+        rows: Any,
         chunk: int,
         entropy: bool,
         differentiable: bool,

@@ -118,7 +118,8 @@ class _Linear:
         low = F.linear(lora.lora_dropout[adapter](x.to(down.dtype)), down)
         if low.dtype == up.dtype == y.dtype:
             return torch.addmm(y, low, up.t(), alpha=scale)
-        return (y + F.linear(low, up) * scale).to(y.dtype)
+        summed: Tensor = y + F.linear(low, up) * scale
+        return summed.to(y.dtype)
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ class MemGenModel(nn.Module):
                 states = _Forward(self, batch, plan, at, before_latents=True).run().hidden
             return self.trigger.logits(states)
         if not isinstance(self.trigger, TokenTrigger):
-            raise ValueError(
+            raise ValueError(  # noqa: TRY004 - the setting is wrong, not a caller's type
                 "a constant trigger has no logits; set model.memgen.trigger.kind to tokens or hidden_states"
             )
         if self.trigger.translate is not None:
