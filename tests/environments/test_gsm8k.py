@@ -117,11 +117,13 @@ def test_bytes_that_are_no_utf8_and_odd_line_separators_do_not_shift_line_number
 def test_absent_data_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no directory \.\./nowhere"):
         GSM8K("../nowhere").examples("train")
-    with pytest.raises(FileNotFoundError, match=r"no file .*test\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"no file named test in .*set test_file"):
         GSM8K(str(tmp_path)).examples("test")
+    with pytest.raises(FileNotFoundError, match=r"no file .*test\.jsonl"):
+        GSM8K(str(tmp_path), test_file="test.jsonl").examples("test")
     (tmp_path / "train.jsonl").touch()
-    with pytest.raises(FileNotFoundError, match="is a file; path must be a directory"):
-        GSM8K(str(tmp_path / "train.jsonl")).examples("train")
+    with pytest.raises(FileNotFoundError, match=r"is a file, and not of what test_file stands for"):
+        GSM8K(str(tmp_path / "train.jsonl")).examples("test")
     with pytest.raises(ValueError, match="has no lines"):
         GSM8K(str(tmp_path)).examples("train")
 
@@ -144,6 +146,28 @@ def test_a_hub_name_is_read_through_datasets(monkeypatch):
     examples = GSM8K("openai/gsm8k").examples("test")
     assert [e.answer for e in examples] == ["2", "3", "4"]
     assert calls == [(("openai/gsm8k", "main"), {"split": "test"})]
+    GSM8K("openai/gsm8k", revision="abc").examples("train")
+    assert calls[1] == (("openai/gsm8k", "main"), {"split": "train", "revision": "abc"})
+
+
+def test_a_single_file_is_the_split_that_its_name_says(tmp_path):
+    write(tmp_path)
+    assert len(GSM8K(str(tmp_path / "test.jsonl")).examples("test")) == 3
+    alone = GSM8K(str(tmp_path / "train.jsonl"))
+    assert len(alone.examples("train")) + len(alone.examples("val")) == 400
+
+
+def test_many_answers_are_scored_as_one_by_one(tmp_path):
+    environment = GSM8K(str(write(tmp_path)), reward_workers=2)
+    examples = environment.examples("test")
+    answers = [examples[0].target, "\\boxed{17}", "no answer"]
+    rewards = environment.rewards(examples, answers)
+    assert rewards == [environment.reward(e, a) for e, a in zip(examples, answers, strict=True)]
+    assert [dict(r.parts) for r in rewards] == [
+        {"correct": 1.0, "has_answer": 1.0},
+        {"correct": 0.0, "has_answer": 1.0},
+        {"correct": 0.0, "has_answer": 0.0},
+    ]
 
 
 def test_an_unreachable_hub_is_one_line_that_says_what_to_set(monkeypatch):
@@ -182,7 +206,7 @@ def test_all_1319_real_gold_answers_score_one(style):
 @needs_real_data
 def test_corrupted_real_answers_score_zero():
     environment = GSM8K(str(SHARED))
-    for example in environment.examples("test")[:150]:
+    for example in environment.examples("test"):
         wrong = str(float(example.answer.replace(",", "")) + 1)
         assert environment.reward(example, f"{example.target}\n\\boxed{{{wrong}}}").total == 0.0
         assert environment.reward(example, example.target.replace("\\boxed", "")).total == 0.0

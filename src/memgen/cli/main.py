@@ -38,8 +38,10 @@ COMMANDS = {
     "predict": Command("write a prediction for every item", "memgen.cli.run", trainer=True),
     "generate": Command("answer a prompt and mark where memory was woven in", "memgen.cli.generate"),
     "convert": Command("import or export a checkpoint of the released code", "memgen.cli.convert"),
+    "bench": Command("what memory costs, against plain work", "memgen.cli.bench"),
     "demo": Command("the whole pipeline on the embedded default", "memgen.cli.demo"),
     "ui": Command("open the record of runs in MLflow", "memgen.cli.ui"),
+    "serve-search": Command("offer a passage file to agents as a search server", "memgen.cli.serve_search"),
 }
 
 HELP = """\
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        listing = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+        listing = "\n".join(f"  {name:<14}{command.summary}" for name, command in COMMANDS.items())
         print(HELP.format(commands=listing), end="")
         return 0 if arguments else 2
     name, *rest = arguments

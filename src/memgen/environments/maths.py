@@ -22,8 +22,11 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, final
+
+from memgen.environments.base import Reward
 
 _READY = "ready"
 _START_LIMIT_S = 120.0
@@ -31,15 +34,15 @@ _START_LIMIT_S = 120.0
 _MEMORY_LIMIT_BYTES = 4 << 30
 """Address space of a worker: `9^{9^{9}}` has to fail in the worker, not in the machine."""
 
-_BOXED = re.compile(r"\\boxed\s*\{")
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{|\\boxed[ \t]+(?P<bare>[^\s${}\\][^\s$]*)")
 _HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S.*)$", re.MULTILINE)
 
 
 def final_answer(text: str) -> str | None:
     r"""The answer a solution marks as final.
 
-    The last `\boxed{...}` with balanced braces; in a text without one, what follows `####` on the last line that
-    begins so. A full stop behind the answer is not part of it.
+    The last complete `\boxed{...}` (see `boxed_answer`); in a text without one, what follows `####` on the last line
+    that begins so. A full stop behind the answer is not part of it.
 
     Args:
         text: a solution.
@@ -47,13 +50,29 @@ def final_answer(text: str) -> str | None:
     Returns:
         The answer as it is written, or None if none is marked or the marked one is empty.
     """
-    boxed = [
-        content for match in _BOXED.finditer(text) if (content := _braced(text, match.end())) is not None
-    ]
-    marked = boxed or _HASHES.findall(text)
+    boxes = _boxes(text)
+    marked = boxes or _HASHES.findall(text)
     if not marked:
         return None
     return str(marked[-1]).strip().removesuffix(".").rstrip() or None
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""What the last complete `\boxed{...}` of a solution holds, or None if there is none or it is empty.
+
+    `\fbox{...}` counts too, and `\boxed 5` up to the next white space: some solutions of MATH are written so.
+    """
+    boxes = _boxes(text)
+    return (boxes[-1].strip().removesuffix(".").rstrip() or None) if boxes else None
+
+
+def _boxes(text: str) -> list[str]:
+    found = []
+    for match in _BOXED.finditer(text):
+        content = match["bare"] if match["bare"] is not None else _braced(text, match.end())
+        if content is not None:
+            found.append(content)
+    return found
 
 
 def _braced(text: str, start: int) -> str | None:
@@ -143,6 +162,19 @@ class MathsVerifier:
         """Whether the answer a solution marks as final (see `final_answer`) equals the reference."""
         answer = final_answer(solution)
         return answer is not None and self.equivalent(gold, answer)
+
+    def reward(self, gold: str, solution: str) -> Reward:
+        """1 for a solution whose answer equals the reference, else 0; and whether it marks an answer at all."""
+        answer = final_answer(solution)
+        correct = float(answer is not None and self.equivalent(gold, answer))
+        return Reward(total=correct, parts={"correct": correct, "has_answer": float(answer is not None)})
+
+    def rewards(self, golds: Sequence[str], solutions: Sequence[str]) -> list[Reward]:
+        """Many, as many at once as there are workers."""
+        if self.workers == 1 or len(solutions) <= 1:
+            return [self.reward(gold, solution) for gold, solution in zip(golds, solutions, strict=True)]
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="maths") as threads:
+            return list(threads.map(self.reward, golds, solutions))
 
     def close(self) -> None:
         """Ends the workers. A later question starts new ones."""
@@ -262,8 +294,11 @@ def _matches(gold: str, answer: str) -> bool:
         boxed = "\\boxed{" + value + "}"
         return list(parse(boxed, as_latex, fallback_mode="no_fallback", parsing_timeout=None))
 
-    # The time limit is the parent's; math-verify's own would need signals.
-    return bool(verify(parsed(gold), parsed(answer), timeout_seconds=None))
+    # The time limit is the parent's; math-verify's own would need signals. It does not read every LaTeX that occurs in
+    # references (`\frac \pi4`), and the reference to the letter is right whether it is read or not.
+    return "".join(gold.split()) == "".join(answer.split()) or bool(
+        verify(parsed(gold), parsed(answer), timeout_seconds=None)
+    )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,340 @@
+"""`memgen bench kernels`: every fused operation against its plain-torch form and against a large copy's bandwidth.
+
+Forms of an operation: "triton" is the kernel and needs a CUDA device, so elsewhere only the others and the bandwidth are
+measured; "reference" is its plain-torch definition, which is also what runs on a CPU; "naive" is what one would write
+without the operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from memgen.bench.timing import Meter, Timing, interleave
+from memgen.kernels import Implementation, forced, linear_logprob, weave, weave_rows
+
+# B rows, T packed positions, M latents, H hidden, N labels, V vocabulary
+
+COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
+"""Size of the tensor that is copied: larger than any cache."""
+
+Direction = Literal["forward", "forward+backward"]
+
+DIRECTIONS: tuple[Direction, ...] = ("forward", "forward+backward")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operation on one size.
+
+    Attributes:
+        kernel: name of the operation.
+        direction: with or without the gradient.
+        size: axes, for the record.
+        least_bytes: what any form must read and write at least.
+        forms: the forms to time, by name.
+    """
+
+    kernel: str
+    direction: Direction
+    size: dict[str, int]
+    least_bytes: int
+    forms: dict[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class WeaveSize:
+    """Rows of tokens with latents between them."""
+
+    rows: int = 8
+    length: int = 512
+    points: int = 6
+    """Insertions per row."""
+    latents: int = 8
+    """Per insertion."""
+    hidden: int = 1536
+    vocabulary: int = 32768
+
+
+@dataclass(frozen=True)
+class LogprobSize:
+    """Labels over classes."""
+
+    labels: int
+    hidden: int
+    vocabulary: int
+
+
+WEAVE_SIZE = WeaveSize()
+"""What a training step of a model of 1.5 billion parameters has."""
+
+LOGPROB_SIZES = {"cpu": LogprobSize(2048, 512, 32768), "cuda": LogprobSize(8192, 1536, 151936)}
+"""By type of device: what a training step has, and what a CPU does in a second or two."""
+
+
+def copy_bandwidth(device: str, meter: Meter, repeats: int = 5) -> float:
+    """Bytes per second of a large copy, reading and writing counted; the fastest of several."""
+    size = COPY_BYTES[torch.device(device).type]
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    timing = interleave({"copy": lambda: target.copy_(source)}, repeats, meter)["copy"]
+    return 2 * size / min(timing.wall)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Random rows and places for latents, on the host."""
+
+    rows: list[list[int]]
+    points: list[list[int]]
+
+
+def _plan(size: WeaveSize, generator: torch.Generator) -> _Plan:
+    rows, points = [], []
+    for _ in range(size.rows):
+        rows.append(torch.randint(size.vocabulary, (size.length,), generator=generator).tolist())
+        points.append(sorted(torch.randperm(size.length, generator=generator)[: size.points].tolist()))
+    return _Plan(rows, points)
+
+
+def weave_problem(
+    device: str, dtype: torch.dtype, direction: Direction, seed: int, size: WeaveSize | None = None
+) -> Problem:
+    """Latent insertion into one packed line, each row at places of its own."""
+    size = size or WEAVE_SIZE
+    generator = torch.Generator().manual_seed(seed)
+    plan = _plan(size, generator)
+    sources: list[int] = []
+    tokens: list[int] = []
+    for row, points in zip(plan.rows, plan.points, strict=True):
+        for place, token in enumerate(row):
+            if place in points:
+                first = 1 + max(sources, default=-1)
+                sources += range(first, first + size.latents)
+                tokens += [0] * size.latents
+            sources.append(-1)
+            tokens.append(token)
+    table, latents = _tables(size, device, dtype, generator)
+    ids, index = torch.tensor(tokens, device=device), torch.tensor(sources, device=device)
+    grad = torch.randn(len(tokens), size.hidden, generator=generator).to(device, dtype)
+
+    def naive() -> Tensor:
+        is_latent = (index >= 0)[:, None]
+        return torch.where(is_latent, latents.to(dtype)[index.clamp(min=0)], table[ids])
+
+    return Problem(
+        kernel="weave",
+        direction=direction,
+        size={"positions": len(tokens), "latents": latents.shape[0], "hidden": size.hidden},
+        # Token ids and sources, and what is woven.
+        least_bytes=16 * len(tokens) + _weave_bytes(len(tokens), latents, dtype, direction),
+        forms=_forms(device, naive, lambda: weave(table, ids, latents, index), latents, grad, direction),
+    )
+
+
+def weave_rows_problem(
+    device: str, dtype: torch.dtype, direction: Direction, seed: int, size: WeaveSize | None = None
+) -> Problem:
+    """Latent insertion from a plan: padded rows, position ids and masks."""
+    size = size or WEAVE_SIZE
+    generator = torch.Generator().manual_seed(seed)
+    plan = _plan(size, generator)
+    table, latents = _tables(size, device, dtype, generator)
+    tokens, points = torch.tensor(plan.rows, device=device), torch.tensor(plan.points, device=device)
+    lengths = torch.full((size.rows,), size.length, device=device)
+    sizes = torch.full_like(points, size.latents)
+    width = size.length + size.points * size.latents
+    grad = torch.randn(size.rows, width, size.hidden, generator=generator).to(device, dtype)
+
+    def naive() -> Tensor:
+        lines, used = [], 0
+        for row, places in enumerate(plan.points):
+            pieces, begin = [], 0
+            for place in places:
+                pieces += [table[tokens[row, begin:place]], latents[used : used + size.latents].to(dtype)]
+                begin, used = place, used + size.latents
+            lines.append(torch.cat([*pieces, table[tokens[row, begin:]]]))
+        woven = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)
+        valid = (
+            torch.arange(width, device=device)
+            < torch.tensor([len(line) for line in lines], device=device)[:, None]
+        )
+        # What a model needs beside the embeddings; the fused form returns it too.
+        (valid.cumsum(dim=1) - 1).clamp(min=0)
+        return woven
+
+    positions = size.rows * width
+    return Problem(
+        kernel="weave_rows",
+        direction=direction,
+        size={"rows": size.rows, "width": width, "latents": latents.shape[0], "hidden": size.hidden},
+        # Token ids in; position ids, sources and two masks out.
+        least_bytes=8 * tokens.numel() + 18 * positions + _weave_bytes(positions, latents, dtype, direction),
+        forms=_forms(
+            device,
+            naive,
+            lambda: weave_rows(table, tokens, lengths, latents, points, sizes, width=width).embeddings,
+            latents,
+            grad,
+            direction,
+        ),
+    )
+
+
+def _tables(
+    size: WeaveSize, device: str, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """An embedding table and latents that want a gradient."""
+    table = torch.randn(size.vocabulary, size.hidden, generator=generator).to(device, dtype)
+    count = size.rows * size.points * size.latents
+    latents = torch.randn(count, size.hidden, generator=generator).to(device)
+    return table, latents.requires_grad_()
+
+
+def _weave_bytes(positions: int, latents: Tensor, dtype: torch.dtype, direction: Direction) -> int:
+    """Embeddings and latents read and written once; backward, the latents' gradients likewise."""
+    count, hidden = latents.shape
+    forward = (2 * positions - count) * hidden * dtype.itemsize + count * hidden * latents.element_size()
+    backward = count * hidden * (dtype.itemsize + latents.element_size())
+    return forward if direction == "forward" else forward + backward
+
+
+def logprob_problem(
+    device: str, dtype: torch.dtype, direction: Direction, seed: int, size: LogprobSize | None = None
+) -> Problem:
+    """Log-probability of one class under a linear map."""
+    size = size or LOGPROB_SIZES[torch.device(device).type]
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(size.labels, size.hidden, generator=generator).to(device, dtype).requires_grad_()
+    weight = torch.randn(size.vocabulary, size.hidden, generator=generator) * size.hidden**-0.5
+    weight = weight.to(device, dtype)
+    targets = torch.randint(size.vocabulary, (size.labels,), generator=generator).to(device)
+    grad = torch.randn(size.labels, generator=generator).to(device)
+
+    def naive() -> Tensor:
+        logits = torch.nn.functional.linear(states, weight).float()
+        return logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+
+    passes = 1 if direction == "forward" else 2
+    return Problem(
+        kernel="linear_logprob",
+        direction=direction,
+        size={"labels": size.labels, "hidden": size.hidden, "vocabulary": size.vocabulary},
+        least_bytes=passes * (size.vocabulary + size.labels) * size.hidden * dtype.itemsize,
+        forms=_forms(device, naive, lambda: linear_logprob(states, weight, targets), states, grad, direction),
+    )
+
+
+def _forms(
+    device: str,
+    naive: Callable[[], Tensor],
+    fused: Callable[[], Tensor],
+    leaf: Tensor,
+    grad: Tensor,
+    direction: Direction,
+) -> dict[str, Callable[[], object]]:
+    """The naive form, and the operation in every implementation that the device can run."""
+    forms = {"naive": _directed(naive, leaf, grad, direction)}
+    for implementation in implementations(device):
+        forms[implementation] = _in(implementation, _directed(fused, leaf, grad, direction))
+    return forms
+
+
+def _in(implementation: Implementation, run: Callable[[], object]) -> Callable[[], object]:
+    def inside() -> object:
+        with forced(implementation):
+            return run()
+
+    return inside
+
+
+def _directed(
+    run: Callable[[], Tensor], leaf: Tensor, grad: Tensor, direction: Direction
+) -> Callable[[], object]:
+    def forward() -> object:
+        with torch.no_grad():
+            return run()
+
+    def both() -> object:
+        leaf.grad = None
+        run().backward(grad)
+        return leaf.grad
+
+    return forward if direction == "forward" else both
+
+
+PROBLEMS = (weave_problem, weave_rows_problem, logprob_problem)
+
+
+def implementations(device: str) -> tuple[Implementation, ...]:
+    """The implementations of an operation that a device can run at speed."""
+    if torch.device(device).type == "cuda" and find_spec("triton") is not None:
+        return ("reference", "triton")
+    return ("reference",)
+
+
+def runs_of(device: str, repeats: int) -> int:
+    """How often `measure_kernels` calls `progress`."""
+    return len(PROBLEMS) * len(DIRECTIONS) * (1 + len(implementations(device))) * (repeats + 1)
+
+
+def measure_kernels(
+    device: str,
+    dtype: str,
+    repeats: int,
+    meter: Meter,
+    seed: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """One case per operation and direction, and one for the copy.
+
+    Args:
+        device: where.
+        dtype: of weights and states.
+        repeats: counted passes over all forms.
+        meter: the clocks.
+        seed: of the inputs.
+        progress: called after each run.
+    """
+    bandwidth = copy_bandwidth(device, meter)
+    cases: list[dict[str, Any]] = [
+        {
+            "kernel": "copy",
+            "device": device,
+            "bytes": COPY_BYTES[torch.device(device).type],
+            "bandwidth_bytes_per_second": round(bandwidth),
+        }
+    ]
+    for make in PROBLEMS:
+        for direction in DIRECTIONS:
+            problem = make(device, getattr(torch, dtype), direction, seed)
+            timings = interleave(problem.forms, repeats, meter, progress)
+            cases.append(_case(problem, timings, bandwidth, device, dtype, seed))
+    return cases
+
+
+def _case(
+    problem: Problem, timings: dict[str, Timing], bandwidth: float, device: str, dtype: str, seed: int
+) -> dict[str, Any]:
+    copy = problem.least_bytes / bandwidth
+    return {
+        "kernel": problem.kernel,
+        "direction": problem.direction,
+        "size": problem.size,
+        "least_bytes": problem.least_bytes,
+        "copy_seconds": round(copy, 8),
+        "forms": {
+            name: timing.as_dict() | {"share_of_copy_bandwidth": round(copy / median(timing.wall), 4)}
+            for name, timing in timings.items()
+        },
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+        "repeats": len(timings["reference"].samples),
+    }

@@ -1,0 +1,145 @@
+"""`memgen bench memory`: peak memory of decoding and of a training step, each side in a fresh process."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from memgen.bench.generation import Decoding, Work, cache_bytes
+from memgen.bench.shapes import ModelSettings
+from memgen.bench.training import StepWork, peak_in_own_process
+
+DECODING_SIDES = ("plain", "never", "always")
+
+
+def live_cache_bytes() -> int:
+    """Bytes of all tensors of four axes that exist now.
+
+    Between two steps of decoding these are the caches: weights have at most two axes, and activations are gone.
+    """
+    storages = {
+        found.untyped_storage().data_ptr(): found.untyped_storage().nbytes()
+        for found in gc.get_objects()
+        if type(found) is torch.Tensor and found.dim() == 4
+    }
+    return sum(storages.values())
+
+
+def decoding_cache(decoding: Decoding, work: Work, side: str) -> dict[str, int]:
+    """Bytes of keys and values at the last step: what the kept positions need, and what is held.
+
+    Args:
+        decoding: the model.
+        work: the task.
+        side: plain, or a kind of memory.
+    """
+    settings = decoding.settings
+    per_position = settings.shape.cache_bytes(settings.torch_dtype)
+    if side == "plain":
+        ids = torch.zeros(work.batch, work.prompt, dtype=torch.int64, device=settings.device)
+        config = GenerationConfig(
+            max_new_tokens=work.new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+        )
+        with torch.no_grad():
+            output = decoding.plain.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=config
+            )
+        held = live_cache_bytes()
+        del output
+        return {"cache_bytes_needed": work.plain_positions * per_position, "cache_bytes_held": held}
+    model = decoding.models[side]  # type: ignore[index]
+    held = 0
+    seen = 0
+
+    def observe(row: int, token: int | None) -> None:
+        nonlocal held, seen
+        seen += token is not None
+        if seen == work.batch * work.new:
+            held = live_cache_bytes()
+
+    generation = decoding.ours(work, model, observe)
+    needed = cache_bytes(settings, decoding.counts(generation, model))
+    return {"cache_bytes_needed": needed, "cache_bytes_held": held}
+
+
+def measure_decoding_memory(
+    settings: ModelSettings,
+    work: Work,
+    progress: Callable[[], None] = lambda: None,
+    sides: Sequence[str] = DECODING_SIDES,
+) -> list[dict[str, Any]]:
+    """One case per side.
+
+    Args:
+        settings: the model.
+        work: the task.
+        progress: called after each side.
+        sides: plain and kinds of memory; plain comes first.
+    """
+    cases: list[dict[str, Any]] = []
+    for side in sides:
+        peak = peak_in_own_process({"kind": "generation", "side": side, "settings": settings, "work": work})
+        baseline = cases[0]["peak_above_weights_bytes"] if cases else peak["peak_above_weights_bytes"]
+        known = baseline is not None and peak["peak_above_weights_bytes"] is not None
+        cases.append(
+            {
+                "model": settings.model,
+                "work": "decode",
+                "side": side,
+                **asdict(work),
+                "latents": settings.latents,
+                "cap": settings.cap,
+                **peak,
+                "memory_ratio": round(peak["peak_above_weights_bytes"] / baseline, 4) if known else None,
+                **decoding_cache(Decoding(settings), work, side),
+                **_described(settings),
+            }
+        )
+        progress()
+    return cases
+
+
+def measure_training_memory(
+    settings: ModelSettings, work: StepWork, progress: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """One case per side of a supervised step.
+
+    Args:
+        settings: the model.
+        work: the batch.
+        progress: called after each side.
+    """
+    cases: list[dict[str, Any]] = []
+    for side in ("plain", "ours"):
+        peak = peak_in_own_process(
+            {"kind": "training", "side": side, "stage": "sft", "settings": settings, "work": work}
+        )
+        baseline = cases[0]["peak_above_weights_bytes"] if cases else peak["peak_above_weights_bytes"]
+        known = baseline is not None and peak["peak_above_weights_bytes"] is not None
+        cases.append(
+            {
+                "model": settings.model,
+                "work": "sft step",
+                "side": side,
+                **asdict(work),
+                "latents": settings.latents,
+                **peak,
+                "memory_ratio": round(peak["peak_above_weights_bytes"] / baseline, 4) if known else None,
+                **_described(settings),
+            }
+        )
+        progress()
+    return cases
+
+
+def _described(settings: ModelSettings) -> dict[str, Any]:
+    return {"dtype": settings.dtype, "device": settings.device, "seed": settings.seed}

@@ -1,0 +1,120 @@
+"""The JSON file of a benchmark: always whole, and never without what was finished.
+
+The file is written anew, beside itself and renamed, whenever a case is finished. So an interrupted run leaves valid JSON
+with its finished cases and `"complete": false`; a run that is stopped before its first case leaves no file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, final
+
+import psutil
+import torch
+
+import memgen
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, memory, versions, threads, and what else runs."""
+    described: dict[str, Any] = {
+        "processor": _processor(),
+        "logical_cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
+        "memgen": memgen.__version__,
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_average": load_average(),
+    }
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described["accelerator"] = properties.name
+        described["accelerator_memory_bytes"] = properties.total_memory
+        described["cuda"] = torch.version.cuda
+    return described
+
+
+def load_average() -> list[float] | None:
+    """Runnable processes on average over 1, 5 and 15 minutes; None where the system does not count them."""
+    return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@final
+class Recorder:
+    """Collects cases and keeps the file up to date.
+
+    Args:
+        path: the file, or None to keep the cases in memory only.
+        command: what was typed.
+        device: described with the machine.
+
+    Raises:
+        ValueError: if the file's folder does not exist.
+    """
+
+    def __init__(self, path: Path | None, command: str, device: str = "cpu") -> None:
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path.parent} is not a folder; create it, or name another file with --json")
+        self.path = path
+        self.content: dict[str, Any] = {
+            "machine": machine(device),
+            "command": command,
+            "complete": False,
+            "cases": [],
+        }
+
+    @property
+    def cases(self) -> list[dict[str, Any]]:
+        """All finished cases."""
+        cases: list[dict[str, Any]] = self.content["cases"]
+        return cases
+
+    def add(self, case: dict[str, Any]) -> None:
+        """Records a finished case."""
+        self.cases.append({**case, "load_average": load_average()})
+        self._write()
+
+    def finish(self, **more: Any) -> None:
+        """Marks the run as complete.
+
+        Args:
+            more: results over all cases.
+        """
+        self.content |= {**more, "complete": True}
+        self._write()
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self.content, file, indent=1)
+                file.write("\n")
+            # mkstemp makes a private file; a result is for everybody whom the umask admits.
+            mask = os.umask(0)
+            os.umask(mask)
+            Path(name).chmod(0o666 & ~mask)
+            Path(name).replace(self.path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import types
+
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from memgen.environments.records import HubSplit, Source, normalised, read_file, share
+
+ROWS = [{"q": "one, two", "a": "1"}, {"q": 'a "quoted"\nline', "a": "2"}, {"q": "drei ✓", "a": "3"}]
+
+
+def write_csv(rows, delimiter=","):
+    def cell(text):
+        return '"' + text.replace('"', '""') + '"'
+
+    return (
+        "\n".join(delimiter.join(map(cell, line)) for line in [rows[0], *(row.values() for row in rows)])
+        + "\n"
+    )
+
+
+def write(path, rows=ROWS):
+    match path.name.removesuffix(".gz").partition(".")[2]:
+        case "jsonl" | "lines.json":
+            content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        case "json":
+            content = json.dumps(rows, indent=1).encode()
+        case "csv":
+            content = write_csv(rows).encode()
+        case "tsv":
+            content = write_csv(rows, "\t").encode()
+        case "parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+            return path
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.lines.json", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.csv.gz"]
+)
+def test_every_format_gives_the_same_records(tmp_path, name):
+    records = list(read_file(write(tmp_path / name)))
+    assert [dict(record.fields) for record in records] == ROWS
+    assert [record.number for record in records] == [1, 2, 3]
+    assert all(str(tmp_path / name) in record.where for record in records)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"q": 1}\n{"q": \n', r"a\.jsonl, line 2: not a JSON object"),
+        ("a.jsonl", b'{"q": 1}\n[2]\n', r"a\.jsonl, line 2: expected an object"),
+        ("a.jsonl", b"", "has no lines"),
+        ("a.json", b'[{"q": 1}, 2]', r"a\.json, record 2: expected an object"),
+        ("a.json", b'[{"q": 1}', r"a\.json: not a JSON array"),
+        ("a.csv", b'q,a\n1,2\n"x\ny",2,3\n', r"a\.csv, line 3: 3 columns, but the first line names 2"),
+        ("a.csv", b'q,a\n1,2\n"x"y,2\n', r"a\.csv, line 3: broken CSV"),
+        ("a.csv", b"q,a\n1,\xff\n", r"a\.csv, line 2: not UTF-8"),
+        ("a.csv", b"q,a\n", "has no lines"),
+        ("a.parquet", b"nonsense", r"a\.parquet: broken Parquet"),
+        ("a.jsonl.gz", b"nonsense", r"a\.jsonl\.gz: broken gzip"),
+        ("a.xlsx", b"", r"files that end in \.xlsx are not read"),
+    ],
+)
+def test_a_broken_file_is_an_error_that_names_file_and_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_file(tmp_path / name))
+
+
+def test_a_missing_column_is_an_error_that_names_file_line_and_column(tmp_path):
+    second = list(read_file(write(tmp_path / "a.csv")))[1]
+    with pytest.raises(ValueError, match=r'a\.csv, line 3: "x" is missing \(the record has q, a\)'):
+        second.text("x")
+
+
+def numbers(source, part):
+    return [record.fields["a"] for record in source.records(part)]
+
+
+@pytest.mark.parametrize(
+    ("names", "part", "found"),
+    [
+        (["train.jsonl", "test.jsonl"], "test", ["test.jsonl"]),
+        (["aqua_dev.json", "test.json"], "val", ["aqua_dev.json"]),
+        (["validation-00000-of-00001.parquet"], "val", ["validation-00000-of-00001.parquet"]),
+        (
+            ["train-00001-of-00002.parquet", "train-00000-of-00002.parquet"],
+            "train",
+            ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
+        ),
+        (["data/test.csv"], "test", ["data/test.csv"]),
+        (
+            ["test/algebra/10.json", "test/algebra/9.json"],
+            "test",
+            ["test/algebra/9.json", "test/algebra/10.json"],
+        ),
+        (["latest.jsonl", "contest.csv"], "test", []),
+    ],
+)
+def test_the_files_of_a_split_are_found_by_their_names(tmp_path, names, part, found):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, [{"a": name}])
+    source = Source(task="T", path=str(tmp_path), folders=("data",))
+    assert source.has(part) is bool(found)
+    if found:
+        assert numbers(source, part) == found
+        assert [r.number for r in source.records(part)] == list(range(1, len(found) + 1))
+    else:
+        with pytest.raises(FileNotFoundError, match="set test_file"):
+            source.records(part)
+
+
+def test_several_files_of_one_split_are_an_error_unless_one_is_named(tmp_path):
+    for name in ("test_a.jsonl", "test_b.jsonl"):
+        write(tmp_path / name, [{"a": name}])
+    with pytest.raises(
+        ValueError, match=r"several test files \(test_a\.jsonl, test_b\.jsonl\); set test_file"
+    ):
+        Source(task="T", path=str(tmp_path)).records("test")
+    assert numbers(Source("T", str(tmp_path), files={"test": "test_b.jsonl"}), "test") == ["test_b.jsonl"]
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere"):
+        Source("T", str(tmp_path), files={"test": "nowhere.jsonl"}).records("test")
+
+
+def test_a_single_file_is_for_evaluation_unless_its_name_says_training(tmp_path):
+    for name, parts in (
+        ("dev.jsonl", {"val", "test"}),
+        ("some.csv", {"val", "test"}),
+        ("x_train.json", {"train"}),
+    ):
+        source = Source("T", str(write(tmp_path / name)))
+        assert {part for part in ("train", "val", "test") if source.has(part)} == parts
+
+
+def test_a_path_that_is_nothing_says_what_to_set():
+    with pytest.raises(FileNotFoundError, match=r"T: there is no directory \.\./nowhere.*set data\.path"):
+        Source("T", "../nowhere", hub={"test": [HubSplit("test")]}).records("test")
+
+
+def test_the_hub_is_asked_for_split_configuration_and_revision(monkeypatch):
+    calls = []
+
+    def load_dataset(*arguments, **settings):
+        calls.append((arguments, settings))
+        return ROWS
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    hub = {"test": [HubSplit("train", "a"), HubSplit("train", "b")], "val": [HubSplit("dev")]}
+    source = Source("T", "owner/name", hub=hub, revision="abc")
+    assert [r.number for r in source.records("test")] == list(range(1, 7))
+    assert source.records("val")[0].where == "owner/name dev, row 1"
+    assert not source.has("train")
+    assert calls == [
+        (("owner/name", "a"), {"split": "train", "revision": "abc"}),
+        (("owner/name", "b"), {"split": "train", "revision": "abc"}),
+        (("owner/name",), {"split": "dev", "revision": "abc"}),
+    ]
+
+
+@given(st.text(), st.integers(0, 5))
+def test_a_question_goes_to_the_same_side_however_it_is_spaced(question, seed):
+    spaced = "  " + question.replace(" ", " \n ")
+    assert normalised(spaced) == normalised(question)
+    assert share(spaced, seed, "val") == share(question, seed, "val")
+    assert 0.0 <= share(question, seed, "val") < 1.0
