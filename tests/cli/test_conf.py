@@ -17,7 +17,13 @@ OVERLAYS = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name not
 NEEDS = {CONF / "backbone" / "tiny.yaml": [CONF / "data" / "gsm8k.yaml"]}
 """Overlays that refer to what another overlay sets."""
 CHAINS = [[path] for path in [*STAGES, *COMPLETE]]
-CHAINS += [[stage, path, *NEEDS.get(path, [])] for stage in STAGES for path in OVERLAYS]
+CHAINS += [
+    [stage, path, *NEEDS.get(path, [])]
+    for stage in STAGES
+    for path in OVERLAYS
+    # Only supervised training chooses where latents go.
+    if stage.stem == "weaver_sft" or path.parent.name != "curriculum"
+]
 
 
 def printed(capsys, paths: list[Path]) -> str:

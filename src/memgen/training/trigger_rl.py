@@ -58,6 +58,7 @@ class TriggerRL(LightningModule):
         episodes: limits of episodes of several turns.
         init_from: a checkpoint directory with a trained weaver (test, validate and predict: to score).
         allow_untrained_weaver: start although the weaver was never trained.
+        checkpointing: recompute activations in the backward pass: less memory, more time.
         samples_every: rollouts between two pages of sample episodes in MLflow; 0: none.
         seed: of the rollouts' draws; the Trainer's own seed is `seed_everything`.
     """
@@ -76,6 +77,7 @@ class TriggerRL(LightningModule):
         episodes: EpisodeSettings = EpisodeSettings(),  # noqa: B008 - a frozen record
         init_from: str | None = None,
         allow_untrained_weaver: bool = False,
+        checkpointing: bool = False,
         samples_every: int = 50,
         seed: int = 0,
     ) -> None:
@@ -101,6 +103,7 @@ class TriggerRL(LightningModule):
         self.episodes = episodes
         self.init_from = init_from
         self.allow_untrained_weaver = allow_untrained_weaver
+        self.recompute = checkpointing
         self.resolve_asset: Callable[[str], str] = no_assets
         # A .ckpt holds what is trained; the frozen base is loaded from where it came.
         self.strict_loading = False
@@ -118,6 +121,7 @@ class TriggerRL(LightningModule):
             if stage == "fit":
                 self._require_trained_weaver()
         self.memgen.train_only(self.memgen.trigger)
+        self.memgen.use_checkpointing(self.recompute)
         self.data.steps_per_rollout = self.cycle.update.steps(self.trainer.accumulate_grad_batches)
 
     def _require_trained_weaver(self) -> None:
