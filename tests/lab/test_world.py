@@ -2,17 +2,20 @@ from collections import Counter
 
 import pytest
 
-from memgen.lab.documents import DocumentMix, draw_document, words
 from memgen.lab.world import (
+    HOPS,
     ITEMS,
+    PLACES,
     PRICES,
+    SHORT_HOPS,
+    TURNS,
     World,
-    draw_problem,
+    route_problem,
+    route_problems,
     sample_problems,
     shop_problem,
     shop_problems,
     shop_triples,
-    split_of,
 )
 
 SPLITS = ("train", "val", "test")
@@ -115,44 +118,57 @@ def test_more_problems_than_there_are_is_an_error():
         sample_problems("walk", "val", 100_000)
 
 
-def test_shop_problems_cannot_be_sampled_without_a_world():
-    with pytest.raises(ValueError, match="shop_problems"):
-        sample_problems("shop", "train", 1)
+@pytest.mark.parametrize("task", ["shop", "route"])
+def test_problems_of_a_world_cannot_be_sampled_without_it(task):
+    with pytest.raises(ValueError, match=f"{task}_problems"):
+        sample_problems(task, "train", 1)
 
 
-def test_pretraining_supervises_the_solution_and_nothing_else(rng):
-    for _ in range(300):
-        document = draw_document(DocumentMix(noted=0.0), rng)
-        begin = document.supervised.index(True)
-        assert all(document.supervised[begin:])
-        assert document.tokens[begin - 1] == "\n"
-        assert document.tokens[-1] == "<end>"
+@pytest.mark.parametrize("seed", range(5))
+def test_every_place_is_left_of_one_place_and_right_of_another(seed):
+    neighbours = World(seed).neighbours()
+    assert neighbours == World(seed).neighbours()
+    assert neighbours != World(seed + 1).neighbours()
+    for turn in TURNS:
+        assert {neighbours[place, turn] for place in PLACES} == set(PLACES)
+    for place in PLACES:
+        assert len({place, *(neighbours[place, turn] for turn in TURNS)}) == 3
 
 
-def test_notes_are_not_supervised_and_leave_the_document_as_it_was(rng):
-    for _ in range(300):
-        # A solution of `look` names items itself.
-        document = draw_document(DocumentMix(look=0.0, noted=1.0, note_rate=1.0), rng)
-        supervised = [t for t, s in zip(document.tokens, document.supervised, strict=True) if s]
-        assert supervised[-1] == "<end>"
-        assert supervised.count("#") == 1
-        assert not set(supervised) & set(ITEMS)
+def test_a_route_reads_as_documented():
+    problem = route_problem("hall", ("left", "left"), {("hall", "left"): "den", ("den", "left"): "inn"})
+    assert problem.prompt == "route : hall , 1 left , 2 left .\n"
+    assert problem.solution == "hall 1 left , den 2 left , inn .\n# inn"
 
 
-def test_pretraining_never_asks_an_evaluated_prompt(rng):
-    for _ in range(300):
-        document = draw_document(DocumentMix(noted=0.0, shop=0.0), rng)
-        prompt = document.tokens[: document.supervised.index(True)]
-        text = " ".join(prompt).replace(" \n ", "\n").replace(" \n", "\n")
-        assert split_of(text) == "train"
+@pytest.mark.parametrize("split", SPLITS)
+def test_routes_follow_the_map(split):
+    neighbours = World(1).neighbours()
+    for problem in route_problems(World(1), split)[:200]:
+        start, *turns = problem.prompt.removeprefix("route : ").removesuffix(" .\n").split(" , ")
+        place, visited = start, [start]
+        for number, turn in enumerate(turns, 1):
+            assert turn.split(" ")[0] == str(number)
+            place = neighbours[place, turn.split(" ")[1]]
+            visited.append(place)
+        assert problem.items == tuple(visited)
+        assert problem.answer == place
+        assert [clause.split(" ")[0] for clause in problem.steps.removesuffix(" .").split(" , ")] == visited
 
 
-def test_closed_book_prices_in_pretraining_say_nothing_about_the_world(rng):
-    """An item's price is near its mean over many documents, so that no world can be learnt."""
-    seen = {item: [] for item in ITEMS}
-    for _ in range(4000):
-        problem = draw_problem("shop", rng)
-        for item, price in zip(problem.items, words(problem.steps)[::2], strict=True):
-            seen[item].append(int(price))
-    for prices in seen.values():
-        assert sum(prices) / len(prices) == pytest.approx(3, abs=0.3)
+def test_held_out_routes_are_long_and_never_trained_on():
+    prompts = {split: [problem.prompt for problem in route_problems(World(0), split)] for split in SPLITS}
+    for split in ("val", "test"):
+        assert len(prompts[split]) == len(set(prompts[split]))
+        assert {prompt.count(",") for prompt in prompts[split]} == set(HOPS)
+        assert not set(prompts[split]) & set(prompts["train"])
+    assert not set(prompts["val"]) & set(prompts["test"])
+    assert len(prompts["test"]) >= 500
+    assert {prompt.count(",") for prompt in prompts["train"]} == {*SHORT_HOPS, *HOPS}
+
+
+def test_training_sees_every_fact_of_the_map_by_itself():
+    single = {
+        problem.prompt for problem in route_problems(World(0), "train") if problem.prompt.count(",") == 1
+    }
+    assert len(single) == len(PLACES) * len(TURNS)

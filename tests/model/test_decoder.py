@@ -183,6 +183,14 @@ def test_modules_that_somebody_hooks_into_are_called():
         assert len(heard) == 3
 
 
+def test_a_model_that_is_hooked_into_from_the_start_is_not_probed():
+    backbone = with_adapter(ARCHITECTURES["qwen2"])
+    hook = backbone._layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    assert not is_direct(backbone)
+    hook.remove()
+    assert is_direct(backbone)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_training_forward_is_the_same_both_ways(recompute):
     model = tiny_memgen(double=True)

@@ -163,6 +163,7 @@ class Weave(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
+        """Computes, and keeps what the backward pass reads."""
         length, hidden = tokens.shape[0], table.shape[1]
         woven = torch.empty(length, hidden, dtype=table.dtype, device=table.device)
         ctx.save_for_backward(sources, latents)
@@ -181,6 +182,7 @@ class Weave(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
+        """Gradient by the only argument that is trained."""
         sources, latents = ctx.saved_tensors
         return None, None, _gather_gradient(grad, sources, latents), None
 
@@ -200,6 +202,7 @@ class WeaveRows(torch.autograd.Function):
         firsts: Tensor,
         width: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Computes, and keeps what the backward pass reads."""
         (rows, length), hidden, device = tokens.shape, table.shape[1], table.device
         woven = torch.empty(rows, width, hidden, dtype=table.dtype, device=device)
         positions = torch.empty(rows, width, dtype=torch.int64, device=device)
@@ -226,6 +229,7 @@ class WeaveRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """Gradient by the only argument that is trained."""
         sources, latents = ctx.saved_tensors
         if grad is None:
             return (None,) * 8

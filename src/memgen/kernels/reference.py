@@ -249,6 +249,7 @@ class LinearLogprob(torch.autograd.Function):
         entropy: bool,
         differentiable: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        """Computes, and keeps what the backward pass reads."""
         exact = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = torch.empty(hidden.shape[0], dtype=exact, device=hidden.device)
         normalisers = torch.empty_like(logprobs)
@@ -284,6 +285,7 @@ class LinearLogprob(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Any, ...]:
+        """Gradient by the only argument that is trained."""
         derivative, hidden, weight, bias, normalisers, entropies = ctx.saved_tensors
         grad = None
         if grad_logprobs is not None:

@@ -154,21 +154,15 @@ def _irrelevant_note(items: tuple[str, ...], rng: random.Random) -> list[str]:
 
 
 def _recall(rng: random.Random) -> Document:
-    """Three to five facts of one kind, said again and again; what follows from an earlier mention carries loss."""
+    """Three to five prices or homes, said again and again; what follows from an earlier mention carries loss."""
     count = rng.randint(3, 5)
-    match rng.choice(("price", "home", "map")):
-        case "price":
-            facts = [[item, str(rng.choice(PRICES))] for item in rng.sample(ITEMS, count)]
-        case "home":
-            facts = [[item, rng.choice(ROOMS)] for item in rng.sample(ITEMS, count)]
-        case _:
-            sources = rng.sample([(place, turn) for place in PLACES for turn in TURNS], count)
-            facts = [[place, turn, rng.choice(PLACES)] for place, turn in sources]
+    values = rng.choice(([str(price) for price in PRICES], ROOMS))
+    facts = [(item, rng.choice(values)) for item in rng.sample(ITEMS, count)]
     draft = _Draft()
     seen: set[int] = set()
     for index in [*range(count), *rng.choices(range(count), k=14)]:
-        *key, value = facts[index]
-        draft.add(key)
+        item, value = facts[index]
+        draft.add([item])
         draft.add([value], supervised=index in seen)
         seen.add(index)
     return draft.done()

@@ -38,7 +38,7 @@ class ReasonerRecipe:
     """Seed of the initial weights and of the documents."""
     recall_steps: int = 1000
     """Most steps on recalls alone, before all else: with looking up in hand, the mixture is learnt much faster."""
-    recall_loss: float = 0.65
+    recall_loss: float = 0.1
     """Mean loss at which looking up counts as learnt and the mixture begins."""
     recall_learning_rate: float = 1.2e-3
     """Constant behind a linear warm-up, AdamW."""

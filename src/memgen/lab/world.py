@@ -91,7 +91,8 @@ class World:
     def neighbours(self) -> dict[tuple[str, str], str]:
         """Where each turn leads from each place: never to the place itself, and every place is left and right of one."""
         rng = random.Random(f"map {self.seed}")
-        left = right = PLACES
+        left: tuple[str, ...] = PLACES
+        right: tuple[str, ...] = PLACES
         while any(len({place, a, b}) < 3 for place, a, b in zip(PLACES, left, right, strict=True)):
             left, right = (tuple(rng.sample(PLACES, len(PLACES))) for _ in TURNS)
         return {
@@ -241,7 +242,7 @@ def draw_problem(task: Task, rng: random.Random) -> Problem:
 
 def _drawn_map(rng: random.Random) -> dict[tuple[str, str], str]:
     """A map whose two turns lead to different other places; unlike a world's, a place may be reached from many."""
-    neighbours = {}
+    neighbours: dict[tuple[str, str], str] = {}
     for place in PLACES:
         left, right = rng.sample([other for other in PLACES if other != place], 2)
         neighbours |= {(place, "left"): left, (place, "right"): right}

@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 
 from memgen.model.adapters import AdapterSwitch, LoraSettings
 from memgen.model.cache import View
-from memgen.model.decoder import DirectDecoder, UnlikeError, direct_decoder
+from memgen.model.decoder import DirectDecoder, UnlikeError, direct_decoder, hooked
 
 # T packed positions, H hidden size, h query heads, g key-value heads, d head size
 
@@ -203,7 +203,7 @@ class Backbone(nn.Module):
             Hidden states after the final norm, in the base's type, (T, H): of the positions that the pass reads.
         """
         embeddings = embeddings.to(self.embedding.dtype)
-        if self._directly is None:
+        if self._directly is None and not hooked(self._layers[0]):
             self._probe()
         direct = self._direct
         # A strategy that shards the layers replaces them or hooks into their calls: then they must be called.

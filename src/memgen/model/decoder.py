@@ -148,6 +148,11 @@ class _Layer:
     window: int | None
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether something (a sharding strategy, say) wants to hear of calls to a module or to what is inside it."""
+    return any(part._forward_pre_hooks or part._forward_hooks for part in module.modules())
+
+
 @final
 class DirectDecoder:
     """The direct computation of one decoder.
