@@ -60,14 +60,13 @@ def test_a_probe_writes_one_line_of_json(request_of, capsys):
 
 def test_ratios_are_to_the_plain_side(monkeypatch):
     peaks = {"plain": 200, "never": 100, "always": 300, "ours": 250}
-    for module in (memory,):
-        monkeypatch.setattr(
-            module,
-            "peak_in_own_process",
-            lambda request: {"peak_above_weights_bytes": peaks[request["side"]], "held_before_bytes": 1},
-        )
-    decoding = measure_decoding_memory(SETTINGS, WORK)
+    monkeypatch.setattr(
+        memory,
+        "peak_in_own_process",
+        lambda request: {"peak_above_weights_bytes": peaks[request["side"]], "held_before_bytes": 1},
+    )
+    decoding = list(measure_decoding_memory(SETTINGS, WORK))
     assert [case["side"] for case in decoding] == list(DECODING_SIDES)
     assert [case["memory_ratio"] for case in decoding] == [1.0, 0.5, 1.5]
-    training = measure_training_memory(SETTINGS, StepWork(2, 24, 4, 2))
+    training = list(measure_training_memory(SETTINGS, StepWork(2, 24, 4, 2)))
     assert [case["memory_ratio"] for case in training] == [1.0, 1.25]

@@ -75,7 +75,7 @@ def test_a_case_has_ratios_memory_and_exact_work(meter, monkeypatch):
         lambda request: {"peak_above_weights_bytes": peaks[request["side"]], "held_before_bytes": 5},
     )
     ticks = []
-    cases = measure_training(SETTINGS, WORK, STAGES, 2, meter, lambda: ticks.append(1))
+    cases = list(measure_training(SETTINGS, WORK, STAGES, 2, meter, lambda: ticks.append(1)))
     assert [case["stage"] for case in cases] == ["sft", "grpo"]
     assert len(ticks) == 2 * (2 * 3 + 2)
     for case in cases:

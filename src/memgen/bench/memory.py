@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -76,8 +76,8 @@ def measure_decoding_memory(
     work: Work,
     progress: Callable[[], None] = lambda: None,
     sides: Sequence[str] = DECODING_SIDES,
-) -> list[dict[str, Any]]:
-    """One case per side.
+) -> Iterator[dict[str, Any]]:
+    """One case per side, each as soon as it is measured.
 
     Args:
         settings: the model.
@@ -85,60 +85,54 @@ def measure_decoding_memory(
         progress: called after each side.
         sides: plain and kinds of memory; plain comes first.
     """
-    cases: list[dict[str, Any]] = []
+    baseline: int | None = None
     for side in sides:
         peak = peak_in_own_process({"kind": "generation", "side": side, "settings": settings, "work": work})
-        baseline = cases[0]["peak_above_weights_bytes"] if cases else peak["peak_above_weights_bytes"]
-        known = baseline is not None and peak["peak_above_weights_bytes"] is not None
-        cases.append(
-            {
-                "model": settings.model,
-                "work": "decode",
-                "side": side,
-                **asdict(work),
-                "latents": settings.latents,
-                "cap": settings.cap,
-                **peak,
-                "memory_ratio": round(peak["peak_above_weights_bytes"] / baseline, 4) if known else None,
-                **decoding_cache(Decoding(settings), work, side),
-                **_described(settings),
-            }
-        )
+        above = peak["peak_above_weights_bytes"]
+        baseline = baseline or above
         progress()
-    return cases
+        yield {
+            "model": settings.model,
+            "work": "decode",
+            "side": side,
+            **asdict(work),
+            "latents": settings.latents,
+            "cap": settings.cap,
+            **peak,
+            "memory_ratio": round(above / baseline, 4) if above and baseline else None,
+            **decoding_cache(Decoding(settings), work, side),
+            **_described(settings),
+        }
 
 
 def measure_training_memory(
     settings: ModelSettings, work: StepWork, progress: Callable[[], None] = lambda: None
-) -> list[dict[str, Any]]:
-    """One case per side of a supervised step.
+) -> Iterator[dict[str, Any]]:
+    """One case per side of a supervised step, each as soon as it is measured.
 
     Args:
         settings: the model.
         work: the batch.
         progress: called after each side.
     """
-    cases: list[dict[str, Any]] = []
+    baseline: int | None = None
     for side in ("plain", "ours"):
         peak = peak_in_own_process(
             {"kind": "training", "side": side, "stage": "sft", "settings": settings, "work": work}
         )
-        baseline = cases[0]["peak_above_weights_bytes"] if cases else peak["peak_above_weights_bytes"]
-        known = baseline is not None and peak["peak_above_weights_bytes"] is not None
-        cases.append(
-            {
-                "model": settings.model,
-                "work": "sft step",
-                "side": side,
-                **asdict(work),
-                "latents": settings.latents,
-                **peak,
-                "memory_ratio": round(peak["peak_above_weights_bytes"] / baseline, 4) if known else None,
-                **_described(settings),
-            }
-        )
+        above = peak["peak_above_weights_bytes"]
+        baseline = baseline or above
         progress()
-    return cases
+        yield {
+            "model": settings.model,
+            "work": "sft step",
+            "side": side,
+            **asdict(work),
+            "latents": settings.latents,
+            **peak,
+            "memory_ratio": round(above / baseline, 4) if above and baseline else None,
+            **_described(settings),
+        }
 
 
 def _described(settings: ModelSettings) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def fill(document: str, results: Path) -> str:
             contents = [load(results, file) for file in files]
             cases = [case for content in contents for case in content["cases"]]
             remarks = [f"Note: {note}." for note in notes(cases)]
-            body = "\n\n".join([markdown(rows(cases)), *remarks, "\n".join(map(provenance, contents))])
+            body = "\n\n".join([markdown(rows(cases)), *remarks, *map(provenance, contents)])
         else:
             raise ValueError(
                 f"{DOCUMENT} has a place '{name}' that nothing fills; choose among: {', '.join([*TABLES, 'prices'])}"
@@ -126,8 +126,8 @@ def prices(content: Mapping[str, Any]) -> str:
             "",
             f"Other rows' insertions: {1000 * others['cpu_seconds_per_insertion']:.2f} CPU ms each (a line through the "
             f"8 points, R2 {others['r_squared']:.3f}); with {others['most_insertions']} insertions in the other rows, a "
-            f"step in which nobody inserts takes {100 * others['quiet_step_growth_at_most_insertions']:+.1f} % "
-            "compared with none.",
+            f"step in which nobody inserts changes by {100 * others['quiet_step_growth_at_most_insertions']:+.1f} % "
+            "against none.",
         ]
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any, Literal, cast, final
@@ -218,8 +218,8 @@ def measure_training(
     progress: Callable[[], None] = lambda: None,
     *,
     memory: bool = True,
-) -> list[dict[str, Any]]:
-    """One case per stage.
+) -> Iterator[dict[str, Any]]:
+    """One case per stage, each as soon as it is measured.
 
     Args:
         settings: the model.
@@ -232,7 +232,6 @@ def measure_training(
     """
     plain, ours = PlainStep(settings, work), MemoryStep(settings, work)
     weights = weight_bytes(plain.model)
-    cases = []
     for stage in stages:
         runs: dict[str, Callable[[], object]] = {
             "plain": lambda stage=stage: plain.step(stage),  # type: ignore[misc]
@@ -245,8 +244,7 @@ def measure_training(
                 {"kind": "training", "side": side, "stage": stage, "settings": settings, "work": work}
             )
             progress()
-        cases.append(_case(settings, work, stage, timings, peaks, ours, weights))
-    return cases
+        yield _case(settings, work, stage, timings, peaks, ours, weights)
 
 
 def _case(
