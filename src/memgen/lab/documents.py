@@ -18,7 +18,7 @@ from typing import Literal
 
 from memgen.lab.text_world import MAX_TURNS, House
 from memgen.lab.tokenizer import END
-from memgen.lab.world import ITEMS, PLACES, PRICES, ROOMS, TURNS, Problem, Task, draw_problem, split_of
+from memgen.lab.world import ITEMS, PRICES, ROOMS, Problem, Task, draw_problem, split_of
 
 DELIMITERS = (",", ".", "\n")
 
