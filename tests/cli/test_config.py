@@ -88,8 +88,17 @@ def test_an_override_reaches_into_a_list(write):
     write("a.yaml", "trainer: {callbacks: [{class_path: A, init_args: {x: 1}}, {class_path: B}]}\n")
     callbacks = read("--config", "a.yaml", "--trainer.callbacks.0.init_args.x", "5")["trainer"]["callbacks"]
     assert callbacks == [{"class_path": "A", "init_args": {"x": 5}}, {"class_path": "B"}]
+    with pytest.raises(UsageError, match="item 3 does not exist: the list has 2 items"):
+        read("--config", "a.yaml", "--trainer.callbacks.3.class_path", "C")
     with pytest.raises(UsageError, match="item 2 does not exist: the list has 2 items"):
-        read("--config", "a.yaml", "--trainer.callbacks.2.class_path", "C")
+        read("--config", "a.yaml", "--trainer.callbacks.2.init_args.x", "5")
+
+
+def test_an_override_appends_an_object_to_a_list(write):
+    write("a.yaml", "trainer: {callbacks: [{class_path: A}]}\n")
+    named, value = "--trainer.callbacks.1.class_path", "--trainer.callbacks.1.init_args.x"
+    callbacks = read("--config", "a.yaml", named, "C", value, "5")["trainer"]["callbacks"]
+    assert callbacks == [{"class_path": "A"}, {"class_path": "C", "init_args": {"x": 5}}]
 
 
 @pytest.mark.parametrize(

@@ -157,9 +157,10 @@ def test_bad_parameters_of_a_trained_asset_are_named(name):
 def test_a_trained_asset_is_trained_once_and_what_it_starts_from_before_it(home, monkeypatch):
     commands = []
 
-    def fit(config, overrides):
+    def fit(files, overrides):
+        (config,) = files
         commands.append((config.stem, overrides))
-        for kind in ("last", "best")[: 1 if "trainer.max_steps" in overrides else 2]:
+        for kind in ("last", "best"):
             folder = Path(overrides["trainer.callbacks.0.init_args.root"]) / "latest" / kind
             folder.mkdir(parents=True)
             (folder / "memgen.json").write_text(f"{config.stem} {kind}")
@@ -170,7 +171,9 @@ def test_a_trained_asset_is_trained_once_and_what_it_starts_from_before_it(home,
     (half, half_settings), (grpo, grpo_settings) = commands
     assert (half, grpo) == ("weaver_sft", "weaver_grpo")
     start = Path(grpo_settings["model.init_from"])
-    assert (start / "memgen.json").read_text() == "weaver_sft last"
+    assert (start / "memgen.json").read_text() == "weaver_sft best"
+    assert half_settings["trainer.callbacks.2.init_args.stopping_threshold"] == 0.3
+    assert "trainer.callbacks.2.class_path" not in grpo_settings
     for settings in (half_settings, grpo_settings):
         assert settings["model.memgen.backbone.name"] == "lab:reasoner?seed=2"
         assert settings["seed_everything"] == settings["model.seed"] == settings["data.seed"] == 3

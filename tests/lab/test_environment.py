@@ -60,6 +60,16 @@ def test_tasks_take_turns_by_their_shares():
     assert tasks == ["shop", "shop", "add"] * 3
 
 
+def test_a_mixture_says_of_which_task_an_answer_is():
+    lab = Lab(("shop", "add"), test_size=2)
+    shop, add = lab.examples("test")
+    assert lab.reward(shop, shop.target).parts["shop/exact"] == 1.0
+    assert lab.reward(add, shop.target).parts["add/exact"] == 0.0
+    assert not {"add/exact"} & set(lab.reward(shop, shop.target).parts)
+    alone = Lab(("shop", "shop"))
+    assert set(alone.reward(shop, shop.target).parts) == {"answer", "prices", "exact"}
+
+
 def test_a_world_changes_answers_but_not_questions():
     first, second = Lab(world_seed=0).examples("val"), Lab(world_seed=1).examples("val")
     assert [e.question for e in first] == [e.question for e in second]

@@ -4,7 +4,7 @@ from transformers import AutoTokenizer
 from memgen.chat import conversation_ids, end_of_turn_id, prompt_ids
 from memgen.lab.documents import words
 from memgen.lab.tokenizer import VOCABULARY, lab_tokenizer
-from memgen.lab.world import World, route_problems, sample_problems, shop_problems
+from memgen.lab.world import World, bill_problems, sample_problems, shop_problems
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def tokenizer():
 
 def problems():
     skills = [p for task in ("open", "add", "rev", "walk") for p in sample_problems(task, "train", 20)]
-    return [*shop_problems(World(0), "val")[:50], *route_problems(World(0), "val")[:50], *skills]
+    return [*shop_problems(World(0), "val")[:50], *bill_problems(World(0), "val", 50), *skills]
 
 
 def test_texts_come_back_as_they_were(tokenizer):

@@ -3,15 +3,12 @@ from collections import Counter
 import pytest
 
 from memgen.lab.world import (
-    HOPS,
+    BILL_ITEMS,
     ITEMS,
-    PLACES,
     PRICES,
-    SHORT_HOPS,
-    TURNS,
     World,
-    route_problem,
-    route_problems,
+    bill_problem,
+    bill_problems,
     sample_problems,
     shop_problem,
     shop_problems,
@@ -118,57 +115,34 @@ def test_more_problems_than_there_are_is_an_error():
         sample_problems("walk", "val", 100_000)
 
 
-@pytest.mark.parametrize("task", ["shop", "route"])
+@pytest.mark.parametrize("task", ["shop", "bill"])
 def test_problems_of_a_world_cannot_be_sampled_without_it(task):
     with pytest.raises(ValueError, match=f"{task}_problems"):
         sample_problems(task, "train", 1)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_every_place_is_left_of_one_place_and_right_of_another(seed):
-    neighbours = World(seed).neighbours()
-    assert neighbours == World(seed).neighbours()
-    assert neighbours != World(seed + 1).neighbours()
-    for turn in TURNS:
-        assert {neighbours[place, turn] for place in PLACES} == set(PLACES)
-    for place in PLACES:
-        assert len({place, *(neighbours[place, turn] for turn in TURNS)}) == 3
-
-
-def test_a_route_reads_as_documented():
-    problem = route_problem("hall", ("left", "left"), {("hall", "left"): "den", ("den", "left"): "inn"})
-    assert problem.prompt == "route : hall , 1 left , 2 left .\n"
-    assert problem.solution == "hall 1 left , den 2 left , inn .\n# inn"
+def test_a_bill_reads_as_documented():
+    problem = bill_problem(("fig", "nut"), (4, 1))
+    assert problem.prompt == "bill : fig , nut .\n"
+    assert problem.solution == "fig 4 , nut 1 .\n# 1"
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_routes_follow_the_map(split):
-    neighbours = World(1).neighbours()
-    for problem in route_problems(World(1), split)[:200]:
-        start, *turns = problem.prompt.removeprefix("route : ").removesuffix(" .\n").split(" , ")
-        place, visited = start, [start]
-        for number, turn in enumerate(turns, 1):
-            assert turn.split(" ")[0] == str(number)
-            place = neighbours[place, turn.split(" ")[1]]
-            visited.append(place)
-        assert problem.items == tuple(visited)
-        assert problem.answer == place
-        assert [clause.split(" ")[0] for clause in problem.steps.removesuffix(" .").split(" , ")] == visited
+def test_bills_follow_the_worlds_prices(split):
+    prices = {item: str(price) for item, price in World(1).prices().items()}
+    for problem in bill_problems(World(1), split, 200):
+        lines = [line.split(" ") for line in problem.steps.removesuffix(" .").split(" , ")]
+        assert lines == [[item, prices[item]] for item in problem.items]
+        assert problem.answer == lines[-1][1]
+        assert len(set(problem.items)) == BILL_ITEMS
 
 
-def test_held_out_routes_are_long_and_never_trained_on():
-    prompts = {split: [problem.prompt for problem in route_problems(World(0), split)] for split in SPLITS}
-    for split in ("val", "test"):
-        assert len(prompts[split]) == len(set(prompts[split]))
-        assert {prompt.count(",") for prompt in prompts[split]} == set(HOPS)
-        assert not set(prompts[split]) & set(prompts["train"])
-    assert not set(prompts["val"]) & set(prompts["test"])
-    assert len(prompts["test"]) >= 500
-    assert {prompt.count(",") for prompt in prompts["train"]} == {*SHORT_HOPS, *HOPS}
+def test_no_two_splits_have_a_bill_of_the_same_items():
+    bills = {split: {frozenset(p.items) for p in bill_problems(World(0), split, 600)} for split in SPLITS}
+    assert not bills["train"] & bills["test"]
+    assert not bills["train"] & bills["val"]
+    assert not bills["val"] & bills["test"]
 
 
-def test_training_sees_every_fact_of_the_map_by_itself():
-    single = {
-        problem.prompt for problem in route_problems(World(0), "train") if problem.prompt.count(",") == 1
-    }
-    assert len(single) == len(PLACES) * len(TURNS)
+def test_a_longer_list_of_bills_begins_with_the_shorter():
+    assert bill_problems(World(0), "val", 50)[:20] == bill_problems(World(0), "val", 20)

@@ -19,6 +19,7 @@ from memgen.generation.decode import Intervention, generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
 from memgen.model.trigger import ConstantTrigger
+from memgen.types import Decision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ class Outcome:
         rewards: total reward of each item, in the items' order.
         parts: mean of each part of the reward.
         insertions: mean insertions per answer.
+        offered: mean decisions that the trigger was asked for per answer.
         cpu_seconds: process CPU time that answering took.
     """
 
@@ -61,6 +63,7 @@ class Outcome:
     rewards: tuple[float, ...]
     parts: dict[str, float]
     insertions: float
+    offered: float
     cpu_seconds: float
 
     @property
@@ -74,6 +77,31 @@ class Outcome:
         draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
         low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
+
+
+def difference_interval(
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Paired bootstrap confidence interval of mean(ours - theirs) over items (percentile method).
+
+    Args:
+        ours: a score for each item.
+        theirs: a score for each of the same items, in the same order.
+        level: coverage.
+        resamples: bootstrap samples of the items.
+        seed: of the samples.
+
+    Raises:
+        ValueError: if the two are not of one length.
+    """
+    differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    draws = np.random.default_rng(seed).integers(0, len(differences), (resamples, len(differences)))
+    low, high = np.quantile(differences[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def without_memory(model: MemGenModel) -> MemGenModel:
@@ -90,6 +118,11 @@ def always_invoking(model: MemGenModel, insertions: int | None = None) -> MemGen
     """
     boundaries = model.boundaries if insertions is None else model.boundaries.capped(insertions)
     return MemGenModel(model.reasoner, model.weaver, ConstantTrigger(1.0), boundaries).eval()
+
+
+def invoking_at(model: MemGenModel, probability: float) -> MemGenModel:
+    """The same model that invokes at random, with one probability at every boundary."""
+    return MemGenModel(model.reasoner, model.weaver, ConstantTrigger(probability), model.boundaries).eval()
 
 
 def score(name: str, model: MemGenModel, task: Task) -> Outcome:
@@ -127,7 +160,7 @@ def _score(
 ) -> Outcome:
     clock = time.process_time()
     rewards: list[Reward] = []
-    insertions = 0
+    insertions = offered = 0
     for begin, prompts in _batches(task):
         generation = generate(
             model,
@@ -140,12 +173,14 @@ def _score(
         examples = task.examples[begin : begin + len(prompts)]
         rewards += [task.environment.reward(e, text) for e, text in zip(examples, texts, strict=True)]
         insertions += int(generation.plan.counts.sum())
+        offered += int((generation.decisions != Decision.NOT_ASKED).sum())
     names = sorted({part for reward in rewards for part in reward.parts})
     return Outcome(
         name=name,
         rewards=tuple(reward.total for reward in rewards),
         parts={part: float(np.mean([reward.parts.get(part, 0.0) for reward in rewards])) for part in names},
         insertions=insertions / len(rewards),
+        offered=offered / len(rewards),
         cpu_seconds=time.process_time() - clock,
     )
 

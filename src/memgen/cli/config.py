@@ -35,7 +35,7 @@ SECTIONS = ("model", "data")
 VARIABLES = "vars"
 """A section of a person's own, for values that several places refer to; it ends with the resolution."""
 CLASS_KEYS = ("class_path", "dict_kwargs")
-OPTIONS = ("config", "print_config", "checkpoint", "help")
+OPTIONS = ("config", "print_config", "checkpoint", "run", "help")
 """What a Trainer command takes besides overrides."""
 
 COMMAND_LINE = "the command line"
@@ -69,16 +69,18 @@ class Request:
         overrides: (key, value as typed), in order.
         print_config: print the configuration and stop.
         arguments: the command line as it was typed.
+        run: folder of the run, which goes on from its last checkpoint if it has one.
     """
 
     files: tuple[Path, ...]
     overrides: tuple[tuple[str, str], ...]
     print_config: bool
     arguments: tuple[str, ...]
+    run: Path | None = None
 
     @classmethod
     def from_argv(cls, argv: Sequence[str]) -> Request:
-        """Reads `--config FILE`, `--print_config`, `--checkpoint DIR`, `--a.b.c value` and `--a.b.c=value`.
+        """Reads `--config FILE`, `--print_config`, `--checkpoint DIR`, `--run DIR`, `--a.b.c value`, `--a.b.c=value`.
 
         Args:
             argv: the arguments behind the command.
@@ -89,6 +91,7 @@ class Request:
         files: list[Path] = []
         overrides: list[tuple[str, str]] = []
         print_config = False
+        run: Path | None = None
         remaining = ["--config" if token == "-c" else token for token in argv]
         while remaining:
             token = remaining.pop(0)
@@ -110,13 +113,15 @@ class Request:
                 files.append(Path(value))
             elif key == "checkpoint":
                 overrides.append(("model.init_from", value))
+            elif key == "run":
+                run = Path(value)
             elif key not in OPTIONS and nearest(key, OPTIONS) is not None and "." not in key:
                 raise UsageError(f"unknown option --{key}; did you mean --{nearest(key, OPTIONS)}?")
             else:
                 overrides.append((key, value))
         if not files:
             raise UsageError("--config is missing; for example: --config conf/weaver_sft.yaml")
-        return cls(tuple(files), tuple(overrides), print_config, tuple(argv))
+        return cls(tuple(files), tuple(overrides), print_config, tuple(argv), run)
 
     def layers(self) -> list[Layer]:
         """The sources in the order in which they are merged: the files, then the command line.
@@ -299,10 +304,16 @@ def _nest_overrides(overrides: Sequence[tuple[str, str]]) -> Document:
 
 
 def _merge_values(base: Any, layer: Any) -> Any:
-    """`layer` over `base`. A mapping whose keys are all numbers changes the items of a list."""
+    """`layer` over `base`. A mapping whose keys are all numbers changes the items of a list.
+
+    An object with the number behind the last item is appended.
+    """
     if isinstance(base, list) and isinstance(layer, dict) and layer and all(k.isdigit() for k in layer):
         items = list(base)
         for index, value in layer.items():
+            if int(index) == len(items) and isinstance(value, dict) and "class_path" in value:
+                items.append(value)
+                continue
             if int(index) >= len(items):
                 raise UsageError(
                     f"item {index} does not exist: the list has {len(items)} items, counted from 0"

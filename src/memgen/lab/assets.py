@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECIPE_VERSION = 4
+RECIPE_VERSION = 5
 """Raised whenever code changes what a recipe builds, so that cached results of the old code are not used."""
 
 

@@ -1,7 +1,7 @@
 """The text on which the lab's reasoner is pretrained.
 
 Solved problems of all tasks, episodes of the text world, and recalls: a few facts said again and again, from which
-looking up is learnt first. Prices, maps and homes are drawn anew in every document, so that no world can be learnt here.
+looking up is learnt first. Prices and homes are drawn anew in every document, so that no world can be learnt here.
 
 In half of the documents notes stand where a weaver may insert latents: at the end of a prompt and after the delimiters
 of a solution. A note is a few facts; where a world would tell them, most notes say what is asked, everywhere else they
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Literal
 
 from memgen.lab.text_world import MAX_TURNS, House
@@ -25,26 +24,26 @@ DELIMITERS = (",", ".", "\n")
 Kind = Task | Literal["recall", "text_world"]
 """What a document may be."""
 
-KINDS: tuple[Kind, ...] = ("recall", "open", "shop", "route", "text_world", "add", "rev", "walk")
+KINDS: tuple[Kind, ...] = ("recall", "open", "shop", "bill", "text_world", "add", "rev", "walk")
 
 
 @dataclass(frozen=True)
 class DocumentMix:
     """What pretraining documents are made of."""
 
-    recall: float = 0.04
+    recall: float = 0.12
     """Share of recalls."""
-    open: float = 0.18
+    open: float = 0.19
     """Share of open-book shop problems."""
     shop: float = 0.14
     """Share of closed-book shop problems, with prices of their own in every document."""
-    route: float = 0.16
-    """Share of routes, with a map of their own in every document."""
-    text_world: float = 0.17
+    bill: float = 0.12
+    """Share of bills, with prices of their own in every document."""
+    text_world: float = 0.15
     """Share of episodes of the text world, with homes of their own in every document."""
     add: float = 0.14
-    rev: float = 0.06
-    walk: float = 0.11
+    rev: float = 0.05
+    walk: float = 0.09
     noted: float = 0.5
     """Share of documents that have notes."""
     note_rate: float = 0.5
@@ -98,7 +97,7 @@ def draw_document(mix: DocumentMix, rng: random.Random) -> Document:
     if kind == "text_world":
         return _episode(note_rate, relevant, rng)
     problem = draw_problem(kind, rng)
-    while kind not in ("shop", "route") and split_of(problem.prompt) != "train":
+    while kind not in ("shop", "bill") and split_of(problem.prompt) != "train":
         problem = draw_problem(kind, rng)
     return _solved(problem, note_rate, relevant, rng)
 
@@ -124,25 +123,16 @@ def _solved(problem: Problem, note_rate: float, relevant: bool, rng: random.Rand
 
 
 def _note(problem: Problem, relevant: bool, written: int, rng: random.Random) -> list[str]:
-    """One to three facts: of what is asked, in its order, or of something else."""
-    if relevant and problem.task == "shop":
-        prices = dict(zip(problem.items, problem.steps.removesuffix(" .").split(" , "), strict=True))
-        noted = set(rng.sample(problem.items, rng.randint(1, 3)))
-        return [word for item in problem.items if item in noted for word in (item, prices[item])]
-    if relevant and problem.task == "route":
-        return _route_note(problem, written, rng)
-    return _irrelevant_note(problem.items, rng)
-
-
-def _route_note(problem: Problem, written: int, rng: random.Random) -> list[str]:
-    """The next hop of a route without its place, or one or two hops in full; at the end, the last hop again."""
-    hops = [clause.split(" ") for clause in problem.steps.removesuffix(" .").split(" , ")]
-    facts = [[here[0], here[2], there[0]] for here, there in pairwise(hops)]
-    # A delimiter behind hop n is followed by where it leads; at the end of the prompt hop 1 is still to come.
-    coming = facts[max(0, written - 1) :]
-    if rng.random() < 0.5:
-        return coming[0][1:]
-    return [word for fact in coming[: rng.randint(1, 2)] for word in fact]
+    """One to three prices: of what is asked, in its order (of a bill the coming ones), or of something else."""
+    if not relevant or problem.task not in ("shop", "bill"):
+        return _irrelevant_note(problem.items, rng)
+    prices = [clause.split(" ")[-1] for clause in problem.steps.removesuffix(" .").split(" , ")]
+    facts = list(zip(problem.items, prices, strict=True))
+    if problem.task == "bill":
+        coming = facts[min(written, len(facts) - 1) :]
+        return [word for fact in coming[: rng.randint(1, 3)] for word in fact]
+    noted = set(rng.sample(problem.items, rng.randint(1, 3)))
+    return [word for fact in facts if fact[0] in noted for word in fact]
 
 
 def _irrelevant_note(items: tuple[str, ...], rng: random.Random) -> list[str]:

@@ -9,7 +9,7 @@ from functools import cache
 from typing import final, get_args
 
 from memgen.environments.base import Environment, Example, Message, Reward, Split
-from memgen.lab.world import Problem, Task, World, route_problems, sample_problems, shop_problems
+from memgen.lab.world import Problem, Task, World, bill_problems, sample_problems, shop_problems
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Lab(Environment):
 
     Args:
         tasks: what is asked. A name that occurs n times gets n shares of every split.
-        world_seed: decides the prices of `shop`.
+        world_seed: decides the prices of `shop` and `bill`.
         train_size: examples to train on.
         val_size: examples to choose settings on.
         test_size: examples to report.
@@ -76,8 +76,8 @@ class Lab(Environment):
         match task:
             case "shop":
                 problems = shop_problems(self.world, split)
-            case "route":
-                problems = route_problems(self.world, split)
+            case "bill":
+                return bill_problems(self.world, split, count)
             case _:
                 return _sampled(task, split, count)
         if count > len(problems):
@@ -94,16 +94,19 @@ class Lab(Environment):
     def reward(self, example: Example, answer: str) -> Reward:
         """1 if the steps (the price list) and the answer after "#" are both exactly right, else 0.
 
-        Parts: `answer` (what follows "#"), `prices` (the list before it; `steps` in tasks without prices) and `exact`.
+        Parts: `answer` (what follows "#"), `prices` (the list before it; `steps` in tasks without prices) and `exact`;
+        in a mixture of tasks also `TASK/exact`, so that a person sees which of them moved.
         """
         steps, mark, result = answer.strip().partition("#")
         right_answer = bool(mark) and _words(result.strip()) == _words(example.answer)
         right_steps = _words(steps) == _words(str(example.meta["steps"]) + "\n")
         exact = float(right_answer and right_steps)
-        steps_name = "prices" if example.meta["task"] in ("shop", "open") else "steps"
-        return Reward(
-            total=exact, parts={"answer": float(right_answer), steps_name: float(right_steps), "exact": exact}
-        )
+        task = str(example.meta["task"])
+        steps_name = "prices" if task in ("shop", "bill", "open") else "steps"
+        parts = {"answer": float(right_answer), steps_name: float(right_steps), "exact": exact}
+        if len(set(self.tasks)) > 1:
+            parts[f"{task}/exact"] = exact
+        return Reward(total=exact, parts=parts)
 
     def constant_answer_baseline(self, split: Split) -> ConstantAnswer:
         """The best constant completion and the best constant answer, chosen on the split itself."""

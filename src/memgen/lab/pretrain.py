@@ -42,7 +42,7 @@ class ReasonerRecipe:
     """Mean loss at which looking up counts as learnt and the mixture begins."""
     recall_learning_rate: float = 1.2e-3
     """Constant behind a linear warm-up, AdamW."""
-    steps: int = 2000
+    steps: int = 2400
     """Steps on the mixture."""
     batch_size: int = 32
     learning_rate: float = 1.2e-3
@@ -177,7 +177,7 @@ def _step(
     gradient_clip: float,
 ) -> float:
     """One optimizer step at a share of the peak rates; returns the loss."""
-    loss = _loss(model, batch)
+    loss = supervised_loss(model, batch)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
     for optimizer, peak in optimizers:
@@ -237,7 +237,7 @@ def _batch(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> Tok
     return TokenBatch.from_rows(rows, [document.supervised for document in documents])
 
 
-def _loss(model: Qwen3ForCausalLM, batch: TokenBatch) -> torch.Tensor:
+def supervised_loss(model: Qwen3ForCausalLM, batch: TokenBatch) -> torch.Tensor:
     """Mean cross-entropy of the supervised tokens."""
     real = torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]  # (B, L)
     logits = model(input_ids=batch.ids, attention_mask=real.long(), use_cache=False).logits  # (B, L, V)

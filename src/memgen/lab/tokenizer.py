@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from memgen.lab.world import ITEMS, PLACES, TURNS
+from memgen.lab.world import ITEMS, PLACES
 
 PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"
 
@@ -13,11 +13,10 @@ VOCABULARY = (
     PAD, END, UNKNOWN,
     "\n", ",", ".", ":", "#",
     *"0123456789",
-    "shop", "list", "route", "add", "rev", "walk", "up", "down",
+    "shop", "list", "bill", "add", "rev", "walk", "up", "down",
     "task", "bring", "to", "go", "take", "put", "hold", "nothing",
     *ITEMS,
     *PLACES,
-    *TURNS,
 )  # fmt: skip
 """Every token, in the order of its id."""
 

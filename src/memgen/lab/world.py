@@ -1,28 +1,27 @@
-"""The lab's tasks: a shop and a map that only experience tells, and four skills that need no memory.
+"""The lab's tasks: a shop and its bills, whose prices only experience tells, and four skills that need no memory.
 
 `shop` is closed book: the prices of 16 items are fixed by a world seed and stand in no prompt and in no pretraining
-text, so a model can answer only after learning them from solved problems. `route` is closed book too: each of 16 places
-has a left and a right neighbour, and the answer follows three to six turns, so that each step needs the place that the
-step before led to: what is known at the end of the prompt does not suffice. `open` is `shop` with the prices written in
-the prompt (drawn per problem, so they contradict the world); `add`, `rev` and `walk` have nothing to do with a world.
+text, so a model can answer only after learning them from solved problems. `bill` is closed book too and asks for the
+prices of eight items one after another: more facts than a few latents carry at once, so memory at the end of the prompt
+does not suffice and each item needs it again. `open` is `shop` with the prices written in the prompt (drawn per problem,
+so they contradict the world); `add`, `rev` and `walk` have nothing to do with a world.
 
-Shop problems are split by their unordered triple of items: every item's price occurs in training, the combinations of
-the other splits do not. The other tasks are split by their prompt: a route by start
-and turns together.
+Shop problems are split by their unordered triple of items, and bills by their unordered items: every item's price occurs
+in training, the combinations of the other splits do not. The other tasks are split by their prompt.
 """
 
 from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations, product
+from itertools import combinations, permutations
 from typing import Literal, get_args
 
 from memgen.environments.base import Split
 
-Task = Literal["shop", "route", "open", "add", "rev", "walk"]
+Task = Literal["shop", "bill", "open", "add", "rev", "walk"]
 """What can be asked."""
 
 ITEMS = (
@@ -34,11 +33,8 @@ PLACES = (
     "hall", "yard", "den", "loft", "shed", "barn", "cave", "dock",
     "farm", "fort", "gate", "hill", "inn", "lake", "mill", "park",
 )  # fmt: skip
-TURNS = ("left", "right")
-HOPS = (3, 4, 5, 6)
-"""How many turns a route may have."""
-SHORT_HOPS = (1, 2)
-"""Routes that are too short to need memory inside the answer, which occur in training only: the map's facts by themselves."""
+BILL_ITEMS = 8
+"""Items of a bill; pretraining documents have three to this many."""
 ROOMS = PLACES[:10]
 """Places of the text world."""
 
@@ -58,7 +54,7 @@ class Problem:
         prompt: ends in a newline, e.g. "shop : fig , nut , tea .\n".
         steps: the working before the answer, e.g. "4 , 1 , 5 .".
         answer: what follows "#", digits apart, e.g. "1 0".
-        items: the items it is about, in the order in which they are asked; of a route all places, in their order.
+        items: the items it is about, in the order in which they are asked.
     """
 
     task: Task
@@ -75,7 +71,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class World:
-    """What only experience tells: prices, neighbours of places, and where things are kept."""
+    """What only experience tells: prices, and where things are kept."""
 
     seed: int = 0
     """Decides all of it; the split into train, val and test does not depend on it."""
@@ -87,19 +83,6 @@ class World:
         dealt = [*PRICES * (len(ITEMS) // len(PRICES)), *extra]
         rng.shuffle(dealt)
         return dict(zip(ITEMS, dealt, strict=True))
-
-    def neighbours(self) -> dict[tuple[str, str], str]:
-        """Where each turn leads from each place: never to the place itself, and every place is left and right of one."""
-        rng = random.Random(f"map {self.seed}")
-        left: tuple[str, ...] = PLACES
-        right: tuple[str, ...] = PLACES
-        while any(len({place, a, b}) < 3 for place, a, b in zip(PLACES, left, right, strict=True)):
-            left, right = (tuple(rng.sample(PLACES, len(PLACES))) for _ in TURNS)
-        return {
-            (place, turn): there
-            for turn, row in zip(TURNS, (left, right), strict=True)
-            for place, there in zip(PLACES, row, strict=True)
-        }
 
     def homes(self) -> dict[str, str]:
         """The room in which each item is kept: one or two items in each room."""
@@ -150,48 +133,30 @@ def shop_problem(items: Sequence[str], prices: Sequence[int]) -> Problem:
     )
 
 
-def route_problems(world: World, split: Split) -> list[Problem]:
-    """Every route of three or more turns of a split, shuffled the same way in every run.
+def bill_problems(world: World, split: Split, count: int) -> list[Problem]:
+    """Different bills of a split, the same ones in every run; a longer list begins with the shorter."""
+    prices = world.prices()
+    rng = random.Random(f"bill {split}")
+    found: dict[tuple[str, ...], Problem] = {}
+    while len(found) < count:
+        items = tuple(rng.sample(ITEMS, BILL_ITEMS))
+        if split_of(" ".join(sorted(items))) == split:
+            found[items] = bill_problem(items, [prices[item] for item in items])
+    return list(found.values())
 
-    In training every second problem is a short route, so that the map's facts are also seen by themselves; the short
-    ones come again and again.
+
+def bill_problem(items: Sequence[str], prices: Sequence[int]) -> Problem:
+    """Asks for the prices of some items, without saying them.
+
+    The solution names each item before its price; the answer is the last price.
     """
-    rng = random.Random(f"route {split}")
-    problems = [problem for problem in _routes(world, HOPS) if split_of(problem.prompt) == split]
-    rng.shuffle(problems)
-    if split != "train":
-        return problems
-    short: list[Problem] = []
-    while len(short) < len(problems):
-        short += rng.sample(again := _routes(world, SHORT_HOPS), len(again))
-    return [problem for pair in zip(short, problems, strict=False) for problem in pair]
-
-
-def _routes(world: World, lengths: Sequence[int]) -> list[Problem]:
-    neighbours = world.neighbours()
-    return [
-        route_problem(start, turns, neighbours)
-        for hops in lengths
-        for start in PLACES
-        for turns in product(TURNS, repeat=hops)
-    ]
-
-
-def route_problem(start: str, turns: Sequence[str], neighbours: Mapping[tuple[str, str], str]) -> Problem:
-    """Asks where some turns lead. Each step of the solution says place and turn before the place that comes of them."""
-    places = [start]
-    for turn in turns:
-        places.append(neighbours[places[-1], turn])
-    hops = [
-        f"{place} {number} {turn} ,"
-        for number, (place, turn) in enumerate(zip(places, turns, strict=False), 1)
-    ]
+    lines = [f"{item} {price}" for item, price in zip(items, prices, strict=True)]
     return Problem(
-        task="route",
-        prompt=f"route : {start} , {' , '.join(f'{number} {turn}' for number, turn in enumerate(turns, 1))} .\n",
-        steps=f"{' '.join(hops)} {places[-1]} .",
-        answer=places[-1],
-        items=tuple(places),
+        task="bill",
+        prompt=f"bill : {' , '.join(items)} .\n",
+        steps=f"{' , '.join(lines)} .",
+        answer=str(prices[-1]),
+        items=tuple(items),
     )
 
 
@@ -199,10 +164,10 @@ def sample_problems(task: Task, split: Split, count: int) -> list[Problem]:
     """Different problems of a task without a world, the same ones in every run; a longer list begins with the shorter.
 
     Raises:
-        ValueError: if the task is `shop` or `route` (their problems are enumerated, not sampled) or has not as many.
+        ValueError: if the task is `shop` or `bill` (their problems depend on a world) or has not as many.
     """
-    if task in ("shop", "route"):
-        raise ValueError(f"the problems of {task!r} depend on a world; use {task}_problems(world, split)")
+    if task in ("shop", "bill"):
+        raise ValueError(f"the problems of {task!r} depend on a world; use {task}_problems(world, ...)")
     rng = random.Random(f"{task} {split}")
     found: dict[str, Problem] = {}
     misses = 0  # since the last one that was found
@@ -222,15 +187,15 @@ def sample_problems(task: Task, split: Split, count: int) -> list[Problem]:
 
 
 def draw_problem(task: Task, rng: random.Random) -> Problem:
-    """Draws a problem; shops and routes get prices and a map of their own, unrelated to any world."""
+    """Draws a problem; shops and bills get prices of their own, unrelated to any world."""
     match task:
         case "shop":
             return shop_problem(rng.sample(ITEMS, 3), rng.choices(PRICES, k=3))
         case "open":
             return _open(rng)
-        case "route":
-            turns = rng.choices(TURNS, k=rng.choice(SHORT_HOPS + HOPS))
-            return route_problem(rng.choice(PLACES), turns, _drawn_map(rng))
+        case "bill":
+            count = rng.randint(3, BILL_ITEMS)
+            return bill_problem(rng.sample(ITEMS, count), rng.choices(PRICES, k=count))
         case "add":
             return _add(rng)
         case "rev":
@@ -238,15 +203,6 @@ def draw_problem(task: Task, rng: random.Random) -> Problem:
         case "walk":
             return _walk(rng)
     raise ValueError(f"unknown task {task!r}; there are {', '.join(get_args(Task))}")
-
-
-def _drawn_map(rng: random.Random) -> dict[tuple[str, str], str]:
-    """A map whose two turns lead to different other places; unlike a world's, a place may be reached from many."""
-    neighbours: dict[tuple[str, str], str] = {}
-    for place in PLACES:
-        left, right = rng.sample([other for other in PLACES if other != place], 2)
-        neighbours |= {(place, "left"): left, (place, "right"): right}
-    return neighbours
 
 
 def _price_list(rng: random.Random) -> tuple[dict[str, int], str]:
