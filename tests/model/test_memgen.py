@@ -12,9 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from allocations import Largest
 from memgen.model.adapters import LoraSettings
 from memgen.types import InsertionKind, InsertionPlan, TokenBatch
 from tiny import random_batch, random_rows, tiny_memgen
@@ -258,29 +257,6 @@ def test_rows_packed_together_do_not_reach_each_others_gradients():
             # A bank that the row does not use has no gradient alone and a zero one in the batch.
             expected = torch.zeros_like(ours) if reference is None else reference
             assert_close(f"row {row}, {parameter}", ours, expected)
-
-
-class Largest(TorchDispatchMode):
-    """The largest tensor that any operation returns, in elements."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-        self.where = ""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            # A view of the embedding table allocates nothing.
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().nbytes() > 4 * self.elements:
-                fresh = all(
-                    leaf.untyped_storage().data_ptr() != other.untyped_storage().data_ptr()
-                    for other in tree_leaves((args, kwargs))
-                    if isinstance(other, torch.Tensor)
-                )
-                if fresh:
-                    self.elements, self.where = leaf.untyped_storage().nbytes() // 4, str(func)
-        return result
 
 
 @pytest.mark.parametrize("entropy", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from switches import Switches
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -36,6 +37,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 class Golden:
     variant: str
     config: dict[str, Any]
+    switches: Switches = field(default_factory=Switches)
 
     @property
     def path(self) -> Path:
@@ -109,8 +111,9 @@ class Golden:
             with torch.no_grad():
                 for name, parameter in names.items():
                     parameter.copy_(weights[name])
-        return model.eval()
+        return self.switches.apply(model).eval()
 
 
-def golden(variant: str) -> Golden:
-    return Golden(variant, json.loads((ROOT / variant / "config.json").read_text()))
+def golden(variant: str, switches: Switches | None = None) -> Golden:
+    config = json.loads((ROOT / variant / "config.json").read_text())
+    return Golden(variant, config, switches or Switches(direct=True))

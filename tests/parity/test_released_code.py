@@ -1,14 +1,15 @@
-"""Every golden case of the released code, at the tolerances that its README suggests."""
+"""Every golden case of the released code, at the tolerances that its README suggests, with each optimisation on and off."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
 from golden_data import VARIANTS, Golden, golden, tokenizer
+from switches import SWITCHES
 
-from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
 from memgen.training.checkpoint import released_names
@@ -20,8 +21,14 @@ LOGITS_ATOL, LOSS_ATOL, GRAD_RTOL = 1e-4, 1e-5, 5e-4
 
 
 @pytest.fixture(params=VARIANTS or ["none"])
-def data(request) -> Golden:
-    return golden(request.param)
+def variant(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=SWITCHES.values(), ids=SWITCHES)
+def data(request, variant) -> Iterator[Golden]:
+    with request.param.kernels_forced():
+        yield golden(variant, request.param)
 
 
 def without_headers(ids: torch.Tensor, supervised: torch.Tensor, im_start: int) -> torch.Tensor:
@@ -163,7 +170,7 @@ def test_generated_ids_decisions_and_insertions_match(data, name, trigger, cap):
     if trigger == "tokens" and "trigger_bias" in case:
         with torch.no_grad():
             model.trigger.output_layer.bias.copy_(case["trigger_bias"])
-    ours = generate(model, prompts, GenerationSettings(max_new_tokens=new))
+    ours = data.switches.generate(model, prompts, GenerationSettings(max_new_tokens=new))
     width = case["input_ids"].shape[1]
     generated = case["output_ids"][:, width:]
     theirs_positions = case["augmentation_pos"]
@@ -186,7 +193,9 @@ def test_logits_of_generated_tokens_match_a_teacher_forced_replay(data, name):
     if name == "gen_active":
         with torch.no_grad():
             model.trigger.output_layer.bias.copy_(case["trigger_bias"])
-    ours = generate(model, prompts, GenerationSettings(max_new_tokens=int(case["max_new_tokens"])))
+    ours = data.switches.generate(
+        model, prompts, GenerationSettings(max_new_tokens=int(case["max_new_tokens"]))
+    )
     replayed = ours.as_batch()
     read = torch.zeros_like(replayed.supervised)
     read[:, :-1] = replayed.supervised[:, 1:]

@@ -1,7 +1,9 @@
 """Decoding with memory: rows insert at different steps, and nobody's work is repeated because another row inserts.
 
 One pass of the reasoner per step feeds each live row its new token, and K latents behind it where the row inserts.
-Weaver and trigger keep memories of their own and read only what is new. Finished rows leave the batch at once.
+Weaver and trigger keep memories of their own and read only what is new. Finished rows leave the batch at once. Steps in
+which no row inserts may have a fixed shape (`static_step.py`); then the host waits for the device once per pass of the
+reasoner.
 
 Differs from the released code: it re-reads the whole batch at every insertion, keeps finished rows going, and asks
 nobody to say at which temperature the tokens behind the cap are drawn; see docs/architecture.md.
@@ -12,17 +14,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memgen.generation.sampling import GenerationSettings, choose, row_uniforms
+from memgen.generation.sampling import Draw, GenerationSettings, choose, row_uniforms
+from memgen.generation.static_step import StaticStep
 from memgen.kernels import weave
-from memgen.model.cache import RowCache, Segment
+from memgen.model.cache import RowCache, Segment, upload
 from memgen.model.memgen import MemGenModel
 from memgen.model.stream import Stream
-from memgen.model.trigger import Boundary
+from memgen.model.trigger import Boundary, ConstantTrigger
 from memgen.types import Decision, Generation, InsertionKind, InsertionPlan, TokenBatch, WorkCount
 
 # P prompts, n live rows, K latents, H hidden size
@@ -145,6 +149,7 @@ class _Row:
 
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     decisions: list[int] = field(default_factory=list)
     invoke_probs: list[float] = field(default_factory=list)
     points: list[int] = field(default_factory=list)
@@ -193,6 +198,9 @@ class _Decoder:
             self.cap = 0
         self.reads_states = weaver.reads == "hidden_states"
         self.states_first = self.reads_states or model.trigger.needs_states
+        switch = settings.static_step
+        self.static_step = switch == "on" or (switch == "auto" and self.device.type == "cuda")
+        self.static: StaticStep | None = None
         self._size_caches()
         # The tables on the host, where the tokens are already: on a device each look-up would have to wait for it.
         self.boundaries = copy.deepcopy(boundaries).cpu()
@@ -208,9 +216,6 @@ class _Decoder:
         self.token_draws = [line[:steps] for line in draws] if draws else None
         self.decision_draws = [line[steps:] for line in draws] if draws else None
         self.work = dict.fromkeys(WorkCount.__dataclass_fields__, 0)
-        self.drawn: list[
-            tuple[list[int], Tensor]
-        ] = []  # of each step: the live rows, their tokens' log-probabilities
 
     def _size_caches(self) -> None:
         weaver = self.model.weaver.config
@@ -227,24 +232,25 @@ class _Decoder:
                 f"need {self.capacity} positions, but the reasoner's context is {context}; shorten the prompt or "
                 "lower max_new_tokens"
             )
+        # A GPU reads rows of slots whose number is a multiple of 8 without copying their mask.
+        self.capacity = -(-self.capacity // 8) * 8 if self.static_step else self.capacity
         self.queries = max(weaver.prompt_latents, weaver.inference_latents)
         self.text_capacity = max(map(len, self.prompts)) + self.settings.max_new_tokens
 
     # The prompt
 
     def run(self) -> Generation:
-        hidden = self._read_prompts()
         live = list(range(len(self.rows)))  # row of each cache line
-        for step in range(self.settings.max_new_tokens):
-            previous = [(self.rows[r].tokens or self.rows[r].prompt)[-1] for r in live]
-            tokens = self._choose(hidden, live, step)
-            last_step = step == self.settings.max_new_tokens - 1
+        self._choose(self._read_prompts(), live, 0)
+        if self.static_step:
+            self.static = StaticStep(self.model.reasoner, self.reasoner_cache, self.settings)
+        for step in range(1, self.settings.max_new_tokens + 1):
             for row in live:
                 self.rows[row].finished = self._ended(self.rows[row].tokens)
-            if last_step or all(self.rows[row].finished for row in live):
+            if step == self.settings.max_new_tokens or all(self.rows[row].finished for row in live):
                 break
-            tokens, previous, live = self._drop_finished(tokens, previous, live)
-            hidden = self._step(tokens, previous, live, step + 1)
+            self._drop_finished(live)
+            self._step(live, step)
         return self._result()
 
     def _ended(self, tokens: list[int]) -> bool:
@@ -258,9 +264,9 @@ class _Decoder:
         lines = list(range(count))
         embeddings = weave(
             model.reasoner.backbone.embedding,
-            torch.from_numpy(np.concatenate([stream.ids for stream in streams])).to(self.device),
+            upload(np.concatenate([stream.ids for stream in streams]), self.device),
             self.woven_prompts.latents,
-            torch.from_numpy(np.concatenate([stream.sources for stream in streams])).to(self.device),
+            upload(np.concatenate([stream.sources for stream in streams]), self.device),
         )
         self.reasoner_cache = RowCache(count, self.capacity, self.device)
         self.weaver_cache = RowCache(count, self.capacity + self.queries, self.device)
@@ -270,7 +276,7 @@ class _Decoder:
         states = self._reasoner(embeddings, [everybody]) if self.states_first else None
         end_states = states
         if states is not None and self.reads_states:
-            end_states = states[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
+            end_states = states[upload(np.cumsum(lengths) - 1, self.device)]
         invoked = self._decide_at_prompt_end(end_states)
         woven = [p for p in lines if any(invoked[row] for row in self._group(p))]
         latents: list[Tensor] = []
@@ -305,7 +311,7 @@ class _Decoder:
                 self._record(row, Decision.NOT_ASKED, 0.0)
             return [False] * len(self.rows)
         boundary = Boundary(rows=range(len(self.prompts)), unread=self.prompts, states=states)
-        probs = self._ask(boundary)
+        probs = self._ask(boundary).tolist()
         invoked = []
         for index, row in enumerate(self.rows):
             row.trigger_read = len(row.prompt)
@@ -370,86 +376,161 @@ class _Decoder:
 
     # A step
 
-    def _choose(self, hidden: Tensor, live: list[int], step: int) -> list[int]:
-        draws = None
-        if self.settings.temperature > 0:
-            assert self.token_draws is not None, "a temperature needs draws"
-            draws = torch.tensor([self.token_draws[row][step] for row in live], dtype=torch.float64)
-        chosen = choose(self.model.reasoner.logits(hidden), self.settings, draws)
-        tokens: list[int] = chosen.tokens.tolist()
-        self.drawn.append((list(live), chosen.logprobs))
-        for row, token in zip(live, tokens, strict=True):
-            self.rows[row].tokens.append(token)
-            if self.observe is not None:
-                self.observe(row, token)
-        return tokens
+    def _draws(self, live: list[int], step: int) -> list[float] | None:
+        return None if self.token_draws is None else [self.token_draws[row][step] for row in live]
 
-    def _drop_finished(
-        self, tokens: list[int], previous: list[int], live: list[int]
-    ) -> tuple[list[int], list[int], list[int]]:
+    def _drawn(self, hidden: Tensor, live: list[int], step: int) -> Draw:
+        draws = self._draws(live, step)
+        uniforms = None if draws is None else upload(draws, self.device)
+        return choose(self.model.reasoner.logits(hidden), self.settings, uniforms)
+
+    def _choose(self, hidden: Tensor, live: list[int], step: int) -> None:
+        tokens, logprobs = _numbers(*self._drawn(hidden, live, step))
+        self._take(live, tokens, logprobs)
+
+    def _take(self, live: list[int], tokens: Sequence[int | float], logprobs: Sequence[float]) -> None:
+        for row, token, logprob in zip(live, tokens, logprobs, strict=True):
+            self.rows[row].tokens.append(int(token))
+            self.rows[row].logprobs.append(logprob)
+            if self.observe is not None:
+                self.observe(row, int(token))
+
+    def _drop_finished(self, live: list[int]) -> None:
         """Fills the lines of finished rows with the last lines, so that the live rows stay in front."""
         line = 0
         while line < len(live):
             if not self.rows[live[line]].finished:
                 line += 1
                 continue
-            last = len(live) - 1
-            if line != last:
+            last = live.pop()
+            if line < len(live):
                 for cache in (self.reasoner_cache, self.weaver_cache, self.trigger_cache):
                     if cache is not None:
-                        cache.move(last, line)
-                tokens[line], previous[line], live[line] = tokens[last], previous[last], live[last]
-            tokens, previous, live = tokens[:last], previous[:last], live[:last]
-        return tokens, previous, live
+                        cache.move(len(live), line)
+                live[line] = last
 
-    def _step(self, tokens: list[int], previous: list[int], live: list[int], step: int) -> Tensor:
-        """Feeds every live row its new token, and latents where it inserts. Returns the states that predict, (n, H)."""
-        lines = list(range(len(live)))
-        embeddings = self.model.reasoner.backbone.embed(torch.tensor(tokens, device=self.device))
-        delimited = self.boundaries.after(torch.tensor(tokens), torch.tensor(previous)).tolist()
-        asked = [line for line in lines if delimited[line] and self.rows[live[line]].inserted < self.cap]
-        everybody = Segment(lines, [1] * len(lines))
-        states = self._reasoner(embeddings, [everybody]) if self.states_first else None
+    def _step(self, live: list[int], step: int) -> None:
+        """Feeds every live row its newest token, and latents where it inserts, and draws the next tokens."""
+        asked = self._at_boundary(live)
+        # A learned trigger is asked while a static step runs, so that both are waited for at once.
+        learned = not isinstance(self.model.trigger, ConstantTrigger)
+        if self.states_first or (self.static is not None and learned):
+            self._tokens_then_latents(asked, live, step)
+        else:
+            self._tokens_with_latents(asked, live, step)
+
+    def _at_boundary(self, live: list[int]) -> list[int]:
+        """Lines where the trigger is asked: behind a delimiter, and below the cap."""
+        rows = [self.rows[row] for row in live]
+        newest = torch.tensor([row.tokens[-1] for row in rows])
+        previous = torch.tensor([(row.prompt[-1:] + row.tokens[-2:])[-2] for row in rows])
+        delimited: list[bool] = self.boundaries.after(newest, previous).tolist()
+        return [line for line, row in enumerate(rows) if delimited[line] and row.inserted < self.cap]
+
+    def _tokens_with_latents(self, asked: list[int], live: list[int], step: int) -> None:
+        """One pass for both: who inserts is known before it."""
+        for row in live:
+            self.rows[row].weaver_unread.append(self.rows[row].tokens[-1])
+        probs = self._ask_at_delimiters(asked, live, None)
+        inserting = self._decide_at_delimiters(asked, [] if probs is None else probs.tolist(), live, step)
+        if not inserting and self.static is not None:
+            self._run_static(self.static, live, step)
+            self._take(live, *_numbers(*self.static.outputs[:, : len(live)]))
+            return
+        everybody, embeddings = self._newest(live)
+        if not inserting:
+            self._choose(self._reasoner(embeddings, [everybody]), live, step)
+            return
+        latents = self._weave_unread(inserting, live)
+        packed = torch.cat([embeddings, *(block.to(embeddings.dtype) for block in latents)])
+        states = self._reasoner(packed, [everybody, *self._latent_segment(inserting, latents)])
+        hidden, latent_states = states[: len(live)], states[len(live) :]
+        behind = self._insert_all(inserting, live, latents, latent_states)
+        self._choose(hidden.index_copy(0, upload(inserting, self.device), behind), live, step)
+
+    def _tokens_then_latents(self, asked: list[int], live: list[int], step: int) -> None:
+        """Two passes, if anybody inserts: a weaver or a trigger looks at the tokens' states, or is asked meanwhile."""
+        static = self.static
+        if static is None:
+            everybody, embeddings = self._newest(live)
+            states = self._reasoner(embeddings, [everybody])
+            drawn = None
+        else:
+            self._run_static(static, live, step)
+            # Every row's next token, should it not insert.
+            drawn = static.outputs[:, : len(live)]
+            states = static.states[: len(live)]
+            if self.reads_states:
+                states = states.clone()  # The next step writes there again, and the weaver reads them later.
         for line, row in enumerate(live):
             if self.reads_states:
-                assert states is not None, "states were read first if the weaver reads them"
                 self.rows[row].weaver_pending.append(states[line : line + 1])
             else:
-                self.rows[row].weaver_unread.append(tokens[line])
-        inserting = self._decide_at_delimiter(asked, live, step, states)
-        latents = self._weave_unread(inserting, live) if inserting else []
-        segments = self._latent_segment(inserting, latents)
-        if not inserting:
-            return self._reasoner(embeddings, [everybody]) if states is None else states
-        if states is None:
-            packed = torch.cat([embeddings, *(block.to(embeddings.dtype) for block in latents)])
-            states = self._reasoner(packed, [everybody, *segments])
-            hidden, latent_states = states[: len(lines)], states[len(lines) :]
-        else:
-            hidden, latent_states = states, self._reasoner(torch.cat(latents), segments)
+                self.rows[row].weaver_unread.append(self.rows[row].tokens[-1])
+        probs = self._ask_at_delimiters(asked, live, states)
+        waited_for = [*([] if drawn is None else drawn), *([] if probs is None else [probs])]
+        numbers = _numbers(*waited_for) if waited_for else []
+        inserting = self._decide_at_delimiters(asked, [] if probs is None else numbers.pop(), live, step)
+        behind = self._read_latents(inserting, live) if inserting else None
+        if drawn is None:
+            hidden = (
+                states if behind is None else states.index_copy(0, upload(inserting, self.device), behind)
+            )
+            self._choose(hidden, live, step)
+            return
+        tokens, logprobs = numbers
+        if behind is not None:
+            again = _numbers(*self._drawn(behind, [live[line] for line in inserting], step))
+            for line, token, logprob in zip(inserting, *again, strict=True):
+                tokens[line], logprobs[line] = token, logprob
+        self._take(live, tokens, logprobs)
+
+    def _newest(self, live: list[int]) -> tuple[Segment, Tensor]:
+        """Every live row's newest token, to be fed: (n, H)."""
+        tokens = upload([self.rows[row].tokens[-1] for row in live], self.device)
+        return Segment(range(len(live)), [1] * len(live)), self.model.reasoner.backbone.embed(tokens)
+
+    def _run_static(self, static: StaticStep, live: list[int], step: int) -> None:
+        self.work["reasoner_forwards"] += 1
+        self.work["reasoner_positions"] += len(live)
+        static.run([self.rows[row].tokens[-1] for row in live], self._draws(live, step))
+
+    def _read_latents(self, inserting: list[int], live: list[int]) -> Tensor:
+        """Writes latents, reads them in a pass of their own and returns the states behind them."""
+        latents = self._weave_unread(inserting, live)
+        states = self._reasoner(torch.cat(latents), self._latent_segment(inserting, latents))
+        return self._insert_all(inserting, live, latents, states)
+
+    def _insert_all(
+        self, inserting: list[int], live: list[int], latents: list[Tensor], states: Tensor
+    ) -> Tensor:
+        """Records the insertions of a step. Returns the state behind each block, from those that were wanted."""
         sizes = self._latents_read(latents)
-        ends = torch.tensor(sizes, device=self.device).cumsum(0) - 1
-        for line, block, block_states in zip(inserting, latents, latent_states.split(sizes), strict=True):
+        for line, block, block_states in zip(inserting, latents, states.split(sizes), strict=True):
             answer = self.rows[live[line]]
             self._insert(answer, live[line], block, InsertionKind.INFERENCE)
             answer.inserted += 1
             if self.reads_states:
                 answer.weaver_pending = [block_states]
-        return hidden.index_copy(0, torch.tensor(inserting, device=self.device), latent_states[ends])
+        return states.index_select(0, upload(np.cumsum(sizes) - 1, self.device))
 
-    def _decide_at_delimiter(
-        self, asked: list[int], live: list[int], step: int, states: Tensor | None
+    def _ask_at_delimiters(self, asked: list[int], live: list[int], states: Tensor | None) -> Tensor | None:
+        if not asked:
+            return None
+        unread = []
+        for line in asked:
+            answer = self.rows[live[line]]
+            unread.append((answer.prompt + answer.tokens)[answer.trigger_read :])
+            answer.trigger_read = len(answer.prompt) + len(answer.tokens)
+        if not self.model.trigger.needs_states:
+            states = None
+        at = None if states is None else states.index_select(0, upload(asked, self.device))
+        return self._ask(Boundary(asked, unread, at))
+
+    def _decide_at_delimiters(
+        self, asked: list[int], probs: list[float], live: list[int], step: int
     ) -> list[int]:
         """Lines that insert now."""
-        probs: list[float] = []
-        if asked:
-            unread = []
-            for line in asked:
-                answer = self.rows[live[line]]
-                unread.append((answer.prompt + answer.tokens)[answer.trigger_read :])
-                answer.trigger_read = len(answer.prompt) + len(answer.tokens)
-            index = torch.tensor(asked, device=self.device)
-            probs = self._ask(Boundary(asked, unread, None if states is None else states[index]))
         by_line = dict(zip(asked, probs, strict=True))
         inserting = []
         for line, row in enumerate(live):
@@ -465,7 +546,7 @@ class _Decoder:
             row = self.rows[live[line]]
             new = row.weaver_pending
             if row.weaver_unread:
-                ids = torch.tensor(row.weaver_unread, device=self.device)
+                ids = upload(row.weaver_unread, self.device)
                 new = [*new, self.model.reasoner.backbone.embed(ids)]
             pieces += new
             counts.append(sum(piece.shape[0] for piece in new))
@@ -499,11 +580,12 @@ class _Decoder:
         blocks = list(latents.split(sizes))
         return blocks if self.intervene is None else self.intervene(rows, events, blocks)
 
-    def _ask(self, boundary: Boundary) -> list[float]:
+    def _ask(self, boundary: Boundary) -> Tensor:
+        """Probability of INVOKE for each row; not waited for yet. A constant one is on the host."""
         if self.trigger_cache is not None:
             self.work["trigger_forwards"] += 1
             self.work["trigger_positions"] += sum(len(ids) for ids in boundary.unread)
-        probs: list[float] = self.model.trigger.invoke_probs(boundary, self.trigger_cache).tolist()
+        probs: Tensor = self.model.trigger.invoke_probs(boundary, self.trigger_cache)
         return probs
 
     def _decide(self, index: int, row: _Row, prob: float, step: int) -> bool:
@@ -540,11 +622,9 @@ class _Decoder:
         for line, row in enumerate(rows):
             count = len(row.tokens)
             tokens[line, :count] = torch.tensor(row.tokens)
+            logprobs[line, :count] = torch.tensor(row.logprobs)
             decisions[line, :count] = torch.tensor(row.decisions[:count])
             probs[line, :count] = torch.tensor(row.invoke_probs[:count])
-        flat = torch.cat([drawn for _, drawn in self.drawn]).float().cpu()
-        steps = [step for step, (live, _) in enumerate(self.drawn) for _ in live]
-        logprobs[[row for live, _ in self.drawn for row in live], steps] = flat
         on = self.device
         return Generation(
             prompt=TokenBatch.from_rows([row.prompt for row in rows]).to(on),
@@ -558,3 +638,18 @@ class _Decoder:
             work=WorkCount(**self.work),
             latents=[row.latents for row in rows] if self.keep_latents else None,
         )
+
+
+def _numbers(*parts: Tensor) -> list[list[Any]]:
+    """Lines of numbers for the host, which waits for the device once for all of them."""
+    copied = iter(_one_copy([part for part in parts if not part.is_cpu]))
+    return [part.tolist() if part.is_cpu else next(copied) for part in parts]
+
+
+def _one_copy(parts: Sequence[Tensor]) -> list[list[float]]:
+    if not parts:
+        return []
+    sizes = [len(part) for part in parts]
+    # Token ids are exact in float64.
+    flat: list[float] = torch.cat([part.double() for part in parts]).tolist()
+    return [flat[end - size : end] for size, end in zip(sizes, np.cumsum(sizes), strict=True)]

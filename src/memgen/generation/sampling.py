@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,11 @@ class GenerationSettings:
     """Answers per prompt; the prompt is read once for all of them."""
     seed: int = 0
     """Seeds the rows that are not given a seed of their own."""
+    static_step: Literal["auto", "on", "off"] = "auto"
+    """Whether steps in which no row inserts have a fixed shape: auto on CUDA only, where they are recorded and replayed.
+
+    The answers are the same; a learned trigger is then asked while the reasoner reads the boundary token, so that latents
+    take a pass of their own."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -40,6 +45,8 @@ class GenerationSettings:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+        if self.static_step not in ("auto", "on", "off"):
+            raise ValueError(f"static_step must be auto, on or off, got {self.static_step!r}")
         if self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
 

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from memgen.kernels import reference
 from memgen.kernels.dispatch import Implementation, chosen, forced
-from memgen.kernels.reference import Logprobs, WovenRows
+from memgen.kernels.reference import Logprobs, WovenRows, chunk_rows
 
 __all__ = [
     "Implementation",
     "Logprobs",
     "WovenRows",
     "chosen",
+    "chunk_rows",
     "forced",
     "linear_logprob",
     "weave",

@@ -205,12 +205,26 @@ class Backbone(nn.Module):
         embeddings = embeddings.to(self.embedding.dtype)
         if self._directly is None and not hooked(self._layers[0]):
             self._probe()
-        direct = self._direct
-        # A strategy that shards the layers replaces them or hooks into their calls: then they must be called.
-        if direct is not None and self._layers[0] is direct.first and not direct.hooked:
+        if (direct := self._computed_directly()) is not None:
             return direct(embeddings, view, adapter, recompute=self._recompute)
         hidden = self._through_modules(embeddings, view, adapter)
         return hidden if view.read is None else hidden.index_select(0, view.read)
+
+    def _computed_directly(self) -> DirectDecoder | None:
+        direct = self._direct
+        # A strategy that shards the layers replaces them or hooks into their calls: then they must be called.
+        return (
+            direct if direct is not None and self._layers[0] is direct.first and not direct.hooked else None
+        )
+
+    def recordable(self) -> list[Tensor] | None:
+        """What a pass reads besides the weights, if its operations may be recorded and run again without it.
+
+        Whoever records a pass must keep these tensors. None: a decoder that is read through its modules, which may
+        look at values on the host, or one that has not been read yet.
+        """
+        direct = self._computed_directly()
+        return None if direct is None else direct.angles()
 
     def _through_modules(self, embeddings: Tensor, view: View, adapter: str | None = None) -> Tensor:
         with self._pass(view, adapter):

@@ -82,6 +82,15 @@ class View(ABC):
         """
 
 
+def upload(values: Sequence[int] | Sequence[float] | np.ndarray, device: torch.device) -> Tensor:
+    """Sends host numbers to a device. A GPU is not waited for: the copy is queued behind its work."""
+    host = torch.from_numpy(np.asarray(values))
+    if device.type == "cuda":
+        # An ordinary copy waits until everything before it is done. The pinned block is not reused before it is read.
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
+
+
 class Memory(ABC):
     """What a pass reads and extends."""
 
@@ -165,8 +174,8 @@ class _Padding:
             real = column < np.asarray(counts)[:, None]
             # A padded query repeats its row's first: it computes something finite that nobody reads.
             index = np.where(real, starts[:, None] + column, starts[:, None])
-            self.pad_index = torch.from_numpy(index.reshape(-1)).to(device)
-            self.unpad_index = torch.from_numpy(np.flatnonzero(real.reshape(-1))).to(device)
+            self.pad_index = upload(index.reshape(-1), device)
+            self.unpad_index = upload(np.flatnonzero(real.reshape(-1)), device)
 
     def pad(self, packed: Tensor) -> Tensor:
         """(1, heads, T, d) -> (R, heads, Q, d)."""
@@ -214,7 +223,7 @@ class _Narrowed:
 
     def index(self, device: torch.device) -> Tensor | None:
         """Packed positions that are wanted, or None for all."""
-        return None if self._all else torch.from_numpy(np.concatenate(self._index)).to(device)
+        return None if self._all else upload(np.concatenate(self._index), device)
 
 
 def _joined(outputs: list[Tensor], query: Tensor) -> Tensor:
@@ -252,8 +261,8 @@ def _row_segment(
     contiguous = list(rows) == list(range(rows[0], rows[0] + len(rows)))
     return _RowSegment(
         padding=padding,
-        rows=slice(rows[0], rows[0] + len(rows)) if contiguous else torch.tensor(list(rows), device=device),
-        masks=_Masks(torch.from_numpy(padded).to(device), slots),
+        rows=slice(rows[0], rows[0] + len(rows)) if contiguous else upload(rows, device),
+        masks=_Masks(upload(padded, device), slots),
         slots=slots,
         fresh=bool((starts == 0).all()) if fresh is None else fresh,
         aligned=padding.width == 1 and bool((starts == starts[0]).all()),
@@ -290,8 +299,8 @@ class _RowView(View):
             offset += int(counts.sum())
         self._parts, self._tails = parts, tails
         self.read = narrowed.index(cache.device)
-        self._rows = torch.from_numpy(np.concatenate(all_rows)).to(cache.device)
-        self.positions = torch.from_numpy(np.concatenate(all_positions)).to(cache.device)
+        self._rows = upload(np.concatenate(all_rows), cache.device)
+        self.positions = upload(np.concatenate(all_positions), cache.device)
         self.limit = max(part.slots for part in parts)
         only = parts[0]
         self._column = (
@@ -344,6 +353,51 @@ def _lines(buffer: Tensor, rows: Tensor | slice, slots: int) -> Tensor:
 
 
 @final
+class _OneEach(View):
+    """One position for each of a cache's first lines: the same shapes and the same storage in every such pass.
+
+    Args:
+        cache: the memory.
+        positions: of the lines, (R,); a tensor of the device, whose values may change between passes.
+        slots: how many slots of each line are read, S: more than any of the positions.
+    """
+
+    def __init__(self, cache: RowCache, positions: Tensor, slots: int) -> None:
+        self.positions = positions
+        self.limit = cache.capacity
+        self._cache = cache
+        self._count = positions.shape[0]
+        self._lines = torch.arange(self._count, device=cache.device)
+        self._slots = slots
+        self._masks = _Masks(positions[:, None], slots)
+
+    @override
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        *,
+        narrowed: bool = False,
+    ) -> Tensor:
+        assert not narrowed, "every position of this pass is wanted"
+        keys, values = self._cache.buffers(layer, key)
+        keys[self._lines, :, self.positions] = key[0].transpose(0, 1)
+        values[self._lines, :, self.positions] = value[0].transpose(0, 1)
+        attended = _grouped_attention(
+            query[0].transpose(0, 1)[:, :, None],  # (R, h, 1, d)
+            keys[: self._count, :, : self._slots],
+            values[: self._count, :, : self._slots],
+            self._masks.get(window, query.shape[1] // key.shape[1], query.dtype),
+            scale,
+        )
+        return attended[:, :, 0][None]
+
+
+@final
 class RowCache(Memory):
     """Preallocated keys and values, one line per row, for generation.
 
@@ -359,6 +413,11 @@ class RowCache(Memory):
         self._lengths = [0] * rows
         self._keys: dict[int, Tensor] = {}  # layer -> (rows, g, capacity, d)
         self._values: dict[int, Tensor] = {}
+
+    @property
+    def rows(self) -> int:
+        """Number of lines."""
+        return len(self._lengths)
 
     @override
     def length(self, row: int) -> int:
@@ -382,6 +441,23 @@ class RowCache(Memory):
                 self._lengths[row] += kept
         return view
 
+    def one_each(self, positions: Tensor, slots: int) -> View:
+        """Begins a pass of one position for each of the first lines, which does not depend on what the host knows.
+
+        No line becomes longer by it: `advance` says which lines keep the position.
+
+        Args:
+            positions: where each line's new position goes, on the device, (R,).
+            slots: how many slots of each line are read: more than any of the positions.
+        """
+        return _OneEach(self, positions, slots)
+
+    def advance(self, rows: Sequence[int]) -> None:
+        """Keeps one more position of each row."""
+        for row in rows:
+            assert self._lengths[row] < self.capacity, "a row fits into its line"
+            self._lengths[row] += 1
+
     def truncate(self, row: int, length: int) -> None:
         """Forgets what a row holds from position `length` on."""
         assert length <= self._lengths[row], "truncate shortens"
@@ -392,7 +468,7 @@ class RowCache(Memory):
         chosen = RowCache(len(rows), capacity, self.device)
         chosen._lengths = [self._lengths[row] for row in rows]
         used = max(chosen._lengths, default=0)
-        index = torch.tensor(list(rows), device=self.device)
+        index = upload(rows, self.device)
         for layer in self._keys:
             like = self._keys[layer]
             keys, values = chosen.buffers(layer, like)
@@ -428,8 +504,8 @@ class _Square:
         index = np.full(rows * slots, offset, dtype=np.int64)
         index[flat] = offset + np.arange(len(flat))
         self.shape = (rows, slots)
-        self.pad_index = torch.from_numpy(index).to(device)
-        self.unpad_index = torch.from_numpy(flat).to(device)
+        self.pad_index = upload(index, device)
+        self.unpad_index = upload(flat, device)
 
     def pad(self, packed: Tensor) -> Tensor:
         """(1, heads, T, d) -> (R, heads, S, d)."""
@@ -475,9 +551,9 @@ def _packed_segment(
     return _PackedSegment(
         padding=padding,
         square=_Square(where, column < counts, slots, offset, device) if square else None,
-        index=torch.from_numpy(index.reshape(-1)).to(device),
+        index=upload(index.reshape(-1), device),
         shape=(len(contexts), slots),
-        masks=_Masks(torch.from_numpy(where).to(device), slots),
+        masks=_Masks(upload(where, device), slots),
         fresh=fresh,
     )
 
@@ -515,7 +591,7 @@ class _PackedView(View):
         self.read = narrowed.index(store.device)
         packed = np.concatenate(positions)
         self.limit = int(packed.max()) + 1
-        self.positions = torch.from_numpy(packed).to(store.device)
+        self.positions = upload(packed, store.device)
 
     @override
     def attend(

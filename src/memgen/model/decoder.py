@@ -189,6 +189,10 @@ class DirectDecoder:
         """Whether something (a sharding strategy, say) wants to hear of calls that a direct computation leaves out."""
         return any(self._hooks)
 
+    def angles(self) -> list[Tensor] | None:
+        """The table of angles that passes read now; a longer stream makes another. None: each pass computes its own."""
+        return None if self._table is None else list(self._table)
+
     def __call__(
         self, embeddings: Float[Tensor, "time hidden"], view: View, adapter: str | None, *, recompute: bool
     ) -> Float[Tensor, "read hidden"]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from memgen.kernels import linear_logprob
+from memgen.kernels import chunk_rows, linear_logprob
 from memgen.model.backbone import Backbone
 from memgen.model.cache import View
 
@@ -67,7 +67,8 @@ class Reasoner(nn.Module):
         return linear_logprob(hidden, head.weight, targets, bias), None
 
     @torch.no_grad()
-    def predictions(self, hidden: Float[Tensor, "labels hidden"], chunk: int = 512) -> Int[Tensor, " labels"]:
-        """The most probable next token for each state."""
-        parts = [self.backbone.head(part).argmax(dim=-1) for part in hidden.split(chunk)]
+    def predictions(self, hidden: Float[Tensor, "labels hidden"]) -> Int[Tensor, " labels"]:
+        """The most probable next token for each state, without holding (labels, vocabulary)."""
+        head = self.backbone.head
+        parts = [head(part).argmax(dim=-1) for part in hidden.split(chunk_rows(head.weight))]
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.int64)

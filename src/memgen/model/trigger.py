@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone, BackboneConfig
-from memgen.model.cache import Memory, PackedStore, RowCache, Segment
+from memgen.model.cache import Memory, PackedStore, RowCache, Segment, upload
 from memgen.types import Decision, TokenBatch
 
 TriggerKind = Literal["always", "never", "random", "tokens", "hidden_states"]
@@ -162,7 +162,7 @@ class TokenTrigger(Trigger):
         """Hidden states of the new tokens, packed: of the last ones of each row if fewer are wanted than are read."""
         counts = [len(ids) for ids in unread]
         assert min(counts) > 0, "a boundary lies behind a token that the trigger has not read"
-        ids = torch.tensor([token for row in unread for token in row], device=self.backbone.device)
+        ids = upload([token for row in unread for token in row], self.backbone.device)
         view = memory.open([Segment(rows=rows, counts=counts, read=wanted)])
         hidden: Tensor = self.backbone(self.backbone.embed(ids), view, self.adapter)
         return hidden
