@@ -2,7 +2,11 @@
 # make demo    the whole pipeline on the embedded default, ending in a table of results
 # make test    every test that needs no GPU
 # make test-slow  what takes minutes: two processes, the whole pipeline on the lab; a skipped test fails
+# make test-with MARKS="sandbox or slurm"  tests that need more than Python (bubblewrap, SLURM, a browser, ...); a skipped
+#              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld
+# make test-slurm  a SLURM of two made-up nodes on this machine, and the tests that need one (root; docs/slurm.md)
 # make bench-performance  every figure of docs/performance.md, about 20 minutes
+# make bench-scale  every stage under every strategy on two CPU processes, killed and resumed; the tables of docs/scale.md
 # make check   lint, format, types, import directions, spelling
 #
 # Variables: PYTHON (an interpreter >= 3.11), VENV (where the environment goes), TORCH_INDEX (another package index
@@ -21,7 +25,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= true
 
-.PHONY: setup demo test test-slow check test-gpu bench-lab bench-performance format
+.PHONY: setup demo test test-slow test-with test-slurm check test-gpu bench-lab bench-performance bench-scale format
 
 setup: $(STAMP)
 
@@ -43,7 +47,14 @@ test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not sandbox" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: setup
-	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not sandbox and not alfworld and not scienceworld" $(PYTEST_ARGS)
+	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not sandbox" $(PYTEST_ARGS)
+
+test-with: setup
+	@test -n "$(MARKS)" || { echo 'make test-with: name the tests: make test-with MARKS="sandbox or slurm"' >&2; exit 1; }
+	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "($(MARKS)) and not gpu" $(PYTEST_ARGS)
+
+test-slurm: setup
+	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
@@ -75,3 +86,8 @@ bench-performance: setup
 	$(BIN)/memgen bench memory --json $(PERFORMANCE)/memory.json
 	$(BIN)/memgen bench kernels --json $(PERFORMANCE)/kernels.json
 	$(BIN)/python -m memgen.bench.report
+
+# Every stage under every strategy, and the tables of docs/scale.md. Two CPU processes; about 10 minutes.
+bench-scale: setup
+	$(BIN)/python -m memgen.bench.scale_runs
+	$(BIN)/python -m memgen.bench.scale_report

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memgen.chat import CHATML, ConversationTokens, Turn, conversation_ids, load_tokenizer, prompt_ids
 from memgen.environments.base import Environment, Example, InteractiveEnvironment, Split
+from memgen.environments.trajectories import Trajectories
 from memgen.types import TokenBatch
 
 log = logging.getLogger(__name__)
@@ -552,6 +553,7 @@ class EnvironmentData(LightningDataModule):
         tokenizer: str = "lab:reasoner",
         chat_template: Literal["tokenizer", "chatml"] = "tokenizer",
         learn_from: Literal["answers", "rollouts"] = "answers",
+        trajectories: str | None = None,
         batch_size: int = 8,
         val_batch_size: int = 16,
         max_length: int = 1024,
@@ -574,6 +576,8 @@ class EnvironmentData(LightningDataModule):
             tokenizer: a directory, a name of the hub, or an asset's name for `resolve_asset`.
             chat_template: "tokenizer": the tokenizer's template if it has one, else ChatML; "chatml": ChatML.
             learn_from: "answers": the reference completions; "rollouts": what the agent itself does.
+            trajectories: a file of `memgen collect`: its conversations are learned from in place of the training
+                split's reference completions. Validation and test stay the environment's.
             batch_size: training items per rank and step, or per rank and rollout.
             val_batch_size: items per rank and step in validation, test and predict.
             max_length: tokens a conversation may have, latents not counted; longer ones are dropped and counted.
@@ -606,6 +610,11 @@ class EnvironmentData(LightningDataModule):
         ):
             if value is not None and value < least:
                 raise ValueError(f"data.{name} must be at least {least}, got {value}")
+        if trajectories is not None and learn_from == "rollouts":
+            raise ValueError(
+                f"data.trajectories is {trajectories}, but data.learn_from is rollouts, which learns from none; leave "
+                "one of them out"
+            )
         # A rank has no test item if there are more ranks than items.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.environment = environment
@@ -613,6 +622,7 @@ class EnvironmentData(LightningDataModule):
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.learn_from = learn_from
+        self.trajectories = trajectories
         self.steps_per_rollout = 1
         """Training steps that one rollout serves; set by a stage that learns from rollouts."""
         self.batch_size = batch_size
@@ -653,7 +663,7 @@ class EnvironmentData(LightningDataModule):
         self.resolve_asset(self.tokenizer)
 
     def setup(self, stage: str) -> None:
-        """Tokenises the splits of a stage (fit, validate, test, predict).
+        """Tokenises the splits of a stage (fit, validate, test, predict; collect: the training split alone).
 
         Raises:
             FileNotFoundError: if the data or the tokenizer is absent.
@@ -667,8 +677,10 @@ class EnvironmentData(LightningDataModule):
                 splits = ("val",)
             case "test" | "predict":
                 splits = ("test",)
+            case "collect":
+                splits = ("train",)
             case _:
-                raise ValueError(f"stage must be fit, validate, test or predict, got {stage!r}")
+                raise ValueError(f"stage must be fit, validate, test, predict or collect, got {stage!r}")
         for split in splits:
             if split not in self.items:
                 self.items[split] = self._tokenized(split)
@@ -769,8 +781,9 @@ class EnvironmentData(LightningDataModule):
 
     def _tokenized(self, split: Split) -> list[Item]:
         """The items of a split that are short enough."""
-        name = self.environment.name
-        examples = self.environment.examples(split)
+        source = self._source(split)
+        name = source.name
+        examples = source.examples(split)
         examples = examples[: self.limits[split]]
         if not examples:
             if split != "val":
@@ -781,7 +794,7 @@ class EnvironmentData(LightningDataModule):
         items, excess = [], []
         for example in examples:
             try:
-                item, over = self._item(example, split)
+                item, over = self._item(source, example, split)
             except ValueError as error:
                 raise ValueError(f"{name}, {split} item {example.id}: {error}") from error
             if over > 0:
@@ -813,16 +826,35 @@ class EnvironmentData(LightningDataModule):
     def _place(self) -> str:
         return "" if self.path is None else f" from {self.path}"
 
-    def _item(self, example: Example, split: Split) -> tuple[Item, int]:
+    def _source(self, split: Split) -> Environment:
+        """Whose items a split has."""
+        if split != "train" or self.trajectories is None or self.learn_from != "answers":
+            return self.environment
+        source = Trajectories(self.trajectories)
+        others = source.collected_on() - {self.environment.name}
+        if others and self._rank == 0:
+            log.warning(
+                "%s was collected on %s, not on %s",
+                self.trajectories,
+                ", ".join(sorted(others)),
+                self.environment.name,
+            )
+        return source
+
+    def _item(self, environment: Environment, example: Example, split: Split) -> tuple[Item, int]:
         """An item's tokens, and how many there are beyond a limit."""
-        tokenizer, environment = self.tokenizer_object, self.environment
+        tokenizer = self.tokenizer_object
         prompt: list[int] = []
         conversation = None
         if split != "test" and self.learn_from == "answers":
             conversation = conversation_ids(tokenizer, environment.conversation(example), self.template)
+            # Answers that the prompt shows as examples are read, not learned.
+            shown = sum(message["role"] == "assistant" for message in environment.messages(example))
             # What follows the last turn teaches nothing.
             conversation = dataclasses.replace(
-                conversation, ids=conversation.ids[: conversation.turns[-1].end]
+                conversation,
+                ids=conversation.ids[: conversation.turns[-1].end],
+                turns=conversation.turns[shown:],
             )
         # The prompt of an interactive task may need its first observation: the rollout looks after it.
         if not isinstance(environment, InteractiveEnvironment):

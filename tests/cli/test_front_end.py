@@ -120,7 +120,7 @@ def test_ui_prints_the_command_of_mlflow(tmp_path, monkeypatch, capsys):
     assert front_end.main(["ui", "--print", "--port", "7"]) == 0
     assert (
         capsys.readouterr().out
-        == "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port 7\n"
+        == "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port 7 --workers 1\n"
     )
 
 

@@ -106,8 +106,10 @@ def test_real_text_trains_with_a_falling_loss_and_is_recorded(folder, capsys):
     assert sum(losses[-10:]) / 10 < sum(losses[:10]) / 10 - 0.05
     files = {item.path for item in client.list_artifacts(record.info.run_id, "config")}
     assert {"config/resolved.yaml", "config/raw", "config/packages.txt"} <= files
-    checkpoint = {item.path for item in client.list_artifacts(record.info.run_id, "checkpoint")}
-    assert checkpoint == {"checkpoint/memgen.json", "checkpoint/weaver.safetensors"}
+    (best,) = client.list_artifacts(record.info.run_id, "checkpoints")
+    assert best.path == "checkpoints/step_000060_best"
+    checkpoint = {Path(item.path).name for item in client.list_artifacts(record.info.run_id, best.path)}
+    assert checkpoint == {"memgen.json", "weaver.safetensors"}
     (sample,) = client.list_artifacts(record.info.run_id, "samples")
     page = Path(client.download_artifacts(record.info.run_id, sample.path)).read_text()
     assert "4 latents" in page
@@ -153,17 +155,13 @@ def test_a_run_resumed_in_mid_epoch_ends_where_an_uninterrupted_one_does(folder)
     steps = (
         "--trainer.max_epochs=3",
         "--trainer.max_steps=12",
-        "--trainer.callbacks.1.init_args.every_n_train_steps=7",
-        "--trainer.callbacks.1.init_args.save_top_k=-1",
+        "--trainer.callbacks.1.init_args.every_n_steps=7",
+        "--trainer.callbacks.1.init_args.keep=100",
     )
     assert small_run(folder, *steps) == 0
     run = (folder / "runs/weaver_sft/latest").resolve()
     whole = load_file(run / "last/weaver.safetensors")
-    (saved,) = [
-        path
-        for path in (run / "resume").glob("*.ckpt")
-        if path.name != "last.ckpt" and torch.load(path, weights_only=True)["global_step"] == 7
-    ]
+    saved = run / "resume" / "step_000007.ckpt"
     (run / "last/weaver.safetensors").unlink()
     assert small_run(folder, *steps, "--ckpt_path", str(saved)) == 0
     # The resumed run goes on in its folder.

@@ -12,6 +12,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from memgen.generation.sampling import GenerationSettings
 from memgen.objectives.grpo import PolicySettings
 from memgen.training.rollouts import UpdateSettings
+from memgen.training.trigger_rl import TriggerRL
+from memgen.training.weaver_grpo import WeaverGRPO
 from rl_runs import Countdown, make_data, make_grpo, make_trigger
 from sft_runs import make_trainer
 from training_records import Recorded
@@ -28,16 +30,8 @@ class Unequal(Countdown):
         super().__init__((1, 5))
 
 
-def main(ranks: int, base: Path, out: Path, kind: str) -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    recorded = Recorded()
-    trainer = make_trainer(
-        out.parent,
-        devices=ranks,
-        strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
-        max_steps=3,
-        callbacks=[recorded],
-    )
+def rl_stage(kind: str, base: Path) -> WeaverGRPO | TriggerRL:
+    """A stage that makes two passes over each rollout, with a reference."""
     loss, make = ("dapo", make_grpo) if kind == "weaver" else ("grpo", make_trigger)
     stage = make(
         base,
@@ -55,6 +49,20 @@ def main(ranks: int, base: Path, out: Path, kind: str) -> None:
                 stage.memgen.reasoner.end_at(token)
 
         stage.on_train_start = on_train_start
+    return stage
+
+
+def main(ranks: int, base: Path, out: Path, kind: str) -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    recorded = Recorded()
+    trainer = make_trainer(
+        out.parent,
+        devices=ranks,
+        strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
+        max_steps=3,
+        callbacks=[recorded],
+    )
+    stage = rl_stage(kind, base)
     trainer.fit(stage, make_data(base, Unequal(), batch_size=2 // ranks))
     result = {
         "gradients": recorded.steps,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from launched import launch
 from sft_runs import TARGETS, assert_gradients_close, save_tiny
 from tolerance import assert_close
 
@@ -21,33 +18,6 @@ WORKER = Path(__file__).with_name("two_ranks_worker.py")
 def run(ranks: int, base: Path, out: Path, targets: list[str], accumulate: int = 1) -> list[dict]:
     """What each rank of a supervised run wrote."""
     return launch(WORKER, ranks, base, out, json.dumps(targets), str(accumulate))
-
-
-def launch(worker: Path, ranks: int, base: Path, out: Path, *arguments: str) -> list[dict]:
-    """What each rank wrote."""
-    environment = os.environ | {
-        "PYTHONPATH": str(worker.parents[1]),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    # Started under a launcher, Lightning would not launch the second process itself; and a seed that another test
-    # left behind would be set again in every rank of a launch, but not in a single process.
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"):
-        environment.pop(name, None)
-    command = [sys.executable, str(worker), str(ranks), str(base), str(out), *arguments]
-    log = out.with_suffix(".log")
-    with log.open("w") as file:
-        # A session of its own, so that a rank that waits for the other in vain can be ended with it.
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-        try:
-            code = process.wait(timeout=120)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            code = "none: the ranks wait for each other"
-    assert code == 0, f"exit code {code}\n{log.read_text()[-4000:]}"
-    return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(ranks)]
 
 
 # Half of the answers have no delimiter, so that a rank may insert nothing inside its answers.

@@ -15,6 +15,7 @@ from memgen.objectives.grpo import (
     PolicyLoss,
     PolicySettings,
     Window,
+    entropy_threshold,
     group_advantages,
     kl_penalty,
     merge_stats,
@@ -603,6 +604,17 @@ def test_the_tokens_kept_are_those_of_highest_entropy(tokens, share):
         lowest = entropy[kept].min()
         assert int((entropy[mask] > lowest).sum()) < wanted
         assert bool((entropy[mask & ~kept] < lowest).all())
+
+
+def test_the_threshold_is_the_least_entropy_that_is_kept():
+    entropy = torch.tensor([0.5, 0.1, 0.9, 0.3])
+    for share, least in ((0.25, 0.9), (0.5, 0.5), (1.0, 0.1), (0.01, 0.9)):
+        assert float(entropy_threshold(entropy, share)) == pytest.approx(least)
+        marked = entropy >= entropy_threshold(entropy, share)
+        assert torch.equal(top_entropy_mask(entropy[None], torch.ones(1, 4).bool(), share)[0], marked)
+    assert float(entropy_threshold(torch.zeros(0), 0.5)) == torch.inf
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got 1.5"):
+        entropy_threshold(entropy, 1.5)
 
 
 def test_tokens_out_of_focus_keep_their_kl_but_have_no_surrogate():

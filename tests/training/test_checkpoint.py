@@ -23,7 +23,7 @@ from memgen.model.boundary import BoundaryConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.trigger import TriggerConfig
 from memgen.model.weaver import WeaverConfig
-from memgen.training import checkpoint
+from memgen.training import checkpoint, durable
 from memgen.training.checkpoint import (
     CheckpointError,
     export_released,
@@ -316,7 +316,7 @@ def fill(kind: str, monkeypatch) -> None:
         case "header":
             monkeypatch.setattr(Path, "write_text", full)
         case "exchange":
-            monkeypatch.setattr(checkpoint, "_exchange", full)
+            monkeypatch.setattr(durable, "_exchange", full)
 
 
 @pytest.mark.parametrize("step", ["tensors", "sync", "header", "exchange"])
@@ -358,7 +358,7 @@ def test_a_disk_that_really_is_full_leaves_the_old_checkpoint_as_it_was(tmp_path
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "set aside"])
 def test_a_checkpoint_is_replaced_whole(saved, monkeypatch, exchanges):
     if not exchanges:
-        monkeypatch.setattr(checkpoint, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(durable, "_exchange", lambda one, other: False)
     model = tiny_memgen(trigger="tokens")
     save_checkpoint(model, CONFIG, saved, with_trigger=True)
     save_checkpoint(model, CONFIG, saved, with_trigger=False)
@@ -380,87 +380,95 @@ def test_what_is_no_checkpoint_is_never_replaced(tmp_path):
     without_leftovers(tmp_path, "empty", "thesis.tex")
 
 
-WRITER = """
-import sys
-from pathlib import Path
-import torch
-from memgen.training import checkpoint
-from test_checkpoint_writer import CONFIG, tiny_memgen
-
-if line.strip() == "set aside":
-    checkpoint._exchange = lambda one, other: False
-model = tiny_memgen()
-count = 0
-while True:
-    count += 1
-    for parameter in model.weaver.own_parameters().values():
-        parameter.data.fill_(count)
-    checkpoint.save_checkpoint(model, CONFIG, Path(sys.argv[1]), with_trigger=False)
-    print(count, flush=True)
-"""
-
-
-def test_a_writer_killed_at_any_moment_leaves_one_whole_checkpoint(tmp_path):
-    directory = tmp_path / "run" / "last"
-    (tmp_path / "test_checkpoint_writer.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-        "from tiny import LORA, tiny_memgen\n"
-        "from memgen.model.memgen import MemGenConfig\n"
-        "from memgen.model.weaver import WeaverConfig\n"
-        "CONFIG = MemGenConfig(weaver=WeaverConfig(lora=LORA, prompt_latents=3, inference_latents=2))\n"
-    )
-    model = tiny_memgen()
-    moments = random.Random(0)
-    # One process that forks a writer per round: the interpreter starts once.
-    forker = FORKER + WRITER.replace("import sys\n", "", 1)
-    (tmp_path / "writer.py").write_text(forker)
+@pytest.fixture(scope="module")
+def writers(tmp_path_factory):
+    """A warm process that forks a writer for each order: the interpreter starts once."""
+    folder = tmp_path_factory.mktemp("writers")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(
-        [sys.executable, "writer.py", str(directory)],
-        cwd=tmp_path,
+        [sys.executable, str(Path(__file__).with_name("killed_writer.py"))],
+        cwd=folder,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=environment,
     ) as server:
+        yield server
         assert server.stdin is not None
-        assert server.stdout is not None
-        for way in ("exchange", "set aside") * 8:
-            server.stdin.write(f"{way}\n")
-            server.stdin.flush()
-            pid = int(server.stdout.readline())
-            assert int(server.stdout.readline()) == 1
-            time.sleep(moments.uniform(0.0, 0.05))
-            os.kill(pid, signal.SIGKILL)
-            while (line := server.stdout.readline().strip()) != "dead":
-                assert line.isdecimal()
-            load_checkpoint(model, directory)
-            values = torch.cat(
-                [p.detach().flatten() for p in model.weaver.own_parameters().values()]
-            ).unique()
-            assert len(values) == 1, f"tensors of several saves in one checkpoint: {values}"
-            assert float(values) >= 1
         server.stdin.close()
+
+
+def killed(server, way: str, target: Path, moments: random.Random) -> int:
+    """A writer that is killed at a random moment after its first save; how many saves it said it had finished."""
+    server.stdin.write(f"{way}\t{target}\n")
+    server.stdin.flush()
+    pid = int(server.stdout.readline())
+    assert int(server.stdout.readline()) == 1
+    time.sleep(moments.uniform(0.0, 0.05))
+    os.kill(pid, signal.SIGKILL)
+    count = 1
+    while (line := server.stdout.readline().strip()) != "dead":
+        count = int(line)
+    return count
+
+
+@pytest.mark.parametrize("way", ["exchange", "set aside"])
+def test_a_writer_killed_at_50_moments_always_leaves_one_whole_checkpoint(way, tmp_path, writers):
+    directory = tmp_path / "run" / "last"
+    model = tiny_memgen()
+    moments = random.Random(0)
+    for _ in range(50):
+        finished = killed(writers, way, directory, moments)
+        load_checkpoint(model, directory)
+        values = torch.cat([p.detach().flatten() for p in model.weaver.own_parameters().values()]).unique()
+        assert len(values) == 1, f"tensors of several saves in one checkpoint: {values}"
+        assert finished <= float(values) <= finished + 1
+        # Of all the killed writers, only what the last one was at is left.
+        names = {path.name for path in directory.parent.iterdir()} - {"last", ".last.old"}
+        assert len(names) <= 1, names
     save_checkpoint(model, CONFIG, directory, with_trigger=False)
-    assert directory.is_dir()
-    assert not (tmp_path / "run" / ".last.old").exists()
+    without_leftovers(directory.parent, "last")
 
 
-FORKER = """
-import os
-import sys
-import memgen.training.checkpoint
-import test_checkpoint_writer
+@pytest.mark.parametrize("way", ["file", "directory"])
+def test_a_writer_of_ckpts_killed_at_50_moments_always_leaves_a_whole_last_one(way, tmp_path, writers):
+    """As Lightning's checkpoints are written: one process writes a file, several (DeepSpeed) write a directory."""
+    moments = random.Random(1)
+    newest = 0
+    for _ in range(50):
+        finished = killed(writers, way, tmp_path, moments)
+        last = (tmp_path / "last.ckpt").resolve()
+        parts = [last] if way == "file" else sorted(last.iterdir())
+        assert len(parts) == (1 if way == "file" else 2)
+        counts = {float(torch.load(part, weights_only=True)["tensor"].unique()) for part in parts}
+        assert len(counts) == 1
+        (count,) = counts
+        assert newest + finished <= count <= newest + finished + 1
+        newest = count
+    durable.sweep(tmp_path)
+    assert sum(path.name.startswith(".") for path in tmp_path.iterdir()) == 0
+    assert len(list(tmp_path.glob("step_*.ckpt"))) <= 2
 
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        print(os.getpid(), flush=True)
-        break
-    os.waitpid(pid, 0)
-    print("dead", flush=True)
-else:
-    sys.exit(0)
-"""
+
+def test_leftovers_of_dead_writers_are_removed_and_those_of_living_ones_are_not(tmp_path):
+    mine = durable.temporary_beside(tmp_path / "last")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        stem = mine.name.removesuffix(mine.name[-9:])
+        host = stem.removeprefix(".last.new-").rpartition("-")[0]
+        living = tmp_path / f".last.new-{host}-{other.pid}-00000000"
+        elsewhere = tmp_path / ".last.new-another-host-1-00000000"
+        abandoned = tmp_path / ".last.new-another-host-2-00000000"
+        reborn = tmp_path / f".last.new-{host}-{os.getpid()}-00000000"
+        for path in (mine, living, elsewhere, abandoned, reborn, tmp_path / ".last.new-of-a-person"):
+            path.mkdir()
+        os.utime(abandoned, (0, 0))
+        assert set(durable.sweep(tmp_path, "best")) == set()
+        assert set(durable.sweep(tmp_path, "last")) == {abandoned, reborn}
+        other.communicate(b"\n")
+    assert durable.sweep(tmp_path) == [living]
+    without_leftovers(tmp_path, mine.name, elsewhere.name, ".last.new-of-a-person")
+    durable.discard(mine)
+    assert not mine.exists()
 
 
 @pytest.mark.parametrize("moment", ["before the new one stands", "before the old one is gone"])
@@ -485,7 +493,7 @@ def test_a_writer_killed_where_directories_cannot_be_exchanged_leaves_something_
         save_checkpoint(old, CONFIG, aside, with_trigger=False)
         load_checkpoint(new, saved)
         assert_same(trained_tensors(new), trained_tensors(model))
-    monkeypatch.setattr(checkpoint, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(durable, "_exchange", lambda one, other: False)
     save_checkpoint(model, CONFIG, saved, with_trigger=False)
     without_leftovers(saved.parent, saved.name)
     load_checkpoint(new, saved)

@@ -120,6 +120,21 @@ def test_the_divergence_from_the_start_grows_from_zero(base, tmp_path, kind):
     assert divergences[2] > 1e-6
 
 
+def test_equal_rewards_teach_while_invocations_cost(base, tmp_path, caplog):
+    class Silence(Vowels):
+        def reward(self, example, answer):
+            return Reward(1.0)
+
+    for penalty, said in ((0.2, 0), (0.0, 1)):
+        caplog.clear()
+        stage = make_trigger(base, objective=TriggerSettings(penalty=penalty))
+        with caplog.at_level(logging.WARNING):
+            _, recorded = run(base, tmp_path, stage, make_data(base, Silence()))
+        assert recorded.metrics[0]["rollout/dead_groups"] == 1.0
+        assert caplog.text.count("every group of this rollout has equal rewards") == said
+        assert caplog.text.count("all answers are right") == said
+
+
 def test_an_untrained_weaver_is_refused_unless_told_to(base, tmp_path):
     def fresh(**settings):
         return TriggerRL(
@@ -153,6 +168,30 @@ def test_a_constant_trigger_is_told_once(base, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         make_trainer(tmp_path, max_steps=3).fit(stage, make_data(base))
     assert caplog.text.count("the trigger invokes at every boundary of this rollout") == 1
+
+
+def test_invocations_are_told_of_each_kind_of_item(base, tmp_path):
+    class Mixture(Vowels):
+        """Items of an even number are of one kind, the others of another."""
+
+        def reward(self, example, answer):
+            reward = super().reward(example, answer)
+            kind = "even" if int(example.id.rpartition("-")[2]) % 2 == 0 else "odd"
+            return Reward(reward.total, {f"{kind}/vowels": reward.total})
+
+    stage = make_trigger(base)
+    _, recorded = run(base, tmp_path, stage, make_data(base, Mixture(2), batch_size=2))
+    (part,) = recorded.parts
+    for kind, rest in (("even", 0), ("odd", 1)):
+        episodes = [t for t in part.trajectories if int(t.example.rpartition("-")[2]) % 2 == rest]
+        invocations = sum(t.invocations for t in episodes) / len(episodes)
+        assert recorded.metrics[0][f"trigger/invocations_{kind}"] == pytest.approx(invocations)
+        rewards = sum(t.reward for t in episodes) / len(episodes)
+        assert recorded.metrics[0][f"rollout/reward_{kind}/vowels"] == pytest.approx(rewards)
+    (results,) = make_trainer(tmp_path).test(stage, make_data(base, Mixture(2)), verbose=False)
+    # Of the three test items two are even.
+    even, odd = (results[f"test/reward_{kind}/vowels"] for kind in ("even", "odd"))
+    assert results["test/reward"] == pytest.approx((2 * even + odd) / 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
 
+from launched import launch
 from memgen.data import PromptBatch, PromptIndex
 from memgen.generation.rollout import EpisodeSettings
 from memgen.generation.sampling import GenerationSettings
 from memgen.objectives.grpo import PolicySettings
+from memgen.training import cycle
 from memgen.training.optimizer import OptimizerSettings
 from memgen.training.rollouts import UpdateSettings
 from rl_runs import Countdown, Vowels, make_data, make_grpo
@@ -116,6 +121,63 @@ def test_entropy_is_that_of_the_distribution_the_tokens_were_drawn_from(base, tm
     assert recorded.metrics[0]["train/focused"] == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.parametrize("environment", [Vowels(), Countdown((1, 2, 3))], ids=["one turn", "several turns"])
+def test_the_tokens_in_focus_are_those_of_the_whole_step_however_it_is_cut(base, tmp_path, environment):
+    results = []
+    for accumulate in (1, 4):
+        stage = make_grpo(base, policy=PolicySettings(loss="dapo", top_entropy=0.3))
+        data = make_data(base, environment)
+        _, recorded = run(
+            base, tmp_path, stage, data, accumulate_grad_batches=accumulate, max_steps=1, max_epochs=1
+        )
+        results.append(recorded)
+    whole, cut = results
+    (part,) = whole.parts
+    tokens = part.window.tokens
+    assert int(part.focus.sum()) == round(0.3 * tokens)
+    assert sum(int(p.focus.sum()) for p in cut.parts) == round(0.3 * tokens)
+    # Every micro-batch's own share would be another.
+    shares = [int(p.focus.sum()) / sum(t.tokens for t in p.trajectories) for p in cut.parts]
+    assert max(shares) - min(shares) > 0.05
+    assert_gradients_close("gradient", cut.steps[0], whole.steps[0])
+
+
+def test_every_minibatch_has_a_focus_of_its_own_and_keeps_it_in_every_pass(base, tmp_path):
+    stage = make_grpo(
+        base, policy=PolicySettings(top_entropy=0.4), update=UpdateSettings(iterations=2, minibatches=2)
+    )
+    _, recorded = run(base, tmp_path, stage, max_steps=4)
+    for part in recorded.parts[:2]:
+        assert int(part.focus.sum()) == round(0.4 * part.window.tokens)
+    for first, second in zip(recorded.parts[:2], recorded.parts[2:], strict=True):
+        assert first.focus is second.focus
+
+
+def test_episodes_that_were_left_out_are_in_no_focus(base, tmp_path):
+    stage = make_grpo(base, policy=PolicySettings(mask_truncated=True, top_entropy=0.5))
+    _, recorded = run(base, tmp_path, stage, make_data(base, Countdown((2, 2), fails={0: 1})))
+    (part,) = recorded.parts
+    for trajectory, line in zip(part.trajectories, part.focus, strict=True):
+        if trajectory.fault is not None or trajectory.truncated:
+            assert not line.any()
+    every = Countdown((2, 2), fails={0: 1, 1: 1})
+    stage = make_grpo(base, policy=PolicySettings(top_entropy=0.5))
+    assert run(base, tmp_path, stage, make_data(base, every))[1].losses == [0.0]
+
+
+def test_two_ranks_focus_on_the_tokens_that_one_does(base, tmp_path):
+    worker = Path(__file__).with_name("focus_ranks_worker.py")
+    one, two = (launch(worker, ranks, base, tmp_path / str(ranks), seconds=300) for ranks in (1, 2))
+    # Ranks take turns with the items, so an item's episodes are found by its name.
+    together = {name: line for rank in two for name, line in rank["focus"].items()}
+    assert together == one[0]["focus"]
+    # Each rank's own share would be another.
+    shares = [rank["focused"] / rank["tokens"] for rank in two]
+    assert abs(shares[0] - shares[1]) > 0.01
+    for rank in two:
+        assert_gradients_close("gradient", rank["gradient"], one[0]["gradient"])
+
+
 def test_episodes_that_the_environment_failed_teach_nothing(base, tmp_path, caplog):
     environment = Countdown((2, 2), fails={0: 1})
     _, recorded = run(base, tmp_path, make_grpo(base), make_data(base, environment))
@@ -166,6 +228,81 @@ def test_dead_groups_and_truncation_are_told_once(base, tmp_path, caplog):
     assert caplog.text.count("every group of this rollout has equal rewards") == 1
     assert caplog.text.count("were cut at their limit") == 1
     assert caplog.text.count("the gradient is exactly 0") == 1
+
+
+def test_a_run_says_what_a_person_needs_to_see(base, tmp_path):
+    stage = make_grpo(base, policy=PolicySettings(kl=0.01))
+    _, recorded = run(base, tmp_path, stage, max_steps=2)
+    every = recorded.metrics[1]
+    assert {
+        *("rollout/reward", "rollout/reward_std", "rollout/reward_vowels", "rollout/reward_vowels_std"),
+        *("rollout/exact_match", "rollout/tokens", "rollout/truncated", "rollout/dead_groups"),
+        *("train/loss", "train/gradient_norm", "train/entropy", "train/kl", "train/k1", "train/k3"),
+        *("train/clip_low", "train/clip_high", "train/ratio_min", "train/ratio_max"),
+        *("trigger/invocation_rate_prompt", "trigger/invocation_rate_inference", "trigger/invocations"),
+        *("latents/norm", "latents/norm_over_embedding", "latents/slot_cosine"),
+        *("rollout/logprob_drift", "rollout/logprob_drift_max"),
+        *("perf/rollout_tokens_per_second", "perf/update_tokens_per_second", "perf/process_memory_bytes"),
+    } <= set(every)
+    (part,) = recorded.parts[1:]
+    rewards = torch.tensor([t.parts["vowels"] for t in part.trajectories])
+    assert every["rollout/reward_vowels_std"] == pytest.approx(float(rewards.std(correction=0)), rel=1e-4)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_what_costs_time_is_measured_at_the_steps_whose_metrics_are_kept(base, tmp_path, iterations):
+    class Kept(Logger):
+        name, version, kept = "kept", 0, {}
+
+        def log_hyperparams(self, *_, **__):
+            pass
+
+        def log_metrics(self, metrics, step=None):
+            self.kept[step] = dict(metrics)
+
+    logger = Kept()
+    stage = make_grpo(base, update=UpdateSettings(iterations=iterations))
+    _, recorded = run(base, tmp_path, stage, logger=logger, max_steps=10, log_every_n_steps=5)
+    assert sorted(logger.kept) == [4, 9]
+    entropies = [logger.kept[step]["train/entropy"] for step in (4, 9)]
+    assert entropies[0] != entropies[1]
+    # Nothing is left from an earlier step: each is of the step that it is filed under.
+    for step, entropy in zip((4, 9), entropies, strict=True):
+        assert (
+            entropy
+            == recorded.metrics[step]["train/entropy"]
+            != recorded.metrics[step - 1].get("train/entropy")
+        )
+        assert logger.kept[step]["latents/norm"] > 0
+
+
+def test_the_time_of_an_update_has_its_backward_pass(base, tmp_path):
+    stage = make_grpo(base, rollout=ROLLOUT)
+
+    def slow(loss):
+        time.sleep(0.3)
+
+    stage.on_before_backward = slow
+    _, recorded = run(base, tmp_path, stage, max_steps=2)
+    tokens = sum(t.tokens for t in recorded.parts[0].trajectories)
+    assert 0 < recorded.metrics[1]["perf/update_tokens_per_second"] < tokens / 0.3
+
+
+def test_pages_of_rollouts_show_woven_places_and_rewards(base, tmp_path, monkeypatch):
+    pages = {}
+    monkeypatch.setattr(cycle, "log_samples", lambda loggers, samples, name: pages.update({name: samples}))
+    stage = make_grpo(base, samples_every=2)
+    _, recorded = run(base, tmp_path, stage, max_steps=5)
+    assert list(pages) == ["rollout_step_000000", "rollout_step_000002", "rollout_step_000004"]
+    for name, samples in pages.items():
+        part = recorded.parts[int(name[-6:])]
+        assert len(samples) == len(part.trajectories)
+        for sample, trajectory in zip(samples, part.trajectories, strict=True):
+            assert f"reward {trajectory.reward:g} (vowels" in sample.title
+            marks = [segment for segment in sample.segments if segment.is_insertion]
+            assert len(marks) == len(trajectory.turns[0].insertions) > 0
+    assert run(base, tmp_path, make_grpo(base, samples_every=0))
+    assert len(pages) == 3
 
 
 def test_a_loss_of_zero_explains_itself(base, tmp_path, caplog):

@@ -53,7 +53,7 @@ class Outcome:
     Attributes:
         name: the condition.
         rewards: total reward of each item, in the items' order.
-        parts: mean of each part of the reward.
+        parts: mean of each part of the reward over the items that have it.
         insertions: mean insertions per answer.
         offered: mean decisions that the trigger was asked for per answer.
         cpu_seconds: process CPU time that answering took.
@@ -98,6 +98,10 @@ def difference_interval(
     Raises:
         ValueError: if the two are not of one length.
     """
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"a paired difference needs the same items, got {len(ours)} scores and {len(theirs)}"
+        )
     differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     draws = np.random.default_rng(seed).integers(0, len(differences), (resamples, len(differences)))
     low, high = np.quantile(differences[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
@@ -178,7 +182,10 @@ def _score(
     return Outcome(
         name=name,
         rewards=tuple(reward.total for reward in rewards),
-        parts={part: float(np.mean([reward.parts.get(part, 0.0) for reward in rewards])) for part in names},
+        parts={
+            part: float(np.mean([reward.parts[part] for reward in rewards if part in reward.parts]))
+            for part in names
+        },
         insertions=insertions / len(rewards),
         offered=offered / len(rewards),
         cpu_seconds=time.process_time() - clock,

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from memgen.cli.errors import UsageError
 
-STAGE = Path("conf/weaver_sft.yaml")
+CONF = Path("conf")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Builds the reasoner, trains a weaver, tests it, and prints what memory was worth.
+    """Builds the reasoner, trains every stage, tests, and prints what memory was worth.
 
     Args:
         argv: the arguments behind the command.
@@ -31,22 +31,29 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="memgen demo",
-        description="The whole pipeline on the embedded default: reasoner, weaver SFT, test, controls. "
-        "It needs no network and about five CPU minutes the first time.",
+        description="The whole pipeline on the embedded default: reasoner, weaver SFT, weaver GRPO, trigger RL, test, "
+        "controls. It needs no network and about ten CPU minutes the first time.",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weaver's training (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training runs (0)")
     options = parser.parse_args(argv)
-    if not STAGE.is_file():
-        raise UsageError(f"{STAGE} is not below {Path.cwd()}; run the demo in the project's folder")
+    if not (CONF / "weaver_sft.yaml").is_file():
+        raise UsageError(
+            f"{CONF / 'weaver_sft.yaml'} is not below {Path.cwd()}; run the demo in the project's folder"
+        )
 
     from memgen.lab.assets import resolve_asset
-    from memgen.lab.environment import Lab
-    from memgen.lab.report import base_hash, report_on_weaver
+    from memgen.lab.report import Checkpoints, base_hash, report_on_stages
+    from memgen.lab.trained import asset_query
     from memgen.model.backbone import BackboneConfig, load_backbone
+    from memgen.tracking.family import PARENT_VARIABLE
+    from memgen.tracking.mlflow import open_parent
 
     logging.getLogger("memgen").setLevel(logging.WARNING)
     begin = time.perf_counter()
-    _say("1/4  reasoner: built on first use, then cached")
+    pipeline = open_parent("demo", "pipeline", tags={"seed": str(options.seed)})
+    # The commands below become children of it.
+    os.environ[PARENT_VARIABLE] = pipeline.run_id or ""
+    _say("1/6  reasoner: built on first use, then cached")
     resolve_asset("lab:reasoner")
     before = base_hash(load_backbone(BackboneConfig("lab:reasoner"), resolve_asset))
     seeds = [
@@ -54,14 +61,21 @@ def main(argv: Sequence[str]) -> int:
         f"--model.seed={options.seed}",
         f"--data.seed={options.seed}",
     ]
-    _say("2/4  weaver SFT: memgen fit --config conf/weaver_sft.yaml")
-    _memgen("fit", "--config", str(STAGE), *seeds)
-    checkpoint = Path("runs/weaver_sft/latest").resolve() / "best"
-    shown = Path(os.path.relpath(checkpoint))
-    _say(f"3/4  test: memgen test --config conf/weaver_sft.yaml --checkpoint {shown}")
-    _memgen("test", "--config", str(STAGE), "--checkpoint", str(shown))
-    _say("4/4  controls: the same held-out items without memory, and with what only looks like it")
-    report = report_on_weaver(checkpoint, Lab(), "test", progress=lambda name: _say(f"     {name}"))
+    weaver = _stage("2/6  weaver SFT", "weaver_sft", [], seeds)
+    half = f"lab:weaver_sft_half{asset_query(options.seed, 0)}"
+    grpo = _stage(
+        "3/6  weaver GRPO, from an SFT weaver that was stopped early",
+        "weaver_grpo",
+        ["--checkpoint", half],
+        seeds,
+    )
+    trigger = _stage("4/6  trigger RL", "trigger_rl", ["--checkpoint", os.path.relpath(weaver)], seeds)
+    shown = os.path.relpath(weaver)
+    _say(f"5/6  test: memgen test --config {CONF / 'weaver_sft.yaml'} --checkpoint {shown}")
+    _memgen("test", "--config", str(CONF / "weaver_sft.yaml"), "--checkpoint", shown)
+    _say("6/6  controls: the same held-out items without memory, and with what only looks like it")
+    found = Checkpoints(weaver=weaver, half=Path(resolve_asset(half)), grpo=grpo, trigger=trigger)
+    report = report_on_stages(found, progress=lambda name: _say(f"     {name}"))
     if report.base_hash != before:
         raise RuntimeError("the frozen reasoner's weights have changed; this is a bug")
 
@@ -73,11 +87,21 @@ def main(argv: Sequence[str]) -> int:
     console.print(f"The reasoner's weights are unchanged (SHA-256 {before[:16]}).")
     result = Path("runs/demo.json")
     result.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    pipeline.log_text(result.read_text(encoding="utf-8"), result.name)
+    pipeline.finalize()
     console.print(f"Figures: {result}. Done in {time.perf_counter() - begin:.0f} s.")
-    console.print("Ask it yourself:   memgen generate --checkpoint runs/weaver_sft/latest/best \\")
+    console.print("Ask it yourself:   memgen generate --checkpoint runs/trigger_rl/latest/best \\")
     console.print(r"                     --prompt 'shop : fig , nut , tea .\n'", markup=False)
     console.print("Open MLflow on it: memgen ui")
     return 0
+
+
+def _stage(title: str, stage: str, start: Sequence[str], seeds: Sequence[str]) -> Path:
+    """Trains a stage and returns its best checkpoint."""
+    command = ["fit", "--config", str(CONF / f"{stage}.yaml"), *start]
+    _say(f"{title}: memgen {' '.join(command)}")
+    _memgen(*command, *seeds)
+    return Path("runs", stage, "latest").resolve() / "best"
 
 
 def _memgen(*arguments: str) -> None:

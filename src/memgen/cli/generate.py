@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("there is no prompt: give --prompt TEXT, or one prompt per line on standard input")
 
     from memgen.chat import end_of_turn_id, load_tokenizer, prompt_ids
+    from memgen.cli.names import resolve_name
     from memgen.generation.decode import generate
     from memgen.generation.sampling import GenerationSettings
     from memgen.lab.assets import resolve_asset
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         top_p=options.top_p,
         seed=options.seed,
     )
-    directory = Path(resolve_asset(options.checkpoint))
+    directory = Path(resolve_name(options.checkpoint))
     model, config = open_checkpoint(directory, load_tokenizer, resolve_asset)
     tokenizer = load_tokenizer(resolve_asset(config.backbone.name), config.backbone.revision)
     if options.device is not None:
@@ -108,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="memgen generate", description="Answer a prompt and mark where memory was woven in."
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="checkpoint directory (memgen.json)"
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="checkpoint directory (memgen.json), or models:/NAME/VERSION of MLflow",
     )
     parser.add_argument(
         "--prompt", metavar="TEXT", help="the prompt; \\n is a line break. Default: lines of stdin"

@@ -11,6 +11,7 @@ from typing import cast
 
 import memgen
 from memgen.cli.errors import UsageError, nearest, refuses_input
+from memgen.training.interrupt import LISTENER
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as a shell reports it."""
@@ -36,10 +37,15 @@ COMMANDS = {
     "validate": Command("score on the validation split", "memgen.cli.run", trainer=True),
     "test": Command("score on the test split", "memgen.cli.run", trainer=True),
     "predict": Command("write a prediction for every item", "memgen.cli.run", trainer=True),
+    "collect": Command("turn the agent's own experience into training data", "memgen.cli.collect"),
+    "compare": Command("compare two tests item by item", "memgen.cli.compare"),
     "generate": Command("answer a prompt and mark where memory was woven in", "memgen.cli.generate"),
     "convert": Command("import or export a checkpoint of the released code", "memgen.cli.convert"),
     "bench": Command("what memory costs, against plain work", "memgen.cli.bench"),
     "demo": Command("the whole pipeline on the embedded default", "memgen.cli.demo"),
+    "submit": Command("train on a SLURM cluster", "memgen.cli.submit"),
+    "status": Command("how submitted runs are doing", "memgen.cli.status"),
+    "deliver": Command("send what a run could not deliver to MLflow", "memgen.cli.deliver"),
     "ui": Command("open the record of runs in MLflow", "memgen.cli.ui"),
     "serve-search": Command("offer a passage file to agents as a search server", "memgen.cli.serve_search"),
 }
@@ -59,6 +65,8 @@ The first four take configuration files, merged in their order, and values that 
 
   --print_config   print the complete resolved configuration and stop
   --checkpoint DIR start from what was trained before
+  --records DIR    keep the records of the items in this folder (test)
+  --run DIR        keep the run in this folder, and go on from its last checkpoint if it has one (fit)
 
 `memgen <command> --help` lists a command's options. MEMGEN_TRACEBACK=1 shows a traceback with every error.
 """
@@ -93,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(name: str, rest: list[str]) -> int:
     """Runs a command and turns what it refuses into a message and an exit status."""
     command = COMMANDS[name]
+    if name == "fit":
+        # Before anything is imported that takes time: a signal that comes meanwhile would end the process.
+        LISTENER.listen()
     try:
         run = cast("Callable[[list[str]], int]", importlib.import_module(command.module).main)
         return run([name, *rest] if command.trainer else rest)

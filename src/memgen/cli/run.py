@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast, final
@@ -15,18 +17,35 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
 
 from memgen.cli import config, explain
 from memgen.cli.config import Document, Layer, Request
 from memgen.cli.errors import UsageError, refuses_input
-from memgen.tracking.mlflow import DEFAULT_ROOT, RunDescription, RunRecord, run_logger
-from memgen.training.checkpoint import CONFIG_FILE, standing
+from memgen.cli.links import STATUS, lost_link
+from memgen.cli.options import take_options
+from memgen.tracking.mlflow import (
+    DEFAULT_ROOT,
+    RunDescription,
+    RunLogger,
+    RunRecord,
+    resumed_logger,
+    run_id_of,
+    run_logger,
+)
+from memgen.training.callbacks import RESUME, AdapterCheckpoint
+from memgen.training.checkpoint import CONFIG_FILE
+from memgen.training.durable import LAST, standing
+from memgen.training.interrupt import Interrupted
+from memgen.training.records import RecordedTest
+from memgen.training.resume import ResumeCheckpoint, StepSeeds, last_checkpoint
 
 STAGE_EXAMPLE = "conf/weaver_sft.yaml"
 HELP_OPTIONS = ("-h", "--help")
+RECORDS_OPTION = "--records"
+"""Of `memgen test`: the folder of its records."""
 SECTION_CLASSES = {"model": LightningModule, "data": LightningDataModule}
 
 
@@ -46,24 +65,89 @@ def main(argv: Sequence[str]) -> int:
     command, *arguments = argv
     if any(argument in HELP_OPTIONS or argument.split("=")[0].endswith(".help") for argument in arguments):
         return _print_help(command, arguments)
-    request = Request.from_argv(arguments)
+    own, arguments = take_options(arguments, (RECORDS_OPTION,) if command == "test" else ())
+    return execute(command, Request.from_argv(arguments), records=_records_folder(own))
+
+
+def execute(
+    command: str,
+    request: Request,
+    *,
+    records: str | None = None,
+    instead: Callable[[TrainerCommand], None] | None = None,
+) -> int:
+    """Resolves the configuration, builds everything that it names, and runs.
+
+    Args:
+        command: fit, validate, test or predict.
+        request: what was asked for.
+        records: of `test`: the folder of its records, or None for the usual one.
+        instead: of `predict`: called in the place of the Trainer's method.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UsageError: if the configuration cannot be used.
+        KeyboardInterrupt: after Ctrl-C, once Lightning has shut down.
+    """
     layers = request.layers()
     merged = config.merge(layers)
     _require_stage(merged, layers)
     document = config.resolve(merged, layers)
     _require_checkpoints(document)
+    if command == "fit" and request.run is not None and document.get("ckpt_path") is None:
+        last = last_checkpoint(request.run)
+        document["ckpt_path"] = None if last is None else str(last)
     if document.get("ckpt_path") is not None:
         # What a .ckpt of ours holds needs no unpickling of objects, so none is done.
         document.setdefault("weights_only", True)
     _quieten()
     try:
-        TrainerCommand(command=command, request=request, layers=layers, document=document)
+        TrainerCommand(
+            command=command,
+            request=request,
+            layers=layers,
+            document=document,
+            records=records,
+            instead=instead,
+        )
+    except Interrupted as stop:
+        # Lightning has torn down. One process speaks for all: a launcher would end the others if one failed.
+        if getattr(rank_zero_only, "rank", 0) not in (None, 0):
+            return 0
+        print(f"memgen {command}: {stop}", file=sys.stderr)
+        return stop.status
+    except RuntimeError as error:
+        lost = lost_link(error)
+        if lost is None:
+            raise
+        print(f"memgen {command}: {lost}", file=sys.stderr)
+        return STATUS
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
             # Lightning has saved and torn down, and then left through sys.exit(1).
             raise KeyboardInterrupt from stop
         return stop.code if isinstance(stop.code, int) else 0
     return 0
+
+
+def describe(request: Request) -> RunDescription:
+    """Resolves the configuration of `fit` and builds all that it names but the Trainer, which needs the machine.
+
+    Raises:
+        UsageError: if the configuration is refused.
+    """
+    layers = request.layers()
+    merged = config.merge(layers)
+    _require_stage(merged, layers)
+    document = config.resolve(merged, layers)
+    _require_checkpoints(document)
+    _quieten()
+    command = TrainerCommand(
+        command="fit", request=request, layers=layers, document=document, without_trainer=True
+    )
+    return command.description()
 
 
 @final
@@ -77,6 +161,9 @@ class TrainerCommand(LightningCLI):
         request: what was asked for; None only to print help.
         layers: the sources of the configuration.
         document: the resolved configuration, in tidy form; None only to print help.
+        records: folder of a test's records, or None for the usual one.
+        instead: called in the place of the Trainer's `predict`.
+        without_trainer: build everything but the Trainer, and run nothing.
         args: arguments for LightningCLI's own parser, to print help.
 
     Raises:
@@ -90,12 +177,18 @@ class TrainerCommand(LightningCLI):
         request: Request | None = None,
         layers: Sequence[Layer] = (),
         document: Document | None = None,
+        records: str | None = None,
+        instead: Callable[[TrainerCommand], None] | None = None,
+        without_trainer: bool = False,
         args: ArgsType = None,
     ) -> None:
         self._command = command
         self._request = request
         self._layers = layers
         self._document = document
+        self._records = records
+        self._instead = instead
+        self._without_trainer = without_trainer
         # Errors are raised, so that they can be told in one line.
         strict: dict[str, Any] = {"exit_on_error": document is None}
         super().__init__(
@@ -139,6 +232,9 @@ class TrainerCommand(LightningCLI):
     @override
     def instantiate_classes(self) -> None:
         try:
+            if self._without_trainer:
+                self.parser.instantiate_classes(self.config)
+                return
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
             cause = _root_cause(error)
@@ -149,14 +245,24 @@ class TrainerCommand(LightningCLI):
             if problem is not None:
                 raise UsageError(_locate(problem, self._layers)) from error
             raise cause from None
-        from memgen.lab.assets import resolve_asset
+        from memgen.cli.names import resolve_name
 
+        resolve = functools.partial(resolve_name, store=_store_of(self.trainer))
         for part in (self.model, self.datamodule):
             if hasattr(part, "resolve_asset"):
-                part.resolve_asset = resolve_asset
+                part.resolve_asset = resolve
         for callback in getattr(self.trainer, "callbacks"):  # noqa: B009 - Lightning sets it later than it is typed
             if hasattr(callback, "resumed_from"):
                 callback.resumed_from = self._get(self.config, "ckpt_path")
+            if isinstance(callback, AdapterCheckpoint):
+                callback.run_folder = self._run_folder
+            if isinstance(callback, ResumeCheckpoint):
+                callback.run = self._run_folder
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self._without_trainer:
+            super()._run_subcommand(subcommand)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -164,22 +270,71 @@ class TrainerCommand(LightningCLI):
         if settings.get("logger") in (None, True):
             # Lightning switches every logger off for a fast_dev_run.
             kwargs["logger"] = False if settings.get("fast_dev_run") else run_logger()
-        kwargs["callbacks"] = [*_as_list(settings.get("callbacks")), RunRecord(self._describe())]
+        callbacks = _as_list(settings.get("callbacks"))
+        if self._command == "fit":
+            callbacks.append(StepSeeds())
+            wanted = settings.get("enable_checkpointing") is not False and not settings.get("fast_dev_run")
+            if wanted and not any(isinstance(callback, ResumeCheckpoint) for callback in callbacks):
+                callbacks.append(ResumeCheckpoint())
+        if self._command == "test":
+            callbacks.append(self._recorded_test())
+        kwargs["callbacks"] = [*callbacks, RunRecord(self.description())]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:
             raise UsageError(f"the Trainer refuses its settings: {_one_line(str(error))}") from error
+        resumed = self._get(self.config_init, "ckpt_path") if self._command == "fit" else None
+        if self._command == "fit" and resumed is None and self._request is not None and self._request.run:
+            # A run that was submitted, or stopped before its first checkpoint, has its record already.
+            resumed = str(self._request.run / RESUME / LAST)
+        if isinstance(resumed, str):
+            trainer.loggers = [
+                resumed_logger(found, Path(resumed)) if isinstance(found, RunLogger) else found
+                for found in trainer.loggers
+            ]
+        return trainer
+
+    def _recorded_test(self) -> RecordedTest:
+        described = self.description()
+        settings = described.resolved
+        return RecordedTest(
+            root=str(self._root),
+            folder=self._records,
+            environment=(settings.get("data") or {}).get("environment"),
+            about={"arguments": list(described.arguments)},
+        )
+
+    @property
+    def _run_folder(self) -> Path | None:
+        run = None if self._request is None else self._request.run
+        # `latest` is a link, which will point to this run again.
+        return run.resolve() if run is not None and run.is_symlink() else run
+
+    @property
+    def _root(self) -> Path:
+        return Path(self._get(self.config_init, "trainer").get("default_root_dir") or DEFAULT_ROOT)
+
+    def test(self, **kwargs: Any) -> None:
+        """Calls the Trainer's `test`, as LightningCLI does, and tells what the records add up to."""
+        self.trainer.test(**kwargs)
+        callbacks: list[Any] = getattr(self.trainer, "callbacks")  # noqa: B009 - set later than it is typed
+        for found in callbacks:
+            if not isinstance(found, RecordedTest) or found.summary is None or found.records is None:
+                continue
+            if self.trainer.is_global_zero:
+                print("\n".join([*found.summary.lines(), f"records: {found.records.folder}"]))
 
     def predict(self, **kwargs: Any) -> None:
         """Calls the Trainer's `predict`, as LightningCLI does, and keeps what it returns: one JSON line per item."""
+        if self._instead is not None:
+            self._instead(self)
+            return
         batches = self.trainer.predict(**kwargs) or []
-        root = Path(self._get(self.config_init, "trainer").get("default_root_dir") or DEFAULT_ROOT)
-        loggers = [logger for logger in self.trainer.loggers if isinstance(logger, MLFlowLogger)]
         name = self.trainer.strategy.broadcast(
-            loggers[0].run_id if loggers else datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+            run_id_of(self.trainer.loggers) or datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
         )
         part = f".rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
-        path = root / "predictions" / f"{name}{part}.jsonl"
+        path = self._root / "predictions" / f"{name}{part}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             for batch in batches:
@@ -198,7 +353,8 @@ class TrainerCommand(LightningCLI):
         """The complete configuration as YAML that `--config` reads back as the same."""
         return config.to_yaml(self.resolved())
 
-    def _describe(self) -> RunDescription:
+    def description(self) -> RunDescription:
+        """How the run comes about, for its record."""
         assert self._request is not None, "a command that runs has a request"
         resolved = self.resolved()
         return RunDescription(
@@ -220,6 +376,21 @@ class TrainerCommand(LightningCLI):
     def _explain(self, error: ArgumentError) -> str:
         problem = self._find_problem()
         return _locate(problem, self._layers) if problem is not None else _one_line(str(error))
+
+
+def _store_of(trainer: Trainer) -> str | None:
+    """Where the Trainer's runs are recorded, if they are."""
+    return next((found.address.uri for found in trainer.loggers if isinstance(found, RunLogger)), None)
+
+
+def _records_folder(own: Sequence[str]) -> str | None:
+    """What `--records DIR` or `--records=DIR` says."""
+    if not own:
+        return None
+    value = own[-1].removeprefix(f"{RECORDS_OPTION}=")
+    if value in ("", RECORDS_OPTION):
+        raise UsageError(f"{RECORDS_OPTION} needs a value: {RECORDS_OPTION} DIR")
+    return value
 
 
 def _print_help(command: str, arguments: list[str]) -> int:
@@ -274,6 +445,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
     # The frozen base stays in evaluation mode by design.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+    # On a cluster's login node; `memgen submit` is the way from there.
+    warnings.filterwarnings("ignore", message=r"The `srun` command is available")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_not_advertisement)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from memgen.cli.errors import UsageError
 
 DEFAULT_STORE = "sqlite:///runs/mlflow.db"
+OUTBOX = Path("runs/outbox")
 
 
 def main(argv: list[str]) -> int:
@@ -49,10 +50,17 @@ def main(argv: list[str]) -> int:
             "or name another store with --store"
         )
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", options.store]
-    command += ["--host", options.host, "--port", str(options.port)]
+    command += ["--host", options.host, "--port", str(options.port), "--workers", "1"]
     if options.print:
         print(shlex.join(["mlflow", *command[3:]]))
         return 0
-    print(f"MLflow on http://{options.host}:{options.port} (Ctrl-C stops it)")
-    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", **os.environ}
+    print(f"MLflow on http://{options.host}:{options.port} in about 20 seconds (Ctrl-C stops it)")
+    if list(OUTBOX.glob("*.jsonl")):
+        print(f"{OUTBOX} holds what runs could not deliver: `memgen deliver` sends it")
+    # Jobs (judges, prompt optimisation) would be seven more processes, and a minute of waiting.
+    environment = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        **os.environ,
+    }
     return subprocess.run(command, env=environment, check=False).returncode

@@ -52,7 +52,7 @@ TARGET = "shop"
 OTHERS = ("open", "add", "rev", "walk")
 ITEMS = 600
 """Held-out items of each task."""
-NEW_TOKENS = {"bill": 40}
+NEW_TOKENS = {"bill": 32}
 """Limits of an answer, where twice the longest reference answer is more than 24."""
 
 LORA = LoraSettings(
@@ -94,10 +94,10 @@ TRAININGS = {
     "trigger_target": Training(
         "trigger_rl", start="weaver", settings={"data.environment.init_args.tasks": f"[{TARGET}]"}
     ),
-    "bill": Training("weaver_sft", ("data/lab_bill.yaml",)),
+    "bill": Training("weaver_sft", ("data/lab_bill.yaml", "curriculum/mostly_all.yaml")),
     "bill_end": Training(
         "weaver_sft",
-        ("data/lab_bill.yaml",),
+        ("data/lab_bill.yaml", "curriculum/mostly_all.yaml"),
         settings={
             "model.curriculum.none": 1.0,
             "model.curriculum.all": 0.0,
@@ -107,10 +107,15 @@ TRAININGS = {
     ),
     "bill_trigger": Training("trigger_rl", ("data/lab_bill_mix.yaml",), start="bill"),
     "text_world_half": Training(
-        "weaver_sft", ("data/lab_text_world.yaml",), settings=stopping_at(0.3, monitor="val/success")
+        "weaver_sft", ("data/lab_text_world.yaml",), settings=stopping_at(0.3, monitor="val/reward")
     ),
     "text_world": Training("weaver_sft", ("data/lab_text_world.yaml",)),
-    "text_world_grpo": Training("weaver_grpo", ("data/lab_text_world.yaml",), start="text_world_half"),
+    "text_world_grpo": Training(
+        "weaver_grpo",
+        ("data/lab_text_world.yaml",),
+        start="text_world_half",
+        settings={"trainer.max_steps": 120, "trainer.val_check_interval": 40},
+    ),
 }
 
 

@@ -1,9 +1,9 @@
-"""What memory is worth on the lab: one table of a trained weaver against its controls."""
+"""What memory is worth on the lab: one table of every stage's result against its controls."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,28 +27,60 @@ from memgen.lab.assets import resolve_asset
 from memgen.lab.environment import ConstantAnswer, Lab
 from memgen.model.backbone import Backbone
 from memgen.model.memgen import MemGenModel
-from memgen.training.checkpoint import load_checkpoint, read_config
+from memgen.training.checkpoint import load_checkpoint, open_checkpoint, read_config
 
 MAX_NEW_TOKENS = 24
 """Twice the longest reference answer."""
+OTHERS = ("open", "add", "rev", "walk")
+"""Tasks that need no memory."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """What the stages left behind.
+
+    Attributes:
+        weaver: of weaver SFT.
+        half: of weaver SFT that was stopped early, where GRPO starts.
+        grpo: of weaver GRPO.
+        trigger: of trigger RL, with a trained trigger.
+    """
+
+    weaver: Path
+    half: Path
+    grpo: Path
+    trigger: Path
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One line of the table.
+
+    Attributes:
+        outcome: on the target's held-out items.
+        others: on those of the tasks that need no memory; None where it says nothing.
+    """
+
+    outcome: Outcome
+    others: Outcome | None = None
 
 
 @dataclass(frozen=True)
 class LabReport:
-    """Scores of one trained weaver on the lab's held-out items.
+    """Scores on the lab's held-out items.
 
     Attributes:
         split: which items.
-        items: how many.
+        items: how many of the target.
         constant: the best constant answer of the split.
-        outcomes: the conditions, in the order of the table.
+        conditions: in the order of the table.
         base_hash: SHA-256 of all frozen tensors after everything.
     """
 
     split: Split
     items: int
     constant: ConstantAnswer
-    outcomes: tuple[Outcome, ...]
+    conditions: tuple[Condition, ...]
     base_hash: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -59,14 +91,11 @@ class LabReport:
             "constant_completion": {"text": self.constant.completion, "exact": self.constant.total},
             "constant_answer": {"text": self.constant.answer, "answer": self.constant.answer_accuracy},
             "conditions": {
-                outcome.name: {
-                    "exact": outcome.mean,
-                    "interval_95": outcome.interval(),
-                    **{f"part_{name}": value for name, value in outcome.parts.items()},
-                    "insertions_per_answer": outcome.insertions,
-                    "cpu_seconds": outcome.cpu_seconds,
+                condition.outcome.name: {
+                    **_as_dict(condition.outcome),
+                    "others": None if condition.others is None else _as_dict(condition.others),
                 }
-                for outcome in self.outcomes
+                for condition in self.conditions
             },
             "base_hash": self.base_hash,
         }
@@ -79,13 +108,13 @@ class LabReport:
         )
         # Fits into 80 columns; CPU seconds are in the JSON.
         table.add_column("", no_wrap=True)
-        for column in ("exact", "95 % interval", "sum only", "woven"):
+        for column in ("exact", "95 % interval", "sum", "woven", "others"):
             table.add_column(column, justify="right", no_wrap=True)
         constant = self.constant
-        table.add_row(
-            "best constant answer", _percent(constant.total), "", _percent(constant.answer_accuracy), ""
-        )
-        for outcome in self.outcomes:
+        answer = _percent(constant.answer_accuracy)
+        table.add_row("best constant answer", _percent(constant.total), "", answer, "", "")
+        for condition in self.conditions:
+            outcome = condition.outcome
             low, high = outcome.interval()
             table.add_row(
                 outcome.name,
@@ -93,59 +122,88 @@ class LabReport:
                 f"{100 * low:.1f} to {100 * high:.1f}",
                 _percent(outcome.parts.get("answer", outcome.mean)),
                 f"{outcome.insertions:.1f}",
+                "" if condition.others is None else _percent(condition.others.mean),
             )
+        table.caption = (
+            "sum: right, whatever the list; others: mean over open, add, rev and walk, without need of memory"
+        )
         return table
 
 
-def report_on_weaver(
-    checkpoint: Path, environment: Lab, split: Split, progress: Callable[[str], None] = lambda name: None
+def report_on_stages(
+    checkpoints: Checkpoints,
+    split: Split = "test",
+    items: int = 600,
+    progress: Callable[[str], None] = lambda name: None,
 ) -> LabReport:
-    """Scores a weaver checkpoint and its controls.
+    """Scores what the stages left behind, and the controls.
 
     Args:
-        checkpoint: a checkpoint directory of a weaver that was trained on the lab.
-        environment: the lab, with the world that it was trained on.
+        checkpoints: of all stages, of one reasoner, trained on the lab of the default world.
         split: which items to answer: val to choose settings, test to report.
+        items: how many of the target, and of the other tasks together.
         progress: told of each condition before it is scored.
     """
-    config = read_config(checkpoint)
+    environment = Lab(val_size=items, test_size=items)
+    config = read_config(checkpoints.weaver)
     tokenizer = load_tokenizer(resolve_asset(config.backbone.name))
-    examples = environment.examples(split)
-    task = Task(
-        environment=environment,
-        examples=examples,
-        prompts=[prompt_ids(tokenizer, environment.messages(example)) for example in examples],
-        tokenizer=tokenizer,
-        settings=GenerationSettings(max_new_tokens=MAX_NEW_TOKENS),
-    )
+
+    def task(lab: Lab) -> Task:
+        examples = lab.examples(split)
+        return Task(
+            environment=lab,
+            examples=examples,
+            prompts=[prompt_ids(tokenizer, lab.messages(example)) for example in examples],
+            tokenizer=tokenizer,
+            settings=GenerationSettings(max_new_tokens=MAX_NEW_TOKENS),
+        )
+
+    target, others = task(environment), task(Lab(OTHERS, val_size=items, test_size=items))
     torch.manual_seed(0)  # of the untrained weaver
     model = MemGenModel.build(config, tokenizer, resolve_asset).eval()
 
-    outcomes = []
-    for name, run in (
-        ("reasoner alone", lambda name: score(name, without_memory(model), task)),
-        ("untrained latents", lambda name: score(name, always_invoking(model), task)),
-        ("trained, all boundaries", lambda name: score(name, _loaded(model, checkpoint), task)),
-        ("trained, prompt end only", lambda name: score(name, always_invoking(model, 0), task)),
-        (
-            "trained, latents of another item",
-            lambda name: score_with_swapped_latents(name, always_invoking(model), task),
-        ),
-    ):
-        progress(name)
-        outcomes.append(run(name))
+    def opened(checkpoint: Path) -> MemGenModel:
+        return open_checkpoint(checkpoint, load_tokenizer, resolve_asset)[0].eval()
+
+    def trained() -> MemGenModel:
+        load_checkpoint(model, checkpoints.weaver)
+        return always_invoking(model)
+
+    runs: Sequence[tuple[str, Callable[[], MemGenModel], bool]] = (
+        ("reasoner alone", lambda: without_memory(model), True),
+        ("untrained latents", lambda: always_invoking(model), False),
+        ("weaver SFT, all boundaries", trained, True),
+        ("  prompt end only", lambda: always_invoking(model, 0), False),
+        ("  latents of another item", lambda: always_invoking(model), False),
+        ("half-trained weaver", lambda: always_invoking(opened(checkpoints.half)), False),
+        ("  and then weaver GRPO", lambda: always_invoking(opened(checkpoints.grpo)), False),
+        ("weaver SFT and trigger RL", lambda: opened(checkpoints.trigger), True),
+    )
+    conditions = []
+    for name, build, harm in runs:
+        progress(name.strip())
+        ready = build()
+        scored = score_with_swapped_latents if "another" in name else score
+        conditions.append(
+            Condition(scored(name, ready, target), score(name, ready, others) if harm else None)
+        )
     return LabReport(
         split=split,
-        items=len(examples),
+        items=len(target.examples),
         constant=environment.constant_answer_baseline(split),
-        outcomes=tuple(outcomes),
+        conditions=tuple(conditions),
         base_hash=base_hash(model.reasoner.backbone),
     )
 
 
-def _loaded(model: MemGenModel, checkpoint: Path) -> MemGenModel:
-    load_checkpoint(model, checkpoint)
-    return always_invoking(model)
+def _as_dict(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "exact": outcome.mean,
+        "interval_95": outcome.interval(),
+        **{f"part_{name}": value for name, value in outcome.parts.items()},
+        "insertions_per_answer": outcome.insertions,
+        "cpu_seconds": outcome.cpu_seconds,
+    }
 
 
 def base_hash(backbone: Backbone) -> str:

@@ -198,7 +198,7 @@ def _bill(runs: Sequence[Run]) -> list[str]:
                 kept += low <= 0 <= high
                 changed += 1
     section = _section(
-        "Bills of eight items: memory is needed in mid-generation",
+        "Bills of six items: memory is needed in mid-generation",
         ["", "exact match", "insertions per bill", "insertions, others"],
         table,
     )

@@ -98,7 +98,6 @@ def build_trained(
                 "trainer.logger": "false",
                 "trainer.default_root_dir": root,
                 "trainer.callbacks.0.init_args.root": root / "runs",
-                "trainer.callbacks.1.init_args.save_last": "false",
             }
             if start is not None:
                 overrides["model.init_from"] = start

@@ -2,7 +2,7 @@
 
 `shop` is closed book: the prices of 16 items are fixed by a world seed and stand in no prompt and in no pretraining
 text, so a model can answer only after learning them from solved problems. `bill` is closed book too and asks for the
-prices of eight items one after another: more facts than a few latents carry at once, so memory at the end of the prompt
+prices of six items one after another: more facts than a few latents carry at once, so memory at the end of the prompt
 does not suffice and each item needs it again. `open` is `shop` with the prices written in the prompt (drawn per problem,
 so they contradict the world); `add`, `rev` and `walk` have nothing to do with a world.
 
@@ -33,8 +33,10 @@ PLACES = (
     "hall", "yard", "den", "loft", "shed", "barn", "cave", "dock",
     "farm", "fort", "gate", "hill", "inn", "lake", "mill", "park",
 )  # fmt: skip
-BILL_ITEMS = 8
-"""Items of a bill; pretraining documents have three to this many."""
+BILL_ITEMS = 6
+"""Items of a bill."""
+DRAWN_BILL_ITEMS = (3, 8)
+"""Fewest and most items of a bill in a pretraining document."""
 ROOMS = PLACES[:10]
 """Places of the text world."""
 
@@ -194,7 +196,7 @@ def draw_problem(task: Task, rng: random.Random) -> Problem:
         case "open":
             return _open(rng)
         case "bill":
-            count = rng.randint(3, BILL_ITEMS)
+            count = rng.randint(*DRAWN_BILL_ITEMS)
             return bill_problem(rng.sample(ITEMS, count), rng.choices(PRICES, k=count))
         case "add":
             return _add(rng)

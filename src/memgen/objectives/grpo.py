@@ -84,7 +84,8 @@ class PolicySettings:
     """Weight of the policy's entropy, which is added to the objective."""
     top_entropy: float = 1.0
     """Share of tokens, those of highest entropy, whose surrogate is trained (2506.01939 takes 0.2). 1: all. The
-    others still count in every divisor, and have their KL and entropy terms."""
+    others still count in every divisor, and have their KL and entropy terms. The stages take the share of a whole
+    optimizer step, by the entropies under the weights that rolled out."""
     mask_truncated: bool = False
     """Leaves episodes that were cut at their limit out of the loss."""
     overlong_length: int | None = None
@@ -321,21 +322,33 @@ def top_entropy_mask(
 ) -> Bool[Tensor, "episodes tokens"]:
     """The given share of the masked tokens, those of highest entropy (arXiv:2506.01939).
 
-    The threshold is that of the tokens given, so give it a whole batch. At least one token is kept if there is any,
-    and all tokens at the threshold are.
+    The threshold is that of the tokens given, so give it a whole step, or compare with its `entropy_threshold`. At
+    least one token is kept if there is any, and all tokens at the threshold are.
 
     Args:
         entropy: entropy of the policy at each token.
         mask: True at tokens that count.
         share: how many to keep, in (0, 1].
     """
+    values = entropy.detach()[mask]
+    threshold = entropy_threshold(values, share)
+    return mask if share == 1.0 else mask & (entropy.detach() >= threshold)
+
+
+def entropy_threshold(entropy: Float[Tensor, " tokens"], share: float) -> Float[Tensor, ""]:
+    """The least entropy among the given share of tokens, those of highest entropy; infinite without any token.
+
+    Args:
+        entropy: entropy of the policy at each token that counts.
+        share: how many to keep, in (0, 1].
+    """
     if not 0.0 < share <= 1.0:
         raise ValueError(f"share must be in (0, 1], got {share}; set top_entropy")
-    values = entropy.detach()[mask]
-    if share == 1.0 or values.numel() == 0:
-        return mask
-    keep = max(1, round(share * values.numel()))
-    return mask & (entropy.detach() >= values.topk(keep).values[-1])
+    if entropy.numel() == 0:
+        return entropy.new_full((), math.inf)
+    keep = max(1, round(share * entropy.numel()))
+    threshold: Tensor = entropy.topk(keep).values[-1]
+    return threshold
 
 
 def kl_penalty(

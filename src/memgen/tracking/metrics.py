@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from typing_extensions import override
 
 from memgen.model.weaver import WeaverConfig
 from memgen.types import InsertionKind, Trajectory
+
+SUCCESS = 1.0
+"""Total reward from which an answer counts as right, in `exact_match` and pass@k."""
 
 _FIELDS = (
     "reward",
@@ -26,11 +30,64 @@ _FIELDS = (
 )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What is measured on one answer. It can be written down and read again as JSON values.
+
+    Attributes:
+        reward: total reward.
+        parts: what it is made of, by name.
+        finished: whether no turn was cut, nor the episode.
+        tokens: that the agent wrote.
+        turns: that it took.
+        insertions: of memory.
+        latents: that were inserted.
+        invoked_at_prompt_end: whether memory was woven in behind a prompt.
+        fault: why the environment failed, or None. Such an answer counts for nothing.
+    """
+
+    reward: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    finished: bool = True
+    tokens: int = 0
+    turns: int = 1
+    insertions: int = 0
+    latents: int = 0
+    invoked_at_prompt_end: bool = False
+    fault: str | None = None
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, weaver: WeaverConfig) -> Measured:
+        """Measures an episode."""
+        kinds = [InsertionKind(kind) for turn in trajectory.turns for _, kind in turn.insertions]
+        return cls(
+            reward=trajectory.reward,
+            parts=dict(trajectory.parts),
+            finished=not trajectory.truncated,
+            tokens=trajectory.tokens,
+            turns=len(trajectory.turns),
+            insertions=len(kinds),
+            latents=sum(weaver.latents(kind) for kind in kinds),
+            invoked_at_prompt_end=InsertionKind.PROMPT in kinds,
+            fault=trajectory.fault,
+        )
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Measured:
+        """What `dataclasses.asdict` wrote, among other keys."""
+        return cls(**{name: record[name] for name in cls.__dataclass_fields__})
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer counts as right."""
+        return self.reward >= SUCCESS
+
+
 @final
 class AnswerMetrics(Metric):
     """Means over answers: reward and its parts, exact match, finished share, length, turns, insertions.
 
-    `exact_match` is the share of answers with a total reward of at least 1. Parts are averaged over the answers
+    `exact_match` is the share of answers with a total reward of at least `SUCCESS`. Parts are averaged over the answers
     that have them. Episodes that the environment failed count for nothing but `faulted`, their share. Ranks may
     differ in their number of answers.
 
@@ -54,26 +111,26 @@ class AnswerMetrics(Metric):
         self._part_counts: Counter[str] = Counter()
 
     @override
-    def update(self, trajectories: Sequence[Trajectory]) -> None:
+    def update(self, answers: Sequence[Trajectory | Measured]) -> None:
         """Adds a batch of answers."""
-        valid = [trajectory for trajectory in trajectories if trajectory.fault is None]
-        self.faults += len(trajectories) - len(valid)
+        measured = [a if isinstance(a, Measured) else Measured.of(a, self.weaver) for a in answers]
+        valid = [answer for answer in measured if answer.fault is None]
+        self.faults += len(measured) - len(valid)
         rows = []
-        for trajectory in valid:
-            kinds = [InsertionKind(kind) for turn in trajectory.turns for _, kind in turn.insertions]
+        for answer in valid:
             rows.append(
                 (
-                    trajectory.reward,
-                    float(trajectory.reward >= 1.0),
-                    float(not trajectory.truncated),
-                    float(trajectory.tokens),
-                    float(len(trajectory.turns)),
-                    float(len(kinds)),
-                    float(sum(self.weaver.latents(kind) for kind in kinds)),
-                    float(InsertionKind.PROMPT in kinds),
+                    answer.reward,
+                    float(answer.right),
+                    float(answer.finished),
+                    float(answer.tokens),
+                    float(answer.turns),
+                    float(answer.insertions),
+                    float(answer.latents),
+                    float(answer.invoked_at_prompt_end),
                 )
             )
-            for name, value in trajectory.parts.items():
+            for name, value in answer.parts.items():
                 self._part_sums[name] += value  # type: ignore[assignment]
                 self._part_counts[name] += 1
         if rows:

@@ -83,6 +83,23 @@ def rollout_means(sums: dict[str, Tensor]) -> dict[str, float]:
     return metrics
 
 
+def values_of_some(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
+    """Values of a rank's episodes that not all of them have, by metric.
+
+    `rollout/reward_PART` is a part of the reward. A part that is named KIND/PART says of what kind the item is (a task
+    of a mixture); `trigger/invocations_KIND` is how often the trigger invoked in such an episode.
+    """
+    values: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        if trajectory.fault is not None:
+            continue
+        for name, value in trajectory.parts.items():
+            values.setdefault(f"rollout/reward_{name}", []).append(value)
+        for kind in sorted({name.partition("/")[0] for name in trajectory.parts if "/" in name}):
+            values.setdefault(f"trigger/invocations_{kind}", []).append(float(trajectory.invocations))
+    return values
+
+
 @torch.no_grad()
 def latent_metrics(latents: Sequence[Tensor], embedding: Tensor) -> dict[str, float]:
     """Sizes and likeness of woven latents: norms that run away, or slots that say the same, are the first sign of trouble.
@@ -131,18 +148,31 @@ class Advice:
             self._said.add(topic)
             logger.warning(message, *arguments)
 
-    def on_rollout(self, metrics: dict[str, float], dead_share: float, *, greedy: bool) -> None:
-        """Looks at what a rollout measured."""
-        if dead_share == 1.0:
+    def on_rollout(self, metrics: dict[str, float], *, teaches: bool, greedy: bool) -> None:
+        """Looks at what a rollout measured.
+
+        Args:
+            metrics: its means.
+            teaches: whether some episode has an advantage.
+            greedy: whether nothing in it was drawn.
+        """
+        reward = metrics.get("rollout/reward")
+        if not teaches and reward is not None:
+            if greedy:
+                reason = "nothing is drawn (rollout.temperature 0), so all answers to an item are equal"
+            elif reward >= 1.0:
+                reason = "all answers are right"
+            elif reward <= 0.0:
+                reason = "all answers are wrong"
+            else:
+                reason = "the answers to an item are all right, or all wrong"
             self.say(
                 "dead groups",
                 "every group of this rollout has equal rewards, so there is nothing to learn from it (mean reward %.3f): "
                 "%s. Change the task's difficulty, start from another checkpoint, raise rollout.group_size, or set "
                 "update.dynamic_sampling",
-                metrics.get("rollout/reward", float("nan")),
-                "drawing is greedy (rollout.temperature 0)"
-                if greedy
-                else "all answers are right, or all are wrong",
+                reward,
+                reason,
             )
         if metrics.get("rollout/truncated", 0.0) > 0.5:
             self.say(

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, final
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import MLFlowLogger
 from typing_extensions import override
 
 from memgen.model.memgen import MemGenConfig, MemGenModel
-from memgen.tracking.mlflow import log_checkpoint
+from memgen.tracking.mlflow import log_best, log_checkpoint, run_loggers
 from memgen.training.checkpoint import save_checkpoint
+from memgen.training.durable import point_to, sweep
+from memgen.training.strategy import whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class AdapterCheckpoint(Callback):
     Args:
         root: folder of this stage's runs.
         monitor: metric that decides what is best; None keeps only the last.
-        mode: whether a larger or a smaller value is better.
+        mode: whether a larger or a smaller value is better; of equal ones the later is taken.
         with_trigger: whether the trigger is trained too.
     """
 
@@ -52,6 +52,8 @@ class AdapterCheckpoint(Callback):
         self.run: Path | None = None
         self.resumed_from: str | None = None
         """The .ckpt that the run goes on from. The Trainer knows it only after set-up, so the command line says it."""
+        self.run_folder: Path | None = None
+        """Where the run's files go, if that was chosen."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -61,15 +63,20 @@ class AdapterCheckpoint(Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.run / RESUME).absolute())
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for found in run_loggers(trainer.loggers):
+                found.log_run_folder(self.run)
 
     def _folder(self, trainer: Trainer) -> Path:
-        """A resumed run goes on in its folder; a new one is named after its MLflow run, or the time."""
+        """As chosen; else a resumed run goes on in its folder; a new one is named after its MLflow run, or the time."""
+        if self.run_folder is not None:
+            return self.run_folder
         resumed = Path(self.resumed_from) if self.resumed_from else None
         if resumed is not None and resumed.parent.name == RESUME:
             return resumed.parent.parent
-        for run_logger in trainer.loggers:
-            if isinstance(run_logger, MLFlowLogger) and run_logger.run_id is not None:
-                return self.root / str(run_logger.run_id)
+        for found in run_loggers(trainer.loggers):
+            if found.run_id is not None:
+                return self.root / found.run_id
         return self.root / datetime.now().strftime("%Y%m%d-%H%M%S")
 
     @override
@@ -80,7 +87,7 @@ class AdapterCheckpoint(Callback):
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
         if value is None:
             return
-        better = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
+        better = self.best is None or (value >= self.best if self.mode == "max" else value <= self.best)
         if better:
             self.best = float(value)
             self._save(trainer, pl_module, "best")
@@ -93,7 +100,11 @@ class AdapterCheckpoint(Callback):
         if not trainer.is_global_zero or self.run is None:
             return
         final = self.run / ("best" if self.best is not None else "last")
-        log_checkpoint(trainer.loggers, final)
+        name = f"checkpoints/step_{trainer.global_step:06d}_{final.name}"
+        scores = {} if self.best is None or self.monitor is None else {self.monitor: self.best}
+        for monitor, best in scores.items():
+            log_best(trainer.loggers, monitor, self.mode, best, trainer.global_step)
+        log_checkpoint(trainer.loggers, final, name, scores)
         score = f" ({self.monitor} {self.best:.4f})" if self.best is not None else ""
         logger.warning("checkpoint: %s%s", final, score)
 
@@ -106,18 +117,13 @@ class AdapterCheckpoint(Callback):
         self.best = state_dict["best"]
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
-        if not trainer.is_global_zero or self.run is None:
-            return
         model, config = pl_module.memgen, pl_module.config
         assert isinstance(model, MemGenModel), "every stage has a MemGenModel"
         assert isinstance(config, MemGenConfig), "and its configuration"
-        save_checkpoint(model, config, self.run / name, with_trigger=self.with_trigger)
-        _point(self.run.parent / "latest", self.run)
-
-
-def _point(link: Path, target: Path) -> None:
-    """Makes or moves a symbolic link in one step."""
-    temporary = link.with_name(f".{link.name}-{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name, target_is_directory=True)
-    temporary.replace(link)
+        # One rank writes, and all put together what it writes.
+        with whole_weights(trainer):
+            if not trainer.is_global_zero or self.run is None:
+                return
+            save_checkpoint(model, config, self.run / name, with_trigger=self.with_trigger)
+            sweep(self.run.parent, "latest")
+            point_to(self.run.parent / "latest", self.run)

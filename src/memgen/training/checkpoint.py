@@ -10,14 +10,10 @@ The released code writes LoRA weights correctly but loses them on load, because 
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import logging
-import os
 import pickle
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -36,6 +32,8 @@ from memgen.model.boundary import BoundaryConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.trigger import TokenTrigger, TriggerConfig, TriggerKind
 from memgen.model.weaver import WeaverConfig
+from memgen.training.durable import aside, discard, standing, sweep, take_place, temporary_beside
+from memgen.training.durable import sync as sync
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -241,6 +239,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _write_tensors(parameters: Mapping[str, Tensor], path: Path) -> None:
+    absent = [name for name, tensor in parameters.items() if tensor.numel() == 0]
+    if absent:
+        raise ValueError(
+            f"{absent[0]} is kept in shares by the strategy and cannot be written; save inside whole_weights(trainer)"
+        )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
     try:
         save_file(tensors, path, metadata={"format": "pt"})
@@ -252,15 +255,6 @@ def _write_tensors(parameters: Mapping[str, Tensor], path: Path) -> None:
 def _write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
     sync(path)
-
-
-def sync(path: Path) -> None:
-    """Forces a file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -281,50 +275,15 @@ def _replacing(directory: Path, known_by: str) -> Iterator[Path]:
             f"{directory} exists and is no checkpoint (it has no {known_by}); give another name"
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.new-", dir=directory.parent))
-    aside = _aside(directory)
+    sweep(directory.parent, directory.name)
+    temporary = temporary_beside(directory)
+    temporary.mkdir()
     try:
         yield temporary
-        sync(temporary)
-        temporary.chmod(0o755)
-        if not directory.exists():
-            temporary.rename(directory)
-        elif not _exchange(temporary, directory):
-            shutil.rmtree(aside, ignore_errors=True)
-            directory.rename(aside)
-            try:
-                temporary.rename(directory)
-            except BaseException:
-                aside.rename(directory)
-                raise
-        sync(directory.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        take_place(temporary, directory)
+        shutil.rmtree(aside(directory), ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _aside(directory: Path) -> Path:
-    return directory.with_name(f".{directory.name}.old")
-
-
-def standing(directory: Path) -> Path:
-    """The directory, or what a killed writer had set aside for it."""
-    aside = _aside(directory.absolute())
-    return aside if not directory.exists() and aside.exists() else directory
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two directories in one step (Linux, renameat2). False where the system or file system cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-        return False
-    raise OSError(number, os.strerror(number), str(other))
+        discard(temporary)
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:

@@ -26,7 +26,14 @@ from memgen.objectives.grpo import (
 )
 from memgen.tracking.mlflow import log_samples
 from memgen.tracking.samples import marked_trajectory
-from memgen.tracking.signals import Advice, latent_metrics, memory_metrics, rollout_means, rollout_sums
+from memgen.tracking.signals import (
+    Advice,
+    latent_metrics,
+    memory_metrics,
+    rollout_means,
+    rollout_sums,
+    values_of_some,
+)
 from memgen.training.evaluation import SHOWN
 from memgen.training.rollouts import (
     FrozenCopy,
@@ -34,6 +41,7 @@ from memgen.training.rollouts import (
     RolloutBuffer,
     UpdateSettings,
     cut,
+    focused,
     objects_of_all_ranks,
     of_all_ranks,
     over_ranks,
@@ -41,7 +49,8 @@ from memgen.training.rollouts import (
     stats_over_ranks,
     world_size,
 )
-from memgen.training.stage import seed_of
+from memgen.training.stage import seed_of, tied_to_all
+from memgen.training.strategy import whole_weights
 from memgen.types import Trajectory
 
 # E episodes, M trained units (tokens, or decisions) of an episode
@@ -153,8 +162,9 @@ class RolloutCycle:
         self.buffer: RolloutBuffer | None = None
         self.reference: FrozenCopy | None = None
         self.rollouts = 0
+        self._update_began: float | None = None
         self._update_seconds = 0.0
-        self._update_units = 0.0
+        self._update_tokens = 0
         self._loss = 0.0
 
     # Rolling out
@@ -175,11 +185,18 @@ class RolloutCycle:
                     f"step {place.part} of a rollout comes before its first; the checkpoint to resume from is broken"
                 )
             self._log_update_speed(stage)
-            self.buffer = self._roll_out(stage, batch)
-        clock = time.perf_counter()
-        loss = self._update(stage, self.buffer.part(place), place)
-        self._update_seconds += time.perf_counter() - clock
-        return loss
+            with whole_weights(stage.trainer):
+                self.buffer = self._roll_out(stage, batch)
+        self._update_began = time.perf_counter()
+        part = self.buffer.part(place)
+        self._update_tokens += sum(trajectory.tokens for trajectory in part.trajectories)
+        return self._update(stage, part, place)
+
+    def on_step_end(self) -> None:
+        """After a training step, its backward pass and its optimizer step: stops the clock of updates."""
+        if self._update_began is not None:
+            self._update_seconds += time.perf_counter() - self._update_began
+            self._update_began = None
 
     def _roll_out(self, stage: Learner, batch: PromptBatch) -> RolloutBuffer:
         actor: Actor = stage.actor
@@ -216,7 +233,8 @@ class RolloutCycle:
         )
         parts = self._with_earlier_policies(stage, parts)
         dead = group_advantages(rewards, all_groups, PolicySettings(), valid).dead_share
-        self._log_rollout(stage, rollouts, dead, shaping.metrics)
+        teaches = bool(advantages.values.any())
+        self._log_rollout(stage, rollouts, dead, shaping.metrics, teaches=teaches)
         self._log_samples(stage, examples, trajectories)
         self.rollouts += 1
         return RolloutBuffer(place, parts)
@@ -229,7 +247,7 @@ class RolloutCycle:
     def _play(self, stage: Learner, batch: PromptBatch) -> tuple[Rollouts, list[Example]]:
         """Rolls out, and again with other items in place of groups that teach nothing, if the settings say so."""
         place = batch.place
-        keep = stage.trainer.global_step % stage.trainer.log_every_n_steps == 0
+        keep = self._is_logged(stage, self.update.iterations * self.update.minibatches)
         rollouts = self._episodes(stage.actor, batch.examples, place.indices, place, 0, keep_latents=keep)
         examples = list(batch.examples)
         size = stage.actor.generation.group_size
@@ -271,11 +289,22 @@ class RolloutCycle:
     @torch.no_grad()
     def _with_earlier_policies(self, stage: Learner, parts: list[Part]) -> list[Part]:
         """Adds what the rollout's weights and the reference's say, where a later step will ask for it."""
-        if self.update.iterations * self.update.minibatches > 1:
-            parts = [
-                part if (scored := self._score(stage, part)) is None else _with(part, old=scored.logprobs)
-                for part in parts
-            ]
+        several = self.update.iterations * self.update.minibatches > 1
+        focuses = self.policy.top_entropy < 1
+        if several or focuses:
+            scores = [self._score(stage, part, entropy=focuses) for part in parts]
+            if several:
+                parts = [
+                    part if scored is None else _with(part, old=scored.logprobs)
+                    for part, scored in zip(parts, scores, strict=True)
+                ]
+            if focuses:
+                entropies = [
+                    None if scored is None or scored.entropy is None else (scored.entropy, scored.mask)
+                    for scored in scores
+                ]
+                accumulate: int = stage.trainer.accumulate_grad_batches
+                parts = focused(parts, entropies, self.policy.top_entropy, accumulate)
         if self.policy.kl > 0:
             copy = self.reference if self.update.reference == "start" else FrozenCopy(stage.trained())
             assert copy is not None, "made before the first rollout"
@@ -301,11 +330,11 @@ class RolloutCycle:
         return scored
 
     def _update(self, stage: Learner, part: Part, place: PromptIndex) -> Tensor:
-        wants_entropy = self.policy.entropy_bonus > 0 or self.policy.top_entropy < 1
-        logs = stage.trainer.global_step % stage.trainer.log_every_n_steps == 0
+        wants_entropy = self.policy.entropy_bonus > 0
+        logs = self._is_logged(stage, 1)
+        nothing = tied_to_all(stage.trained().values())
         scored = self._score(stage, part, entropy=wants_entropy or logs)
-        # Every weight gets a gradient, 0 if need be: ranks that average gradients wait for each other's.
-        nothing = 0.0 * torch.stack([parameter.sum() for parameter in stage.trained().values()]).sum()
+        focus = part.focus
         if scored is None:
             scored = _empty(
                 len(part.trajectories),
@@ -314,6 +343,8 @@ class RolloutCycle:
                 kl=self.policy.kl > 0,
                 exact_kl=stage.exact_kl,
             )
+            focus = scored.mask
+        assert focus is not None or self.policy.top_entropy == 1, "found when the rollout was cut into parts"
         outcome = policy_loss(
             scored.logprobs,
             scored.logprobs.detach() if part.old is None else part.old.to(scored.logprobs.device),
@@ -325,25 +356,27 @@ class RolloutCycle:
             exact_kl=scored.exact_kl,
             entropy=scored.entropy,
             rollout_logprobs=scored.recorded,
+            focus=None if focus is None else focus.to(scored.logprobs.device),
         )
         self._loss = float(outcome.loss.detach())
-        self._update_units += float(outcome.stats["tokens"])
         self._log_step(stage, outcome.stats, place)
         return outcome.loss + nothing
 
     # Signals
 
     def _log_rollout(
-        self, stage: Learner, rollouts: Rollouts, dead: float, shaped: Mapping[str, float]
+        self,
+        stage: Learner,
+        rollouts: Rollouts,
+        dead: float,
+        shaped: Mapping[str, float],
+        *,
+        teaches: bool,
     ) -> None:
         weaver = stage.memgen.weaver.config
         sums = stats_over_ranks(rollout_sums(rollouts.trajectories, weaver))
         metrics = rollout_means(sums) | {"rollout/dead_groups": dead} | dict(shaped)
-        names = [sorted(t.parts) for t in rollouts.trajectories if t.fault is None]
-        for part in sorted({name for found in objects_of_all_ranks(names) for row in found for name in row}):
-            values = [t.parts[part] for t in rollouts.trajectories if t.fault is None and part in t.parts]
-            totals = over_ranks(torch.tensor([sum(values), float(len(values))], dtype=torch.float64), "sum")
-            metrics[f"rollout/reward_{part}"] = float(totals[0] / totals[1])
+        metrics |= self._of_some(rollouts.trajectories)
         seconds = max(rollouts.seconds, 1e-9)
         metrics["perf/rollout_tokens_per_second"] = float(sums.get("tokens", torch.tensor(0.0))) / seconds
         metrics["perf/environment_seconds"] = rollouts.environment_seconds
@@ -353,11 +386,37 @@ class RolloutCycle:
         metrics |= memory_metrics()
         stage.log_dict(metrics)
         stage.log("reward", metrics.get("rollout/reward", float("nan")), prog_bar=True, logger=False)
-        self.advice.on_rollout(metrics, dead, greedy=stage.actor.generation.temperature == 0)
+        drawn = stage.actor.generation
+        greedy = drawn.temperature == 0 and not drawn.sample_decisions
+        self.advice.on_rollout(metrics, teaches=teaches, greedy=greedy)
         if stage.memgen.trigger.own_parameters() and any(
             parameter.requires_grad for parameter in stage.memgen.trigger.parameters()
         ):
             self.advice.on_decisions(metrics.get("trigger/invocation_rate"))
+
+    def _of_some(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Means and spreads of what only some episodes have, over all ranks: they may have seen other names."""
+        mine = values_of_some(trajectories)
+        names = sorted({name for found in objects_of_all_ranks(sorted(mine)) for name in found})
+        if not names:
+            return {}
+        totals = [
+            [sum(values), sum(v * v for v in values), float(len(values))]
+            for values in (mine.get(name, []) for name in names)
+        ]
+        metrics: dict[str, float] = {}
+        for name, (total, squares, count) in zip(
+            names, over_ranks(torch.tensor(totals, dtype=torch.float64), "sum").tolist(), strict=True
+        ):
+            mean = total / count
+            metrics |= {name: mean, f"{name}_std": max(0.0, squares / count - mean * mean) ** 0.5}
+        return metrics
+
+    def _is_logged(self, stage: Learner, steps: int) -> bool:
+        """Whether the Trainer hands metrics to its loggers within so many optimizer steps from here."""
+        every: int = stage.trainer.log_every_n_steps
+        now: int = stage.trainer.global_step
+        return every > 0 and (now + steps) // every > now // every
 
     def _log_samples(
         self, stage: Learner, examples: Sequence[Example], trajectories: Sequence[Trajectory]
@@ -390,9 +449,12 @@ class RolloutCycle:
         stage.log_dict({f"train/{name}": value for name, value in values.items()})
 
     def _log_update_speed(self, stage: Learner) -> None:
-        if self._update_seconds:
-            stage.log("perf/update_tokens_per_second", self._update_units / self._update_seconds)
-        self._update_seconds = self._update_units = 0.0
+        """Tokens a second of the updates since the last rollout, over all ranks: the agent's, observations not counted."""
+        tokens = over_ranks(torch.tensor([float(self._update_tokens)], dtype=torch.float64), "sum")
+        seconds = over_ranks(torch.tensor([self._update_seconds], dtype=torch.float64), "max")
+        if seconds > 0:
+            stage.log("perf/update_tokens_per_second", float(tokens / seconds))
+        self._update_seconds, self._update_tokens = 0.0, 0
 
     def on_gradient(self, stage: Learner) -> None:
         """Before an optimizer step: logs the gradient's norm and explains a loss near 0."""

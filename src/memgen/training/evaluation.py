@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from typing import Any, final
 
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from memgen.data import EvalBatch
 from memgen.environments.base import InteractiveEnvironment
 from memgen.generation.rollout import Actor, Rollouts, rollout
 from memgen.model.weaver import WeaverConfig
+from memgen.tracking.episodes import episode_row, episode_trace
 from memgen.tracking.metrics import AnswerMetrics
-from memgen.tracking.mlflow import Sample, log_samples
+from memgen.tracking.mlflow import Sample, log_samples, run_loggers
+from memgen.tracking.plots import EvaluationCounts, PlaceCounts, evaluation_figure, latent_norms
 from memgen.tracking.samples import marked_trajectory
+from memgen.tracking.traces import Trace
+from memgen.training.records import Recorder
+from memgen.types import Trajectory
 
 SHOWN = 16
 """Episodes kept for the page that each evaluation writes."""
+ROWS = 256
+"""Episodes in its table."""
 
 
 @final
@@ -31,9 +40,16 @@ class Evaluation(nn.Module):
         super().__init__()
         self.weaver = weaver
         self.metrics = AnswerMetrics(weaver)
+        self.places = PlaceCounts()
         self._samples: list[Sample] = []
+        self._rows: list[dict[str, Any]] = []
+        self._traces: list[Trace] = []
+        self._latents: list[Tensor] = []
+        self._embedding_norm = 0.0
+        self.recorder: Recorder | None = None
+        """Where a test is recorded item by item; what is recorded already is not played again."""
 
-    def play(self, actor: Actor, batch: EvalBatch) -> Rollouts:
+    def play(self, actor: Actor, batch: EvalBatch, *, keep_latents: bool = False) -> Rollouts:
         """Plays the items of a batch. An item's draws depend on the item alone, not on its batch."""
         settings = actor.generation
         seeds = [
@@ -41,17 +57,46 @@ class Evaluation(nn.Module):
             for index in batch.indices
             for member in range(settings.group_size)
         ]
-        return rollout(actor, batch.examples, seeds)
+        if self.recorder is not None:
+            return self.recorder.play(actor, batch, seeds, keep_latents=keep_latents)
+        return rollout(actor, batch.examples, seeds, keep_latents=keep_latents)
 
     def update(self, actor: Actor, batch: EvalBatch) -> None:
-        """Plays the items of a batch and adds them to the metrics and samples."""
-        trajectories = self.play(actor, batch).trajectories
+        """Plays the items of a batch and adds them to the metrics and to what is shown."""
+        if self.recorder is not None:
+            self.metrics.update(self.recorder.recorded(batch))
+            batch = self.recorder.remaining(batch)
+            if not batch.examples:
+                self.places.update([])
+                return
+        begin = time.time_ns()
+        rollouts = self.play(actor, batch, keep_latents=not self._rows)
+        trajectories = rollouts.trajectories
         self.metrics.update(trajectories)
-        for index in range(min(len(trajectories), SHOWN - len(self._samples))):
-            example = batch.examples[index // actor.generation.group_size]
-            self._samples.append(
-                marked_trajectory(actor.tokenizer, self.weaver, example, trajectories[index])
+        self.places.update(trajectories)
+        if rollouts.latents is not None:
+            self._latents = [block for row in rollouts.latents for block in row]
+            table = actor.model.reasoner.backbone.embedding
+            norms = table[:: max(1, table.shape[0] // 1024)].detach().float().norm(dim=-1)
+            self._embedding_norm = float(norms.mean())
+        self._show(actor, batch, trajectories, (begin, time.time_ns()))
+
+    def _show(
+        self, actor: Actor, batch: EvalBatch, trajectories: list[Trajectory], times: tuple[int, int]
+    ) -> None:
+        interactive = isinstance(actor.environment, InteractiveEnvironment)
+        for index, trajectory in enumerate(trajectories[: ROWS - len(self._rows)]):
+            item = (
+                actor.tokenizer,
+                self.weaver,
+                batch.examples[index // actor.generation.group_size],
+                trajectory,
             )
+            self._rows.append(episode_row(*item))
+            if len(self._samples) < SHOWN:
+                self._samples.append(marked_trajectory(*item))
+                if interactive:
+                    self._traces.append(episode_trace(*item, *times, tags={}))
 
     def records(self, actor: Actor, batch: EvalBatch) -> list[dict[str, Any]]:
         """Plays the items of a batch. One record per episode, for `memgen predict`."""
@@ -81,18 +126,51 @@ class Evaluation(nn.Module):
             )
         return records
 
-    def finish(self, stage: LightningModule, split: str, name: str) -> None:
+    def finish(self, stage: LightningModule, split: str, name: str) -> dict[str, Any]:
         """Logs the means and the page of samples, and begins anew.
 
         Args:
             stage: whose Trainer logs.
             split: prefix of the metrics' names.
             name: of the page.
+
+        Returns:
+            The means by their names.
         """
-        for key, value in self.metrics.compute().items():
+        means = self.metrics.compute()
+        for key, value in means.items():
             # Every rank has the same means already; the flag only says so to Lightning.
             stage.log(f"{split}/{key}", value, prog_bar=key in ("reward", "exact_match"), sync_dist=True)
         self.metrics.reset()
+        asked, invoked, rewards = self.places.compute()
+        self.places.reset()
         if stage.trainer.is_global_zero and not stage.trainer.sanity_checking:
-            log_samples(stage.trainer.loggers, self._samples, f"{split}_{name}")
-        self._samples = []
+            counts = EvaluationCounts(
+                asked.cpu().numpy(),
+                invoked.cpu().numpy(),
+                # torchmetrics makes a number of a single one.
+                rewards.reshape(-1).cpu().numpy(),
+                latent_norms(self._latents),
+                self._embedding_norm,
+            )
+            self._write(stage, split, f"{split}_{name}", counts)
+        self._samples, self._rows, self._traces, self._latents = [], [], [], []
+        return means
+
+    def _write(self, stage: LightningModule, split: str, name: str, counts: EvaluationCounts) -> None:
+        """Writes page, table, figure and traces. None of it is made if nobody records the run."""
+        found = run_loggers(stage.trainer.loggers)
+        if not found or not self._rows:
+            return
+        log_samples(found, self._samples, name)
+        columns = {key: [row[key] for row in self._rows] for key in self._rows[0]}
+        figure = evaluation_figure(counts, f"{name.replace('_', ' ')}: {len(counts.rewards)} episodes")
+        for one in found:
+            one.log_table(columns, f"tables/{name}.json")
+            one.log_image(figure, f"{split}/episodes", stage.global_step)
+            for trace in self._traces[: one.settings.traces]:
+                one.log_trace(
+                    dataclasses.replace(
+                        trace, tags={**trace.tags, "split": split, "step": str(stage.global_step)}
+                    )
+                )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from memgen.data import PromptIndex
 from memgen.generation.rollout import Replay, replay
-from memgen.objectives.grpo import Window
+from memgen.objectives.grpo import Window, entropy_threshold
 from memgen.types import AgentTurn, Trajectory
 
 # E episodes of a rank, W ranks
@@ -60,6 +60,7 @@ class Part:
         window: what the whole optimizer step has, over its micro-batches and ranks.
         old: log-probabilities under the weights of the rollout, float32 (E, N); None if those are the step's own.
         reference: under the reference policy, float32 (E, N) (for a trigger: its logits); None without a penalty.
+        focus: True at the units whose surrogate is trained, bool (E, N); None: all.
     """
 
     trajectories: list[Trajectory]
@@ -68,6 +69,7 @@ class Part:
     window: Window
     old: Tensor | None = None
     reference: Tensor | None = None
+    focus: Tensor | None = None
 
     def replay(self, *, keep_turn_latents: bool) -> Replay | None:
         """The episodes as rows; None if the environment failed all of them."""
@@ -174,6 +176,35 @@ def cut(
     ]
 
 
+def focused(
+    parts: Sequence[Part], entropies: Sequence[tuple[Tensor, Tensor] | None], share: float, accumulate: int
+) -> list[Part]:
+    """Marks in each part the units that belong to the given share of its optimizer step, those of highest entropy.
+
+    A threshold of each part's own would focus on other units whenever the micro-batches or ranks change. All ranks must
+    call it.
+
+    Args:
+        parts: the micro-batches of a pass.
+        entropies: of each part, what the policy's entropy is at each unit, (E, N), and where there is one, bool (E, N);
+            None if it has no unit.
+        share: how many to mark, in (0, 1].
+        accumulate: micro-batches of an optimizer step.
+    """
+    marked = list(parts)
+    for begin in range(0, len(parts), accumulate):
+        step = range(begin, begin + accumulate)
+        known = [found for index in step if (found := entropies[index]) is not None]
+        own = torch.cat([torch.zeros(0), *(entropy[mask].float().cpu() for entropy, mask in known)])
+        threshold = entropy_threshold(ragged_of_all_ranks(own), share)
+        for index in step:
+            found = entropies[index]
+            if found is not None:
+                entropy, mask = (tensor.cpu() for tensor in found)
+                marked[index] = dataclasses.replace(parts[index], focus=mask & (entropy.float() >= threshold))
+    return marked
+
+
 @final
 class FrozenCopy:
     """Trained tensors as they were, to compute with again: the reference policy.
@@ -236,6 +267,15 @@ def of_all_ranks(values: Tensor) -> Tensor:
     gathered = [torch.empty_like(moved) for _ in range(world_size())]
     torch.distributed.all_gather(gathered, moved)
     return torch.cat(gathered).cpu()
+
+
+def ragged_of_all_ranks(values: Tensor) -> Tensor:
+    """As `of_all_ranks` for a line of numbers, of which ranks may have unequally many."""
+    counts = of_all_ranks(torch.tensor([len(values)])).tolist()
+    longest = max(counts)
+    padded = torch.cat([values, values.new_zeros(longest - len(values))])
+    lines = of_all_ranks(padded).view(len(counts), longest)
+    return torch.cat([line[:count] for line, count in zip(lines, counts, strict=True)])
 
 
 def objects_of_all_ranks(value: Any) -> list[Any]:

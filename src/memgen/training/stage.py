@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor, nn
 
 from memgen.chat import end_of_turn_id
 from memgen.data import EnvironmentData
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.training.checkpoint import load_checkpoint
+from memgen.training.strategy import require_whole
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ def build_model(
         init_from: a checkpoint directory or an asset's name; None: a new weaver.
     """
     model = MemGenModel.build(config, data.tokenizer_object, resolve_asset)
+    require_whole(model)
     model.reasoner.end_at(end_of_turn_id(data.tokenizer_object, data.template))
     if init_from is not None:
         report = load_checkpoint(model, Path(resolve_asset(init_from)))
@@ -62,3 +66,15 @@ def seed_of(*key: object) -> int:
     """A 63-bit seed from anything with a text, the same on every machine."""
     text = " ".join(str(part) for part in key)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def tied_to_all(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """0, through which every weight gets a gradient, if only 0: ranks that average gradients wait for each other's.
+
+    Make it before the forward pass and add it to the loss. The backward pass then reaches it last, so that gradients
+    are complete in one order on every rank, whatever passes each has made: DeepSpeed reduces them as they come.
+
+    Args:
+        parameters: what is trained.
+    """
+    return 0.0 * torch.stack([parameter.sum() for parameter in parameters]).sum()

@@ -42,6 +42,9 @@ from memgen.types import Trajectory
 
 logger = logging.getLogger(__name__)
 
+INSERTION_COST = 0.01
+"""What an insertion costs in `val/net_reward`, by which the best checkpoint is chosen."""
+
 
 @final
 class TriggerRL(LightningModule):
@@ -228,6 +231,10 @@ class TriggerRL(LightningModule):
         self.cycle.on_gradient(self)
 
     @override
+    def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
+        self.cycle.on_step_end()
+
+    @override
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
         self.evaluation.update(self._actor(self.generation), batch)
 
@@ -241,7 +248,11 @@ class TriggerRL(LightningModule):
 
     @override
     def on_validation_epoch_end(self) -> None:
-        self.evaluation.finish(self, "val", f"step_{self.global_step:06d}")
+        means = self.evaluation.finish(self, "val", f"step_{self.global_step:06d}")
+        # What is best by rewards alone would pay any number of insertions for one item more. Training's own penalty would
+        # refuse those that success needs: greedy answers do not show which these are.
+        cost = INSERTION_COST * means["insertions_per_answer"]
+        self.log("val/net_reward", means["reward"] - cost, sync_dist=True)
 
     @override
     def on_test_epoch_end(self) -> None:

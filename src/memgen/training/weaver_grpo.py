@@ -188,6 +188,10 @@ class WeaverGRPO(LightningModule):
         self.cycle.on_gradient(self)
 
     @override
+    def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
+        self.cycle.on_step_end()
+
+    @override
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
         self.evaluation.update(self._actor(self.generation), batch)
 

@@ -27,7 +27,7 @@ from memgen.objectives.sft import Curriculum, choose_points, token_loss
 from memgen.training.checkpoint import keep_trained, require_trained
 from memgen.training.evaluation import Evaluation
 from memgen.training.optimizer import OptimizerSettings
-from memgen.training.stage import build_model, seed_of, stage_data
+from memgen.training.stage import build_model, seed_of, stage_data, tied_to_all
 from memgen.types import InsertionPlan
 
 logger = logging.getLogger(__name__)
@@ -112,14 +112,13 @@ class WeaverSFT(LightningModule):
 
     @override
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+        # A batch may use only one bank of queries, and an optimizer step must not depend on how a batch is split.
+        nothing = tied_to_all(self.memgen.weaver.own_parameters().values())
         logprobs, woven = self.memgen.label_logprobs(batch.tokens, self.plan(batch))
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         loss = token_loss(logprobs, batch.window_tokens, parts)
         self._log_step(batch, logprobs.detach(), woven)
-        # A batch may use only one bank of queries. The others get a zero gradient rather than none: ranks that
-        # average gradients wait for each other's, and an optimizer step must not depend on how a batch is split.
-        unused = sum(parameter.sum() for parameter in self.memgen.weaver.own_parameters().values())
-        return loss + 0.0 * unused
+        return loss + nothing
 
     def plan(self, batch: SFTBatch) -> InsertionPlan:
         """Where latents go in a batch: drawn per item, epoch and seed, so that batching does not change it."""
@@ -146,7 +145,7 @@ class WeaverSFT(LightningModule):
             self.log("perf/tokens_per_second", rate, prog_bar=True)
         self._clock = now
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.global_step % every == 0:
+        if every and (self.global_step + 1) % every == 0:
             targets = batch.tokens.ids[:, 1:][batch.tokens.supervised[:, 1:]]
             hits = self.memgen.reasoner.predictions(woven.hidden.detach()) == targets
             self.log("train/token_accuracy", hits.float().mean(), prog_bar=True)

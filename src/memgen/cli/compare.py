@@ -1,0 +1,57 @@
+"""`memgen compare`: two tests on the same items, paired."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compares two folders of records.
+
+    Args:
+        argv: the arguments behind the command.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        FileNotFoundError: if a folder has no records.
+        ValueError: if the runs cannot be compared.
+    """
+    options = _parser().parse_args(argv)
+
+    from memgen.tracking.comparison import compare
+    from memgen.tracking.records import read_records
+
+    found = compare(
+        read_records(Path(options.run_a)),
+        read_records(Path(options.run_b)),
+        options.metric,
+        common=options.common,
+    )
+    if options.json:
+        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        print(f"A: {options.run_a}", f"B: {options.run_b}", *found.lines(), sep="\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="memgen compare",
+        description="Compare two tests item by item: the difference of means with a paired bootstrap interval, and "
+        "McNemar's exact test, or a sign-flip permutation test where scores are not 0 or 1.",
+    )
+    parser.add_argument("run_a", metavar="RUN_A", help="folder of records, as memgen test prints it")
+    parser.add_argument("run_b", metavar="RUN_B", help="another")
+    parser.add_argument(
+        "--metric", default="reward", metavar="NAME", help="reward (default), or a part of it by name"
+    )
+    parser.add_argument(
+        "--common", action="store_true", help="compare the items that both have, if those are not all"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser

@@ -1,0 +1,81 @@
+"""Checkpoints out of MLflow: `models:/NAME/VERSION` and `runs:/RUN_ID/PATH` as directories."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from memgen.tracking.store import client_of
+
+SCHEMES = ("models:/", "runs:/")
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's artifacts with its checkpoints."""
+DEFAULT_STORE = "sqlite:///runs/mlflow.db"
+
+
+def is_recorded(name: str) -> bool:
+    """Whether a name is one of MLflow's."""
+    return name.startswith(SCHEMES)
+
+
+def fetch_checkpoint(name: str, store: str | None = None) -> Path:
+    """The directory of a checkpoint that MLflow keeps; downloaded if it is not on this machine.
+
+    Args:
+        name: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `models:/NAME/latest`, `runs:/RUN_ID/PATH`, or `runs:/RUN_ID` for the last
+            checkpoint of a run.
+        store: tracking URI; None: MLFLOW_TRACKING_URI, else the store below `runs`.
+
+    Raises:
+        ValueError: if the name is not of these forms, or there is no such checkpoint.
+        ConnectionError: if the store does not answer.
+    """
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    uri = store or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise ValueError(
+            f"{name} is looked for in {uri}, which does not exist in {Path.cwd()}; set MLFLOW_TRACKING_URI to the store"
+        )
+    try:
+        source = _source(name, uri)
+        found = Path(download_artifacts(artifact_uri=source, tracking_uri=uri))
+    except MlflowException as error:
+        reason = error.message.splitlines()[0]
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
+            raise ValueError(f"there is no {name} in {uri}: {reason}") from error
+        raise ConnectionError(f"{uri} does not give out {name}: {reason}") from error
+    except OSError as error:
+        raise ValueError(f"{name} cannot be fetched from {uri}: {error}") from error
+    return found
+
+
+def _source(name: str, uri: str) -> str:
+    """The URI of the artifacts that a name stands for."""
+    client = client_of(uri)
+    if name.startswith("runs:/"):
+        run_id, _, path = name.removeprefix("runs:/").partition("/")
+        run = client.get_run(run_id)
+        if not path:
+            present = [item.path for item in client.list_artifacts(run_id, CHECKPOINTS)]
+            if not present:
+                raise ValueError(
+                    f"{name}: the run has no checkpoints; it has not ended, or it trained nothing"
+                )
+            # Named by their step.
+            path = max(present)
+        return f"{run.info.artifact_uri}/{path}"
+    match = re.fullmatch(r"models:/([^/@]+)(?:/([^/]+)|@([^/]+))", name)
+    if match is None:
+        raise ValueError(f"{name} is not of the form models:/NAME/VERSION or models:/NAME@ALIAS")
+    model, version, alias = match.groups()
+    if alias is not None:
+        return str(client.get_model_version_by_alias(model, alias).source)
+    if version == "latest":
+        found = client.search_model_versions(f"name='{model}'")
+        if not found:
+            raise ValueError(f"{name}: there is no model of this name in {uri}")
+        return str(max(found, key=lambda item: int(item.version)).source)
+    return str(client.get_model_version(model, version).source)

@@ -1,0 +1,346 @@
+"""What becomes of a run's records in MLflow. Called from the delivery thread; mlflow is imported when it is needed.
+
+Each kind of record has a method of its name. Records may come twice (a try that failed half-way, a process that was
+killed), so each method leaves the same behind if it is called again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from memgen.tracking.delivery import Record, RefusedError
+from memgen.tracking.family import summarise_children
+from memgen.tracking.traces import Trace, write_trace
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+PARAMETERS = 100
+"""Parameters that MLflow takes in one call."""
+METRICS = 1000
+"""Metric rows, likewise."""
+TABLES_TAG = "mlflow.loggedArtifacts"
+SYSTEM = "system/"
+"""Metrics whose step is the second of the run."""
+FINAL_ERRORS = {
+    "INVALID_PARAMETER_VALUE",
+    "BAD_REQUEST",
+    "RESOURCE_DOES_NOT_EXIST",
+    "RESOURCE_ALREADY_EXISTS",
+    "INVALID_STATE",
+    "PERMISSION_DENIED",
+    "FEATURE_DISABLED",
+    "NOT_IMPLEMENTED",
+}
+"""MLflow's error codes that another try does not change."""
+QUICK = {
+    # We try again ourselves. MLflow would keep a call for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # A trace that did not arrive is to be noticed.
+    "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # We say it ourselves, once.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+@dataclass(frozen=True)
+class RunAddress:
+    """Which run, and where.
+
+    Attributes:
+        uri: MLflow's tracking URI.
+        experiment: name of the experiment.
+        artifacts: where a new experiment keeps artifacts; None: the store decides.
+        run_id: an existing run; None: a new one.
+        name: of a new run; None: MLflow makes one up.
+        tags: of the run.
+    """
+
+    uri: str
+    experiment: str
+    artifacts: str | None = None
+    run_id: str | None = None
+    name: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@final
+class RunStore:
+    """A run in MLflow. See `delivery.Recipient`."""
+
+    def __init__(self, address: RunAddress) -> None:
+        for name, value in QUICK.items():
+            os.environ.setdefault(name, value)
+        self.address = address
+        self.run_id = address.run_id
+        self.experiment_id: str | None = None
+        self.started: int | None = None
+        """When the run began, in milliseconds."""
+        self.logged: Mapping[str, int] = {}
+        """Of a run that goes on: the last step of each metric when it was opened."""
+        self._client: MlflowClient | None = None
+
+    @property
+    def client(self) -> MlflowClient:
+        """A client of its own for whoever asks first; MLflow's clients may be shared by threads."""
+        if self._client is None:
+            from mlflow import MlflowClient
+
+            self._client = MlflowClient(self.address.uri)
+        return self._client
+
+    def open(self) -> None:
+        """Makes the run, or finds the one to go on with."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking.context.registry import resolve_tags
+
+        client, address = self.client, self.address
+        if self.run_id is not None:
+            try:
+                run = client.get_run(self.run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                self.run_id = None
+            else:
+                if address.run_id is not None:
+                    self.logged = {metric.key: metric.step for metric in run.to_proto().data.metrics}
+                client.update_run(self.run_id, status="RUNNING")
+        if self.run_id is None:
+            # Who started it, and which program.
+            tags = resolve_tags(dict(address.tags))
+            run = client.create_run(self._experiment(), tags=tags, run_name=address.name)
+            self.run_id = run.info.run_id
+        self.experiment_id = run.info.experiment_id
+        self.started = run.info.start_time
+
+    def _experiment(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        client, address = self.client, self.address
+        found = client.get_experiment_by_name(address.experiment)
+        if found is None:
+            try:
+                created: str = client.create_experiment(
+                    address.experiment, artifact_location=address.artifacts
+                )
+            except MlflowException as error:
+                # Another process was faster.
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = client.get_experiment_by_name(address.experiment)
+            else:
+                return created
+        if found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
+        identifier: str = found.experiment_id
+        return identifier
+
+    def send(self, records: Sequence[Record]) -> None:
+        """Delivers records of one kind."""
+        from mlflow.exceptions import MlflowException
+
+        kind = records[0]["kind"]
+        method = getattr(self, f"_send_{kind}", None)
+        if method is None:
+            raise RefusedError(f"there is no kind of record {kind}")
+        try:
+            method(records)
+        except MlflowException as error:
+            if error.error_code in FINAL_ERRORS:
+                raise RefusedError(error.message.splitlines()[0]) from error
+            raise
+        except FileNotFoundError as error:
+            raise RefusedError(f"{error.filename} is gone") from error
+
+    def answers(self) -> bool:
+        """Whether the store can be reached at all."""
+        try:
+            self.client.get_run(self.run_id)
+        except Exception:  # noqa: BLE001 - that is the question
+            return False
+        return True
+
+    def header(self) -> Record:
+        """The address, with the run's id once there is one."""
+        return {**asdict(self.address), "run_id": self.run_id}
+
+    # Kinds of records
+
+    def _send_metrics(self, records: Sequence[Record]) -> None:
+        from mlflow.entities import Metric
+
+        rows = [
+            Metric(key=key, value=value, timestamp=record["time"], step=self._step(key, record))
+            for record in records
+            for key, value in record["values"].items()
+            # Steps that a run goes through again after it was resumed.
+            if key.startswith(SYSTEM) or record["step"] > self.logged.get(key, -1)
+        ]
+        for begin in range(0, len(rows), METRICS):
+            self.client.log_batch(self.run_id, metrics=rows[begin : begin + METRICS])
+
+    def _step(self, key: str, record: Record) -> int:
+        if key.startswith(SYSTEM) and self.started is not None:
+            return max(0, (int(record["time"]) - self.started) // 1000)
+        step: int = record["step"]
+        return step
+
+    def _send_parameters(self, records: Sequence[Record]) -> None:
+        from mlflow.entities import Param
+
+        # A run that goes on keeps its parameters: MLflow refuses another value for one that is set.
+        present = self.client.get_run(self.run_id).data.params
+        values = {key: value for record in records for key, value in record["values"].items()}
+        new = [Param(key, value) for key, value in values.items() if key not in present]
+        for begin in range(0, len(new), PARAMETERS):
+            self.client.log_batch(self.run_id, params=new[begin : begin + PARAMETERS])
+
+    def _send_tags(self, records: Sequence[Record]) -> None:
+        from mlflow.entities import RunTag
+
+        values = {key: value for record in records for key, value in record["values"].items()}
+        self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in values.items()])
+
+    def _send_text(self, records: Sequence[Record]) -> None:
+        for record in records:
+            self.client.log_text(self.run_id, record["text"], record["path"])
+
+    def _send_directory(self, records: Sequence[Record]) -> None:
+        for record in records:
+            if not Path(record["directory"]).is_dir():
+                raise FileNotFoundError(2, "gone", record["directory"])
+            self.client.log_artifacts(self.run_id, record["directory"], artifact_path=record["path"])
+
+    def _send_file(self, records: Sequence[Record]) -> None:
+        for record in records:
+            local = Path(record["file"])
+            if local.exists():  # Else an earlier try has delivered it.
+                self.client.log_artifact(self.run_id, str(local), artifact_path=record["path"])
+                _forget(local)
+
+    def _send_image(self, records: Sequence[Record]) -> None:
+        from PIL import Image
+
+        for record in records:
+            local = Path(record["file"])
+            if local.exists():
+                with Image.open(local) as image:
+                    self.client.log_image(
+                        self.run_id, image, key=record["key"], step=record["step"], synchronous=True
+                    )
+                _forget(local)
+
+    def _send_table(self, records: Sequence[Record]) -> None:
+        # MLflow's own log_table asks pandas; it appends, and so would double what is sent again.
+        for record in records:
+            columns = record["columns"]
+            table = {
+                "columns": list(columns),
+                "data": [list(row) for row in zip(*columns.values(), strict=True)],
+            }
+            self.client.log_text(self.run_id, json.dumps(table, ensure_ascii=False), record["path"])
+        # By this tag MLflow's pages know which artifacts are tables.
+        known = json.loads(self.client.get_run(self.run_id).data.tags.get(TABLES_TAG, "[]"))
+        new = [{"path": record["path"], "type": "table"} for record in records]
+        self.client.set_tag(
+            self.run_id, TABLES_TAG, json.dumps(known + [item for item in new if item not in known])
+        )
+
+    def _send_dataset(self, records: Sequence[Record]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        for record in records:
+            dataset = Dataset(
+                name=record["name"],
+                digest=record["digest"],
+                source_type=record["source_type"],
+                source=record["source"],
+                schema=record["schema"],
+                profile=record["profile"],
+            )
+            tags = [InputTag("mlflow.data.context", record["context"])]
+            self.client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags)])
+
+    def _send_model(self, records: Sequence[Record]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        for record in records:
+            name = record["name"]
+            with contextlib.suppress(MlflowException):  # It is there already; else the next call fails.
+                self.client.create_registered_model(name, description=record["description"])
+            source = f"{self.client.get_run(self.run_id).info.artifact_uri}/{record['path']}"
+            known = self.client.search_model_versions(f"name='{name}' and run_id='{self.run_id}'")
+            if any(version.source == source for version in known):
+                continue
+            self.client.create_model_version(
+                name, source, run_id=self.run_id, tags=record["tags"], await_creation_for=0
+            )
+
+    def _send_trace(self, records: Sequence[Record]) -> None:
+        assert self.experiment_id is not None, "known since the run was opened"
+        assert self.run_id is not None, "likewise"
+        # A store that is down would be noticed only by a missing trace.
+        self.client.get_run(self.run_id)
+        for record in records:
+            write_trace(
+                self.client,
+                self.address.uri,
+                self.experiment_id,
+                self.run_id,
+                Trace.from_record(record["trace"]),
+            )
+
+    def _send_parent(self, records: Sequence[Record]) -> None:
+        for parent in {record["parent"] for record in records}:
+            summarise_children(self.client, parent)
+
+    def _send_status(self, records: Sequence[Record]) -> None:
+        status = records[-1]["status"]
+        if status in ("RUNNING", "SCHEDULED"):
+            self.client.update_run(self.run_id, status=status)
+        else:
+            self.client.set_terminated(self.run_id, status)
+
+
+def _forget(spooled: Path) -> None:
+    spooled.unlink()
+    with contextlib.suppress(OSError):
+        spooled.parent.rmdir()
+
+
+def client_of(uri: str) -> MlflowClient:
+    """A client for a store, with our settings."""
+    return RunStore(RunAddress(uri, "")).client
+
+
+def deliver(header: Mapping[str, Any], records: Sequence[Record]) -> tuple[str, list[str]]:
+    """Sends what a process has left, now.
+
+    Args:
+        header: of its outbox.
+        records: likewise.
+
+    Returns:
+        The run's id, and why records were refused, if some were.
+    """
+    known = {item.name for item in fields(RunAddress)}
+    store = RunStore(RunAddress(**{name: value for name, value in header.items() if name in known}))
+    store.open()
+    refused = []
+    for _, group in itertools.groupby(records, key=lambda record: record["kind"]):
+        try:
+            store.send(list(group))
+        except RefusedError as error:
+            refused.append(str(error))
+    assert store.run_id is not None, "open"
+    return store.run_id, refused

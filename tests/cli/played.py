@@ -1,0 +1,77 @@
+"""A stage file whose environment a tiny untrained model can play, and processes that play it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from memgen.lab.saving import save_backbone
+from tiny import byte_tokenizer, tiny_causal_lm
+
+TESTS = Path(__file__).resolve().parents[1]
+STAGE = """\
+seed_everything: 0
+model:
+  class_path: memgen.training.weaver_sft.WeaverSFT
+  memgen:
+    backbone: {name: base, dtype: float32}
+    weaver: {prompt_latents: 3, inference_latents: 2, lora: {r: 4, alpha: 8, dropout: 0.0}}
+    boundaries: {delimiters: [a, e, i], max_inference_insertions: 2}
+  generation: {max_new_tokens: 40, temperature: 1.0}
+data:
+  class_path: memgen.data.EnvironmentData
+  tokenizer: base
+  chat_template: chatml
+  val_batch_size: 2
+  environment:
+    class_path: letters_env.LetterGame
+    init_args: {items: 12, seconds: 0.0}
+trainer:
+  accelerator: cpu
+  devices: 1
+  logger: false
+  use_distributed_sampler: false
+  enable_model_summary: false
+  enable_progress_bar: false
+"""
+CONFIG = ("--config", "stage.yaml")
+SLOW = ("--data.environment.init_args.seconds", "0.1")
+
+
+def prepare(folder: Path) -> None:
+    (folder / "stage.yaml").write_text(STAGE)
+    (folder / "base").mkdir()
+    save_backbone(tiny_causal_lm(max_position_embeddings=2048), byte_tokenizer(), folder / "base")
+
+
+def start(folder: Path, *argv: str) -> subprocess.Popen[str]:
+    """A command as a process of its own."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "memgen.cli.main", *argv],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_lines(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
+    """Until a file has so many lines, or the process has ended."""
+    end = time.monotonic() + 300
+    while time.monotonic() < end:
+        if path.exists() and path.read_bytes().count(b"\n") >= lines:
+            return
+        if process.poll() is not None:
+            raise AssertionError(f"it ended before: {process.communicate()[1]}")
+        time.sleep(0.005)
+    process.kill()
+    raise AssertionError(f"{path} never had {lines} lines")
