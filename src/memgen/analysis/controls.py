@@ -79,35 +79,6 @@ class Outcome:
         return float(low), float(high)
 
 
-def difference_interval(
-    ours: Sequence[float],
-    theirs: Sequence[float],
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Paired bootstrap confidence interval of mean(ours - theirs) over items (percentile method).
-
-    Args:
-        ours: a score for each item.
-        theirs: a score for each of the same items, in the same order.
-        level: coverage.
-        resamples: bootstrap samples of the items.
-        seed: of the samples.
-
-    Raises:
-        ValueError: if the two are not of one length.
-    """
-    if len(ours) != len(theirs):
-        raise ValueError(
-            f"a paired difference needs the same items, got {len(ours)} scores and {len(theirs)}"
-        )
-    differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    draws = np.random.default_rng(seed).integers(0, len(differences), (resamples, len(differences)))
-    low, high = np.quantile(differences[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def without_memory(model: MemGenModel) -> MemGenModel:
     """The same model that never invokes."""
     return MemGenModel(model.reasoner, model.weaver, ConstantTrigger(0.0), model.boundaries).eval()

@@ -70,6 +70,13 @@ class Actor:
     episodes: EpisodeSettings = field(default_factory=EpisodeSettings)
     template: str | None = None
 
+    @property
+    def max_turns(self) -> int:
+        """Turns after which an episode is cut: 1 where there is nothing to interact with."""
+        if not isinstance(self.environment, InteractiveEnvironment):
+            return 1
+        return self.episodes.max_turns or self.environment.max_turns
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -195,10 +202,9 @@ class _Rollout:
         return playing
 
     def _play(self, environment: InteractiveEnvironment, playing: list[_Playing]) -> None:
-        turns = self.actor.episodes.max_turns or environment.max_turns
         group = self.actor.generation.group_size
         alike = all(p.context == playing[i - i % group].context for i, p in enumerate(playing))
-        for turn in range(turns):
+        for turn in range(self.actor.max_turns):
             live = [p for p in playing if not p.over]
             if turn > 0:
                 for p in live:

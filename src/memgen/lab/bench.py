@@ -34,7 +34,7 @@ from memgen.generation.sampling import GenerationSettings
 from memgen.lab.assets import RECIPE_VERSION, resolve_asset
 from memgen.lab.environment import Lab
 from memgen.lab.lora import train_lora
-from memgen.lab.report import base_hash
+from memgen.lab.report import OTHERS, base_hash
 from memgen.lab.tables import machine, write_report
 from memgen.lab.text_world import TextWorld
 from memgen.lab.trained import base_name, conf_file, fit, stage_file, stopping_at
@@ -49,7 +49,6 @@ from memgen.training.optimizer import OptimizerSettings
 logger = logging.getLogger(__name__)
 
 TARGET = "shop"
-OTHERS = ("open", "add", "rev", "walk")
 ITEMS = 600
 """Held-out items of each task."""
 NEW_TOKENS = {"bill": 32}

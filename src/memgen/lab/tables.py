@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from memgen.analysis.controls import difference_interval
-
-OTHERS = ("open", "add", "rev", "walk")
+from memgen.lab.report import OTHERS
+from memgen.tracking.statistics import mean_interval
 
 
 @dataclass(frozen=True)
@@ -295,8 +294,10 @@ def _difference(ours: Score, theirs: Score) -> str:
 
 
 def _interval(ours: Score, theirs: Score) -> tuple[float, float]:
-    low, high = difference_interval(ours.exact, theirs.exact)
-    return 100 * low, 100 * high
+    found = mean_interval([a - b for a, b in zip(ours.exact, theirs.exact, strict=True)])
+    assert found.low is not None, "there is more than one item"
+    assert found.high is not None, "likewise"
+    return 100 * found.low, 100 * found.high
 
 
 def _seconds(seconds: float | None) -> str:

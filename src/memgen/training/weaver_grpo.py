@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from memgen.data import EnvironmentData, EvalBatch, PromptBatch, no_assets
-from memgen.environments.base import InteractiveEnvironment
 from memgen.generation.rollout import Actor, EpisodeSettings, Replay
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel
@@ -139,11 +138,7 @@ class WeaverGRPO(LightningModule):
 
     def max_units(self) -> int:
         """Most tokens that an episode's agent can write."""
-        environment = self.data.environment
-        turns = 1
-        if isinstance(environment, InteractiveEnvironment):
-            turns = self.episodes.max_turns or environment.max_turns
-        return turns * self.rollout.max_new_tokens
+        return self.actor.max_turns * self.rollout.max_new_tokens
 
     def shape(
         self,
