@@ -64,6 +64,19 @@ def test_a_resumed_command_goes_on_with_its_run_and_its_checkpoint_can_be_tested
     assert named.endswith("checkpoints/step_000005_best")
 
 
+def test_two_folders_of_one_process_keep_their_own_runs(folder, tmp_path_factory, monkeypatch):
+    run("fit")
+    other = tmp_path_factory.mktemp("other")
+    (other / "stage.yaml").write_text((folder / "stage.yaml").read_text())
+    monkeypatch.chdir(other)
+    run("fit")
+    (second,) = runs(the_client())
+    monkeypatch.chdir(folder)
+    (first,) = runs(the_client())
+    assert (folder / "runs" / "weaver_sft" / first.info.run_id).is_dir()
+    assert (other / "runs" / "weaver_sft" / second.info.run_id).is_dir()
+
+
 def test_a_checkpoint_that_mlflow_does_not_have_is_refused_in_one_line(folder, capsys):
     assert front_end.main(["test", "--config", "stage.yaml", "--checkpoint", "models:/nothing/7"]) == 2
     assert "there is no models:/nothing/7 in sqlite:///runs/mlflow.db" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from memgen.tracking.store import client_of
+from memgen.tracking.store import SQLITE, absolute_uri, client_of
 
 SCHEMES = ("models:/", "runs:/")
 CHECKPOINTS = "checkpoints"
@@ -35,13 +35,13 @@ def fetch_checkpoint(name: str, store: str | None = None) -> Path:
     from mlflow.exceptions import MlflowException
 
     uri = store or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
         raise ValueError(
             f"{name} is looked for in {uri}, which does not exist in {Path.cwd()}; set MLFLOW_TRACKING_URI to the store"
         )
     try:
         source = _source(name, uri)
-        found = Path(download_artifacts(artifact_uri=source, tracking_uri=uri))
+        found = Path(download_artifacts(artifact_uri=source, tracking_uri=absolute_uri(uri)))
     except MlflowException as error:
         reason = error.message.splitlines()[0]
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -22,6 +22,8 @@ from memgen.tracking.traces import Trace, write_trace
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+SQLITE = "sqlite:///"
+"""What the URI of a database in a file begins with."""
 PARAMETERS = 100
 """Parameters that MLflow takes in one call."""
 METRICS = 1000
@@ -52,6 +54,18 @@ QUICK = {
 }
 
 
+def absolute_uri(uri: str) -> str:
+    """The same store, whatever the working directory.
+
+    MLflow keeps one connection for each URI as it is spelled: a relative sqlite path would stay with the file of the
+    directory in which a process used it first.
+    """
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or path.is_absolute() or str(path) in {".", ":memory:"}:
+        return uri
+    return f"{SQLITE}{path.absolute()}"
+
+
 @dataclass(frozen=True)
 class RunAddress:
     """Which run, and where.
@@ -80,7 +94,7 @@ class RunStore:
     def __init__(self, address: RunAddress) -> None:
         for name, value in QUICK.items():
             os.environ.setdefault(name, value)
-        self.address = address
+        self.address = replace(address, uri=absolute_uri(address.uri))
         self.run_id = address.run_id
         self.experiment_id: str | None = None
         self.started: int | None = None
