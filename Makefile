@@ -4,7 +4,7 @@
 # make test-slow  what takes minutes: two processes, the whole pipeline on the lab; a skipped test fails
 # make test-with MARKS="sandbox or slurm"  tests that need more than Python (bubblewrap, SLURM, a browser, ...); a skipped
 #              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld
-# make test-slurm  a SLURM of two made-up nodes on this machine, and the tests that need one (root; docs/slurm.md)
+# make setup-worlds  adds ALFWorld and ScienceWorld to the environment (g++, cmake, Java), for their tests
 # make bench-performance  every figure of docs/performance.md, about 20 minutes
 # make bench-scale  every stage under every strategy on two CPU processes, killed and resumed; the tables of docs/scale.md
 # make check   lint, format, types, import directions, spelling
@@ -25,7 +25,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= true
 
-.PHONY: setup demo test test-slow test-with test-slurm check test-gpu bench-lab bench-performance bench-scale format
+.PHONY: setup setup-worlds demo test test-slow test-with check test-gpu bench-lab bench-performance bench-scale format
 
 setup: $(STAMP)
 
@@ -40,6 +40,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
+setup-worlds: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,alfworld,scienceworld]"
+
 demo: setup
 	$(BIN)/memgen demo $(DEMO_ARGS)
 
@@ -52,9 +55,6 @@ test-slow: setup
 test-with: setup
 	@test -n "$(MARKS)" || { echo 'make test-with: name the tests: make test-with MARKS="sandbox or slurm"' >&2; exit 1; }
 	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "($(MARKS)) and not gpu" $(PYTEST_ARGS)
-
-test-slurm: setup
-	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

@@ -122,6 +122,16 @@ def test_a_worker_that_died_is_replaced():
     verifier.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_a_schedulers_warning_is_not_for_the_worker(verifier, number):
+    assert verifier.correct("5", r"\boxed{5}")
+    pids = verifier.worker_pids
+    for pid in pids:
+        os.kill(pid, number)
+    assert verifier.correct("5", r"\boxed{5}")
+    assert verifier.worker_pids == pids
+
+
 def test_any_thread_may_ask_and_gets_its_own_answer():
     verifier = MathsVerifier(workers=2)
     questions = [(str(i % 7), f"\\boxed{{{i % 5}}}") for i in range(60)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -56,6 +58,17 @@ def processes() -> dict[str, str]:
                 found[folder.name] = (folder / "cmdline").read_text().replace("\0", " ")
         except OSError:  # It ended meanwhile.
             continue
+    return found
+
+
+def runs_of_this_process() -> set[str]:
+    """The process that each run under way was started as."""
+    found = set()
+    for pid, line in processes().items():
+        with contextlib.suppress(OSError):
+            parent = (Path("/proc") / pid / "stat").read_text().rsplit(")")[-1].split()[1]
+            if "harness.py" in line and parent == str(os.getpid()):
+                found.add(pid)
     return found
 
 
@@ -358,6 +371,27 @@ def passes_bare(row, folder):
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0 and b"Ran 0 tests" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_schedulers_warning_that_ends_a_run_says_nothing_about_the_answer_the_first_time(
+    executor, number, times
+):
+    assert run(executor, RIGHT).passed, "and what it tries before its first run is over"
+    slow = f"import time\ntime.sleep(1.5)\n{RIGHT}"
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(run, executor, slow)
+        struck: set[str] = set()
+        deadline = time.monotonic() + 20
+        while len(struck) < times and not result.done() and time.monotonic() < deadline:
+            for pid in runs_of_this_process() - struck:
+                time.sleep(0.7)  # It has begun.
+                os.kill(int(pid), number)
+                struck.add(pid)
+            time.sleep(0.02)
+        assert len(struck) == times
+        assert result.result().passed == (times == 1)
 
 
 def test_limits_are_no_sandbox_and_do_not_call_themselves_one():

@@ -129,6 +129,15 @@ def test_a_worker_that_is_killed_from_outside_between_two_steps_is_noticed(corri
     assert all(observation.text for observation in observations)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_a_schedulers_warning_is_not_for_the_workers(corridors, number):
+    environment = corridors(workers=1)
+    episodes, _ = begin(environment, 2)
+    os.kill(environment.worker_pids[0], number)
+    steps = environment.step_all(episodes, ["right"] * 2)
+    assert [step.fault for step in steps] == [None, None]
+
+
 @pytest.mark.parametrize(
     ("how", "reason"),
     [("crash", "SIGKILL"), ("hang", "within 1 s"), ("broken", "ZeroDivisionError: no length")],

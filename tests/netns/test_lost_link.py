@@ -124,18 +124,26 @@ def step_of(folder: Path) -> int:
     return int(found[1]) if found else 0
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
+STRATEGIES = {
+    "ddp": {
+        "class_path": "lightning.pytorch.strategies.DDPStrategy",
+        "init_args": {"process_group_backend": "gloo", "timeout": f"0:00:{TIMEOUT:02d}"},
+    },
+    "zero2": {
+        "class_path": "memgen.training.strategy.ZeroStrategy",
+        "init_args": {"stage": 2, "timeout": f"0:00:{TIMEOUT:02d}"},
+    },
+}
+
+
+@pytest.fixture(params=STRATEGIES.values(), ids=STRATEGIES)
+def folder(tmp_path, request) -> Path:
     callbacks = [
         *STAGE["trainer"]["callbacks"],
         {"class_path": "memgen.training.resume.ResumeCheckpoint", "init_args": {"every_n_steps": 5}},
         {"class_path": "netns_pace.Pace"},
     ]
-    strategy = {
-        "class_path": "lightning.pytorch.strategies.DDPStrategy",
-        "init_args": {"process_group_backend": "gloo", "timeout": f"0:00:{TIMEOUT:02d}"},
-    }
-    write_stage(tmp_path, callbacks=callbacks, strategy=strategy, max_steps=5000, limit_val_batches=0)
+    write_stage(tmp_path, callbacks=callbacks, strategy=request.param, max_steps=5000, limit_val_batches=0)
     return tmp_path
 
 

@@ -79,4 +79,5 @@ def test_two_folders_of_one_process_keep_their_own_runs(folder, tmp_path_factory
 
 def test_a_checkpoint_that_mlflow_does_not_have_is_refused_in_one_line(folder, capsys):
     assert front_end.main(["test", "--config", "stage.yaml", "--checkpoint", "models:/nothing/7"]) == 2
-    assert "there is no models:/nothing/7 in sqlite:///runs/mlflow.db" in capsys.readouterr().err
+    store = folder / "runs" / "mlflow.db"
+    assert f"there is no models:/nothing/7 in sqlite:///{store}" in capsys.readouterr().err

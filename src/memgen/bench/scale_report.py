@@ -16,6 +16,7 @@ from memgen.bench.scale import (
     FLOAT32,
     GIB,
     H100,
+    STRATEGIES,
     Decoder,
     Memory,
     Strategy,
@@ -75,7 +76,7 @@ def held_rows(content: Mapping[str, Any]) -> Rows:
     header = ["strategy", "kind", "measured", "by formula"]
     rows = []
     for case in content["cases"]:
-        if case["stage"] != "weaver SFT":
+        if case["stage"] != "weaver SFT" or case["strategy"] not in STRATEGIES:
             continue
         needs = memory(base, weaver, Work(), case["strategy"], case["ranks"], FLOAT32)
         held = case["held_bytes"][0]

@@ -74,6 +74,9 @@ GROUP = 2
 BATCH = {"weaver SFT": 8, "weaver GRPO": 4, "trigger RL": 4}
 """Items of a step, over all ranks."""
 LIMIT_SECONDS = 1800.0
+NUDGED = "nudged"
+"""The single process again, from trained weights one rounding unit off: the yardstick for the differences."""
+RUNS = (STRATEGIES[0], NUDGED, *STRATEGIES[1:])
 
 
 # The task
@@ -190,11 +193,13 @@ class Watch(Callback):
     Args:
         save: where to write a checkpoint behind step `SAVED`.
         kill: whether to end all ranks behind step `KILLED`.
+        nudge: whether to start from trained weights that are a rounding unit off.
     """
 
-    def __init__(self, save: Path | None, *, kill: bool) -> None:
+    def __init__(self, save: Path | None, *, kill: bool, nudge: bool) -> None:
         self.save = save
         self.kill = kill
+        self.nudge = nudge
         self.losses: list[float] = []
         self.bytes: dict[str, int] = {}
         self.most_weights = 0
@@ -206,6 +211,8 @@ class Watch(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.bytes |= held_weights(pl_module)
+        if self.nudge:
+            _nudge(pl_module)
         if isinstance(pl_module, WeaverSFT):
 
             def count(layer: torch.nn.Module, inputs: Any) -> None:
@@ -254,6 +261,16 @@ class Watch(Callback):
             trainer.strategy.barrier()
             # All ranks are of this process's group.
             os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+@torch.no_grad()
+def _nudge(module: LightningModule) -> None:
+    """Multiplies every trained number by 1 plus or minus a float32 rounding unit."""
+    draws = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            signs = torch.randn(parameter.shape, generator=draws).sign()
+            parameter.mul_(1 + torch.finfo(torch.float32).eps / 2 * signs)
 
 
 def held_weights(module: LightningModule) -> dict[str, int]:
@@ -318,10 +335,15 @@ def _trajectory(state: dict[str, Any]) -> Trajectory:
 # One run
 
 
+def ranks_of(name: str) -> int:
+    """How many processes a run of the table has."""
+    return 1 if name in ("single", NUDGED) else 2
+
+
 def make_strategy(name: str) -> Any:
     """A strategy by its name in the table."""
     match name:
-        case "single":
+        case "single" | "nudged":
             return "auto"
         case "ddp":
             return DDPStrategy(process_group_backend="gloo")
@@ -334,7 +356,7 @@ def run(task: dict[str, Any]) -> None:
     kind, name, mode = task["stage"], task["strategy"], task["mode"]
     folder = Path(task["folder"])
     place = folder / f"{name}-{kind.replace(' ', '-')}"
-    ranks = 1 if name == "single" else 2
+    ranks = ranks_of(name)
     # The first run of a single process records what all play.
     restore = [recorded(folder / f"{kind}.rollouts", write=name == "single" and mode == "whole")]
     gc.collect()
@@ -342,7 +364,11 @@ def run(task: dict[str, Any]) -> None:
     meter.reset_peak()
     before = meter.held() or 0
     saved = place.with_name(f"{place.name}.{'killed' if mode != 'whole' else 'whole'}.ckpt")
-    watch = Watch(saved if mode != "resumed" else None, kill=mode == "killed")
+    watch = Watch(
+        saved if mode != "resumed" else None,
+        kill=mode == "killed",
+        nudge=name == NUDGED and mode != "resumed",
+    )
     adapters = AdapterCheckpoint(str(place.with_name(f"{place.name}-{mode}")), None, with_trigger=True)
     if kind != "trigger RL":
         adapters.with_trigger = False
@@ -417,7 +443,7 @@ def launch(tasks: list[dict[str, Any]], log: Path, *, killed: bool) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    ranks = 1 if tasks[0]["strategy"] == "single" else 2
+    ranks = ranks_of(tasks[0]["strategy"])
     fork = multiprocessing.get_context("fork")
     processes = [
         fork.Process(target=_rank, args=(tasks, rank, ranks, port, log.with_suffix(f".{rank}.log")))
@@ -576,9 +602,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         write_base(folder / "base")
-        first, *others = STRATEGIES
+        first, *others = RUNS
         # The single process records what the others play.
-        for names in [[first], others] if options.together else [[name] for name in STRATEGIES]:
+        for names in [[first], others] if options.together else [[name] for name in RUNS]:
             for case in measured(names, folder):
                 recorder.add(case)
                 logger.info(

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, Literal, final
 
 from memgen.environments import code_harness
+from memgen.environments.signals import SCHEDULER_SIGNALS
 
 HARNESS = Path(code_harness.__file__)
 Style = Literal["pytest", "unittest"]
@@ -244,6 +245,24 @@ def _tasks_of_user(uid: int) -> int:
 
 
 def _supervise(launch: Launch, program: Program, limits: RunLimits) -> Execution:
+    try:
+        return _attempt(launch, program, limits)
+    except _SignalledError:
+        # A scheduler sends its warnings to every process of a job, to this one too. That says nothing about an answer.
+        return _attempt(launch, program, limits, last=True)
+
+
+class _SignalledError(Exception):
+    """The run ended by one of `SCHEDULER_SIGNALS`."""
+
+
+def _attempt(launch: Launch, program: Program, limits: RunLimits, last: bool = False) -> Execution:
+    """One run.
+
+    Raises:
+        _SignalledError: if a scheduler's signal ended it; not on the `last` attempt, where it counts as the program's.
+        RuntimeError: if the harness did not start.
+    """
     nonce = secrets.token_hex(16)
     task = {
         "nonce": nonce,
@@ -273,6 +292,8 @@ def _supervise(launch: Launch, program: Program, limits: RunLimits) -> Execution
     finally:
         _kill(process)
     seconds = time.monotonic() - start
+    if watched.stopped is None and -process.returncode in SCHEDULER_SIGNALS and not last:
+        raise _SignalledError
     if watched.stopped is not None and watched.report.startswith(BEGUN):
         return Execution(
             error="stopped",

@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, final
 
 from memgen.environments.base import Reward
+from memgen.environments.signals import stay
 
 _READY = "ready"
 _START_LIMIT_S = 120.0
@@ -351,4 +352,5 @@ def _serve(timeout_s: float) -> None:
 
 
 if __name__ == "__main__":
+    stay()
     _serve(float(sys.argv[1]))

@@ -44,6 +44,7 @@ from memgen.environments.base import (
     Split,
     Step,
 )
+from memgen.environments.signals import stay
 
 log = logging.getLogger(__name__)
 
@@ -675,6 +676,7 @@ if __name__ == "__main__":
     _descriptor = int(sys.argv[1])
     os.set_inheritable(_descriptor, False)  # What the environment starts must not hold the connection open.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    stay()
     threading.Thread(target=_end_with_parent, args=(int(sys.argv[2]),), daemon=True, name="parent").start()
     try:
         _serve(Connection(_descriptor))

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -71,7 +71,7 @@ class RunAddress:
     """Which run, and where.
 
     Attributes:
-        uri: MLflow's tracking URI.
+        uri: MLflow's tracking URI; a relative path of sqlite becomes absolute.
         experiment: name of the experiment.
         artifacts: where a new experiment keeps artifacts; None: the store decides.
         run_id: an existing run; None: a new one.
@@ -86,6 +86,9 @@ class RunAddress:
     name: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", absolute_uri(self.uri))
+
 
 @final
 class RunStore:
@@ -94,7 +97,7 @@ class RunStore:
     def __init__(self, address: RunAddress) -> None:
         for name, value in QUICK.items():
             os.environ.setdefault(name, value)
-        self.address = replace(address, uri=absolute_uri(address.uri))
+        self.address = address
         self.run_id = address.run_id
         self.experiment_id: str | None = None
         self.started: int | None = None

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast, final
 
@@ -81,6 +82,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         offload_optimizer: keep the optimizer's state in host memory, and update there.
         offload_parameters: with ZeRO-3, keep the shares of the weights in host memory.
         bucket_size: gradients that are reduced in one message.
+        timeout: how long a process waits for another before it gives up, and all end.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         offload_optimizer: bool = False,
         offload_parameters: bool = False,
         bucket_size: int = 20_000_000,
+        timeout: timedelta = timedelta(minutes=30),
     ) -> None:
         if stage not in (1, 2, 3):
             raise ValueError(f"strategy.stage must be 1, 2 or 3, got {stage}")
@@ -106,6 +109,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             reduce_bucket_size=bucket_size,
             allgather_bucket_size=bucket_size,
             logging_batch_size_per_gpu=1,
+            timeout=timeout,
         )
         assert isinstance(self.config, dict), "made from the arguments"
         if offload_optimizer:
