@@ -100,8 +100,8 @@ def test_the_stages_of_the_demo_are_children_of_one_run_that_holds_their_best_va
         assert runs[stage].data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert runs[stage].info.status == "FINISHED"
     assert "mlflow.parentRunId" not in runs["weaver_sft TextWorld"].data.tags
-    best = runs["weaver_sft Lab"].data.metrics["best/val_reward"]
-    assert parent.data.metrics["weaver_sft/best_val_reward"] == pytest.approx(best)
+    best = runs["weaver_sft Lab"].data.metrics["best/val_exact_match"]
+    assert parent.data.metrics["weaver_sft/best_val_exact_match"] == pytest.approx(best)
     pages.open(f"/experiments/{runs['experiment']}/runs", "demo")
     pages.unfold("demo")
     text = pages.wait_for("weaver_grpo Lab")
@@ -127,7 +127,7 @@ def test_a_rollout_page_shows_prices_and_where_memory_went_in(pages, runs, folde
 
 
 def test_a_turn_of_the_agent_is_a_span_of_a_trace(pages, runs):
-    text = pages.open_trace(route(runs, "weaver_sft TextWorld", "/traces"), "you")
+    text = pages.open_trace(route(runs, "weaver_sft TextWorld", "/traces"), "bring")
     for part in ("episode", "turn 1", "environment", "latents⟧"):
         assert part in text, part
     pages.shoot("mlflow_trace")

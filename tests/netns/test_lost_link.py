@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from letters_stage import STAGE, write_stage
+from memgen.tracking.store import client_of
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(2400)]
 
@@ -95,7 +96,7 @@ class Ranks:
             }
             command = [
                 "ip", "netns", "exec", name, sys.executable, "-m", "memgen.cli.main", "fit", "--config", "stage.yaml",
-                "--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.logger=false", "--run", "run", *arguments,
+                "--trainer.num_nodes=2", "--trainer.devices=1", "--run", "run", *arguments,
             ]  # fmt: skip
             with self.logs[rank].open("wb") as log:
                 self.processes.append(
@@ -174,5 +175,9 @@ def test_a_lost_link_ends_both_processes_and_the_run_goes_on_over_a_new_one(link
         assert again.wait(START) == [0, 0], again.text()
         assert step_of(folder) == saved + 5
         assert "resume" in again.logs[0].read_text(), again.text()
+        client = client_of(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+        experiment = client.get_experiment_by_name("memgen")
+        (record,) = client.search_runs([experiment.experiment_id])
+        assert record.info.status == "FINISHED"
     finally:
         again.kill()

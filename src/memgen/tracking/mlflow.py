@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 
 import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -305,8 +306,12 @@ class RunLogger(Logger):
         return self.store.run_id
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> MlflowClient:
-        """A client of MLflow's, to ask the store."""
+        """A client of MLflow's, to ask the store; on another rank than the first, an object that does nothing.
+
+        Lightning asks every rank for it. Two that make a new sqlite store at once would trip over each other.
+        """
         self.outbox.opened(START_SECONDS)
         return self.store.client
 
