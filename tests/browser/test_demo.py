@@ -76,6 +76,7 @@ def pages(folder, tmp_path_factory) -> Iterator[Pages]:
             command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
         )
     uri = f"http://127.0.0.1:{port}"
+    # The pictures of docs/images: MEMGEN_SCREENSHOTS=docs/images, and --basetemp for a path that may be seen.
     images = Path(os.environ.get("MEMGEN_SCREENSHOTS", folder / "images"))
     try:
         assert answers(uri, process), (folder / "ui.log").read_text()[-3000:]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -19,9 +17,6 @@ pytestmark = [
     # mlflow warns about its own code as it is imported.
     pytest.mark.filterwarnings("ignore:.*Any type hint is inferred"),
 ]
-
-SCREENSHOTS = os.environ.get("MEMGEN_SCREENSHOTS")
-"""Where screenshots are kept, for the documents. Default: with the test's temporary files."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,7 @@ def pages(server, pipeline, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("browser")
     with sync_playwright() as playwright:
-        one = Pages(playwright, server.uri, folder / "profile", Path(SCREENSHOTS or folder / "images"))
+        one = Pages(playwright, server.uri, folder / "profile", folder / "images")
         yield one
         one.close()
 
