@@ -379,14 +379,14 @@ def test_a_schedulers_warning_that_ends_a_run_says_nothing_about_the_answer_the_
     executor, number, times
 ):
     assert run(executor, RIGHT).passed, "and what it tries before its first run is over"
-    slow = f"import time\ntime.sleep(1.5)\n{RIGHT}"
+    slow = f"import time\ntime.sleep(3)\n{RIGHT}"
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(run, executor, slow)
         struck: set[str] = set()
         deadline = time.monotonic() + 20
         while len(struck) < times and not result.done() and time.monotonic() < deadline:
             for pid in runs_of_this_process() - struck:
-                time.sleep(0.7)  # It has begun.
+                time.sleep(0.3)  # It has begun.
                 os.kill(int(pid), number)
                 struck.add(pid)
             time.sleep(0.02)
