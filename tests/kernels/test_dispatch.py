@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -67,11 +69,29 @@ def test_forcing_triton_without_triton_says_what_to_install(monkeypatch):
         pass
 
 
-def test_compiled_kernels_refuse_tensors_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
+def test_compiled_kernels_refuse_tensors_on_the_cpu():
+    class JITFunction: ...
+
+    class InterpretedFunction: ...
+
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        dispatch.require_runnable(CPU)
-    dispatch.require_runnable(CUDA)
+        dispatch.require_runnable(JITFunction(), CPU)
+    dispatch.require_runnable(JITFunction(), CUDA)
+    dispatch.require_runnable(InterpretedFunction(), CPU)
+
+
+def test_a_kernel_compiled_for_a_gpu_is_not_run_on_the_cpu():
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    code = (
+        "import torch, memgen.kernels as k; z = torch.zeros(1, dtype=torch.int64);"
+        "f = k.forced('triton'); f.__enter__(); k.weave(torch.ones(1, 2), z, torch.ones(1, 2), z)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
+    assert "the Triton kernels run on CUDA, but the tensors are on cpu" in ran.stderr
 
 
 def test_using_the_reference_imports_no_triton():

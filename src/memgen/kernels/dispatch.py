@@ -55,13 +55,17 @@ def chosen(device: torch.device) -> Implementation:
     return "triton" if _triton_for_cuda() else "reference"
 
 
-def require_runnable(device: torch.device) -> None:
+def require_runnable(kernel: object, device: torch.device) -> None:
     """Compiled kernels need a GPU; interpreted ones run anywhere.
 
+    Args:
+        kernel: what `triton.jit` made. It looks at TRITON_INTERPRET once, when it sees a function.
+        device: of the tensors.
+
     Raises:
-        RuntimeError: if kernels are compiled and the device is no GPU.
+        RuntimeError: if the kernel is compiled and the device is no GPU.
     """
-    if device.type != "cuda" and not _interpreted():
+    if device.type != "cuda" and type(kernel).__name__ != "InterpretedFunction":
         raise RuntimeError(
             f"the Triton kernels run on CUDA, but the tensors are on {device}; use the reference kernels there, or, "
             "to try the kernels without a GPU, set TRITON_INTERPRET=1 before they are used for the first time"
@@ -82,11 +86,3 @@ def _triton_for_cuda() -> bool:
         stacklevel=2,
     )
     return False
-
-
-@cache
-def _interpreted() -> bool:
-    """Whether kernels were decorated for the interpreter: Triton looks at the variable once, when it sees a kernel."""
-    from memgen.kernels import insert
-
-    return type(insert._weave_fwd_kernel).__name__ == "InterpretedFunction"

@@ -239,7 +239,7 @@ class WeaveRows(torch.autograd.Function):
 
 def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
     """As `reference.weave`."""
-    require_runnable(table.device)
+    require_runnable(_weave_fwd_kernel, table.device)
     woven: Tensor = Weave.apply(table, tokens, latents, sources)
     return woven
 
@@ -255,5 +255,5 @@ def weave_rows(
     width: int,
 ) -> WovenRows:
     """As `reference.weave_rows`."""
-    require_runnable(table.device)
+    require_runnable(_weave_rows_fwd_kernel, table.device)
     return WovenRows(*WeaveRows.apply(table, tokens, lengths, latents, points, sizes, firsts, width))

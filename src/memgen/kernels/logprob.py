@@ -148,5 +148,5 @@ def linear_logprob(
     chunk: int | None = None,
 ) -> Any:
     """As `reference.linear_logprob`."""
-    require_runnable(hidden.device)
+    require_runnable(_linear_logprob_fwd_kernel, hidden.device)
     return chunked_logprob(hidden, weight, targets, bias, rows=TritonRows, entropy=entropy, chunk=chunk)
