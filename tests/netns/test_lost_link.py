@@ -83,7 +83,8 @@ class Ranks:
         self.logs = [folder / f"rank{rank}.log" for rank in (0, 1)]
         self.processes: list[subprocess.Popen[bytes]] = []
         for rank, name in enumerate(link.names):
-            environment = os.environ | {
+            inherited = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+            environment = inherited | {
                 "MASTER_ADDR": link.addresses[0],
                 "MASTER_PORT": "29571",
                 "NODE_RANK": str(rank),

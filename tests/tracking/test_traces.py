@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -96,6 +97,12 @@ def test_a_trace_that_is_sent_twice_is_written_once(logger):
     assert [span.name for span in found.data.spans] == ["episode", "turn 1", "environment", "turn 2"]
     assert [len(span.events) for span in found.data.spans] == [0, 2, 0, 0]
     assert [(a.name, a.value) for a in found.info.assessments] == [("reward", 0.5)]
+
+
+def test_the_store_of_a_trace_is_not_left_in_the_environment_for_later_runs(logger):
+    logger.log_trace(trace())
+    assert logger.outbox.flush(60) == 0
+    assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
 def test_a_trace_that_does_not_arrive_is_noticed(logger, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+STORE_VARIABLE = "MLFLOW_TRACKING_URI"
 IDENTITY_TAG = "memgen.trace"
 """Tag by which a trace that was sent twice is known."""
 
@@ -75,6 +77,21 @@ def _span(record: Mapping[str, Any]) -> TraceSpan:
     return TraceSpan(**{**record, "events": tuple(TraceEvent(**event) for event in record["events"])})
 
 
+def _send_to(uri: str) -> None:
+    """Names the store of traces, which MLflow has one of in a process.
+
+    It also leaves the name in the environment, where later runs of this process, and its children, would find it.
+    """
+    import mlflow
+
+    before = os.environ.get(STORE_VARIABLE)
+    mlflow.set_tracking_uri(uri)
+    if before is None:
+        os.environ.pop(STORE_VARIABLE, None)
+    else:
+        os.environ[STORE_VARIABLE] = before
+
+
 def write_trace(client: MlflowClient, uri: str, experiment_id: str, run_id: str, trace: Trace) -> None:
     """Writes a trace into a run, unless it is there already.
 
@@ -92,7 +109,7 @@ def write_trace(client: MlflowClient, uri: str, experiment_id: str, run_id: str,
     from mlflow.entities import AssessmentSource, SpanEvent
 
     if mlflow.get_tracking_uri() != uri:
-        mlflow.set_tracking_uri(uri)
+        _send_to(uri)
     known = client.search_traces(
         locations=[experiment_id],
         filter_string=f"tags.`{IDENTITY_TAG}` = '{trace.identity}'",
