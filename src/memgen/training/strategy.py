@@ -121,6 +121,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             "memory_efficient_linear": False,
         }
         self.stage = stage
+        self.timeout = timeout
         self._shards: LayerShards | None = None
         self._evaluation: ExitStack | None = None
         self._trained: list[nn.Parameter] = []
@@ -193,6 +194,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             Init(module=module, config_dict_or_path=self.config)
             module.to(self.root_device)
         super().init_deepspeed()
+        self._limit_waiting()
         if self.stage == 3:
             optimizer = self.deepspeed_engine.optimizer
             # DeepSpeed's own schedule gathers submodule by submodule, and waits for ranks that make no such pass.
@@ -201,6 +203,13 @@ class ZeroStrategy(DeepSpeedStrategy):
             self._shards.install()
         with self.whole_weights():
             _require_equal(before, _checksums(module))
+
+    def _limit_waiting(self) -> None:
+        """Gives DeepSpeed's groups of ranks our timeout: it makes them with torch's own, half an hour."""
+        from torch.distributed import distributed_c10d
+
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(self.timeout, group)
 
     @override
     def _init_optimizers(self) -> Any:
