@@ -7,6 +7,7 @@ from the JSON files that `make bench-performance` writes, and draws the curves b
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import re
@@ -92,21 +93,35 @@ def fill(document: str, results: Path) -> str:
         ValueError: if a place has an unknown name, or its figures are absent.
     """
 
+    def table(name: str) -> str:
+        files, rows = TABLES[name]
+        contents = [load(results, file) for file in files]
+        cases = [case for content in contents for case in content["cases"]]
+        remarks = [f"Note: {note}." for note in notes(cases)]
+        return "\n\n".join([markdown(rows(cases)), *remarks, *map(provenance, contents)])
+
+    bodies = {name: functools.partial(table, name) for name in TABLES}
+    return fill_places(document, DOCUMENT, {**bodies, "prices": lambda: prices(load(results, "sweeps"))})
+
+
+def fill_places(document: str, name: Path, bodies: Mapping[str, Callable[[], str]]) -> str:
+    """A document with what stands in its places made anew.
+
+    Args:
+        document: text with places.
+        name: of the document, for the error.
+        bodies: what makes the text of each place.
+
+    Raises:
+        ValueError: if a place has an unknown name.
+    """
+
     def made(match: re.Match[str]) -> str:
-        name = match["name"]
-        if name == "prices":
-            body = prices(load(results, "sweeps"))
-        elif name in TABLES:
-            files, rows = TABLES[name]
-            contents = [load(results, file) for file in files]
-            cases = [case for content in contents for case in content["cases"]]
-            remarks = [f"Note: {note}." for note in notes(cases)]
-            body = "\n\n".join([markdown(rows(cases)), *remarks, *map(provenance, contents)])
-        else:
+        if match["name"] not in bodies:
             raise ValueError(
-                f"{DOCUMENT} has a place '{name}' that nothing fills; choose among: {', '.join([*TABLES, 'prices'])}"
+                f"{name} has a place '{match['name']}' that nothing fills; choose among: {', '.join(bodies)}"
             )
-        return f"{match[1]}{body}\n{match[3]}"
+        return f"{match[1]}{bodies[match['name']]()}\n{match[3]}"
 
     return PLACE.sub(made, document)
 

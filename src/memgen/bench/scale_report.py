@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memgen.bench.report import PLACE, provenance
+from memgen.bench.report import fill_places, provenance
 from memgen.bench.scale import (
     BACKBONES,
     FLOAT32,
@@ -167,15 +167,7 @@ def fill(document: str, content: Mapping[str, Any]) -> str:
         "paper_memory": lambda: markdown(memory_rows()),
         "paper_traffic": lambda: markdown(traffic_rows()),
     }
-
-    def made(match: Any) -> str:
-        if match["name"] not in tables:
-            raise ValueError(
-                f"{DOCUMENT} has a place '{match['name']}' that nothing fills; choose among: {', '.join(tables)}"
-            )
-        return f"{match[1]}{tables[match['name']]()}\n{match[3]}"
-
-    return PLACE.sub(made, document)
+    return fill_places(document, DOCUMENT, tables)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

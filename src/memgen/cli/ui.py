@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from memgen.cli.errors import UsageError
+from memgen.tracking.address import DEFAULT_STORE, STORE_VARIABLE, is_missing
 
-DEFAULT_STORE = "sqlite:///runs/mlflow.db"
 OUTBOX = Path("runs/outbox")
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="memgen ui", description=__doc__)
     parser.add_argument(
         "--store",
-        default=os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE,
+        default=os.environ.get(STORE_VARIABLE) or DEFAULT_STORE,
         help="tracking URI; default: MLFLOW_TRACKING_URI, else %(default)s",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")
@@ -41,10 +41,7 @@ def main(argv: list[str]) -> int:
     if options.store.startswith(("http://", "https://")):
         print(f"The runs are kept by a server, which has pages of its own: {options.store}")
         return 0
-    if (
-        options.store.startswith("sqlite:///")
-        and not Path(options.store.removeprefix("sqlite:///")).is_file()
-    ):
+    if is_missing(options.store):
         raise UsageError(
             f"{options.store} does not exist in {Path.cwd()}; run `memgen fit` or `memgen demo` first, "
             "or name another store with --store"

@@ -6,12 +6,12 @@ import os
 import re
 from pathlib import Path
 
-from memgen.tracking.store import SQLITE, absolute_uri, client_of
+from memgen.tracking.address import DEFAULT_STORE, STORE_VARIABLE, absolute_uri, is_missing
+from memgen.tracking.store import client_of
 
 SCHEMES = ("models:/", "runs:/")
 CHECKPOINTS = "checkpoints"
 """Folder of a run's artifacts with its checkpoints."""
-DEFAULT_STORE = "sqlite:///runs/mlflow.db"
 
 
 def is_recorded(name: str) -> bool:
@@ -34,8 +34,8 @@ def fetch_checkpoint(name: str, store: str | None = None) -> Path:
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    uri = store or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+    uri = store or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
+    if is_missing(uri):
         raise ValueError(
             f"{name} is looked for in {uri}, which does not exist in {Path.cwd()}; set MLFLOW_TRACKING_URI to the store"
         )

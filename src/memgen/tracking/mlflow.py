@@ -33,6 +33,7 @@ from typing_extensions import override
 
 import memgen
 from memgen.environments.base import Environment, Example
+from memgen.tracking.address import SQLITE, STORE_VARIABLE
 from memgen.tracking.delivery import Outbox, new_outbox_path, read_outbox
 from memgen.tracking.family import (
     FAMILY_TAG,
@@ -135,12 +136,12 @@ def run_logger(
         system_seconds: between two measurements of the machine; 0: none.
         flush_seconds: how long the end of a run waits for records that are still under way.
     """
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = tracking_uri or os.environ.get(STORE_VARIABLE)
     folder = Path(root)
     artifacts: str | None = None
     if not uri:
         folder.mkdir(parents=True, exist_ok=True)
-        uri = f"sqlite:///{folder / 'mlflow.db'}"
+        uri = f"{SQLITE}{folder / 'mlflow.db'}"
         artifacts = (folder / "artifacts").resolve().as_uri()
     parent = parent_run_id()
     address = RunAddress(

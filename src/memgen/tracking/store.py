@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from memgen.tracking.address import absolute_uri
 from memgen.tracking.delivery import Record, RefusedError
 from memgen.tracking.family import summarise_children
 from memgen.tracking.traces import Trace, write_trace
@@ -22,8 +23,6 @@ from memgen.tracking.traces import Trace, write_trace
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-SQLITE = "sqlite:///"
-"""What the URI of a database in a file begins with."""
 PARAMETERS = 100
 """Parameters that MLflow takes in one call."""
 METRICS = 1000
@@ -52,18 +51,6 @@ QUICK = {
     # We say it ourselves, once.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-
-
-def absolute_uri(uri: str) -> str:
-    """The same store, whatever the working directory.
-
-    MLflow keeps one connection for each URI as it is spelled: a relative sqlite path would stay with the file of the
-    directory in which a process used it first.
-    """
-    path = Path(uri.removeprefix(SQLITE))
-    if not uri.startswith(SQLITE) or path.is_absolute() or str(path) in {".", ":memory:"}:
-        return uri
-    return f"{SQLITE}{path.absolute()}"
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from memgen.tracking.address import STORE_VARIABLE
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-STORE_VARIABLE = "MLFLOW_TRACKING_URI"
 IDENTITY_TAG = "memgen.trace"
 """Tag by which a trace that was sent twice is known."""
 
