@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from memgen.chat import conversation_ids
 from memgen.data import BatchIndex, EnvironmentData, SFTBatch, WindowSampler
 from memgen.environments.base import Environment, Example, Reward
-from memgen.environments.gsm8k import GSM8K
+from memgen.environments.qa.gsm8k import GSM8K
 from tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -10,7 +10,7 @@ import pytest
 from cli.played import CONFIG, SLOW, prepare, start, wait_for_lines
 from letters_env import LetterGame
 from memgen.cli import main as front_end
-from memgen.tracking.records import read_records
+from memgen.results.records import read_records
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from memgen.cli import main as front_end
-from memgen.environments.search import PassageIndex, SearchServer
+from memgen.environments.search.retrieval import PassageIndex, SearchServer
 
 PASSAGES = [
     {"id": f"p{i}", "title": f'Land "{i}"', "text": f"The capital of land {i}\nis city {i} 🦓."}

@@ -21,13 +21,13 @@ from rl_ranks_worker import Unequal, rl_stage
 import rl_runs
 import sft_runs
 from launched import free_port
+from memgen.distributed.collectives import over_ranks
+from memgen.distributed.zero import ZeroStrategy, whole_weights
 from memgen.model import memgen as memgen_module
 from memgen.model.backbone import load_backbone
 from memgen.training import cycle
 from memgen.training.callbacks import AdapterCheckpoint
 from memgen.training.optimizer import OptimizerSettings
-from memgen.training.rollouts import over_ranks
-from memgen.training.strategy import ZeroStrategy, whole_weights
 from training_records import SaveAt
 
 TARGETS = [*sft_runs.TARGETS, "abc", "defghij", "k", "l, m"]

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from memgen.environments import alfworld
-from memgen.environments.alfworld import AlfWorld
-from memgen.environments.thought_action import action_turn, parse_action
-from memgen.environments.workers import WorkerEnvironment
+from memgen.environments.worlds import alfworld
+from memgen.environments.worlds.alfworld import AlfWorld
+from memgen.environments.worlds.thought_action import action_turn, parse_action
+from memgen.environments.worlds.workers import WorkerEnvironment
 
 SHARED = (
     Path(os.environ.get("MEMGEN_SHARED", Path(__file__).parents[2].parent / "shared")) / "data" / "alfworld"
@@ -196,7 +196,7 @@ def test_without_the_extra_the_error_names_the_command(root, tmp_path, monkeypat
 
 def test_importing_the_environments_imports_no_extra():
     script = (
-        "import sys, memgen.environments.alfworld, memgen.environments.scienceworld, memgen.environments.workers\n"
+        "import sys, memgen.environments.worlds.alfworld, memgen.environments.worlds.scienceworld, memgen.environments.worlds.workers\n"
         "assert not {'textworld', 'alfworld', 'scienceworld', 'py4j', 'torch', 'transformers'} & set(sys.modules)"
     )
     path = os.pathsep.join(entry for entry in sys.path if entry)

@@ -11,10 +11,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from memgen.environments.bigcodebench import BigCodeBench
-from memgen.environments.code_answers import extract_code, with_name
-from memgen.environments.execution import RunLimits
-from memgen.environments.kodcode import KodCode
+from memgen.environments.code.answers import extract_code, with_name
+from memgen.environments.code.bigcodebench import BigCodeBench
+from memgen.environments.code.execution import RunLimits
+from memgen.environments.code.kodcode import KodCode
 
 LIMITS = {"isolation": "limits", "reward_workers": 1}
 

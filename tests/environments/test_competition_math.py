@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from memgen.environments.competition_math import MATH, SUBJECTS
+from memgen.environments.qa.competition_math import MATH, SUBJECTS
 
 DATA = Path(os.environ.get("MEMGEN_SHARED", Path(__file__).parents[2].parent / "shared")) / "data" / "math"
 needs_real_data = pytest.mark.skipif(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memgen.environments.gsm8k import GSM8K
+from memgen.environments.qa.gsm8k import GSM8K
 
 LINES = [
     {

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memgen.environments.maths import MathsVerifier, final_answer
+from memgen.environments.qa.maths import MathsVerifier, final_answer
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_a_copy_has_workers_of_its_own(verifier):
 def test_a_program_that_ends_takes_its_workers_along_even_without_a_main_guard(tmp_path):
     script = tmp_path / "score.py"
     script.write_text(
-        "from memgen.environments.maths import MathsVerifier\n"
+        "from memgen.environments.qa.maths import MathsVerifier\n"
         "verifier = MathsVerifier()\n"
         "print(verifier.correct('5', '#### 5'), *verifier.worker_pids)\n"
     )
@@ -200,7 +200,7 @@ def test_settings_out_of_range_are_named(argument, value):
 
 def test_the_reward_imports_neither_torch_nor_transformers():
     code = (
-        "import sys, memgen.environments.gsm8k\n"
+        "import sys, memgen.environments.qa.gsm8k\n"
         "bad = {'torch', 'transformers', 'peft', 'lightning', 'datasets', 'math_verify'} & set(sys.modules)\n"
         "assert not bad, bad\n"
     )

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memgen.environments.aqua import AQuA
-from memgen.environments.gpqa import GPQA
-from memgen.environments.multiple_choice import choice_reward, chosen_letter
+from memgen.environments.qa.aqua import AQuA
+from memgen.environments.qa.gpqa import GPQA
+from memgen.environments.qa.multiple_choice import choice_reward, chosen_letter
 
 DATA = Path(os.environ.get("MEMGEN_SHARED", Path(__file__).parents[2].parent / "shared")) / "data" / "aqua"
 needs_real_data = pytest.mark.skipif(

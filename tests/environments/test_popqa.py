@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from memgen.environments.popqa import PopQA
-from memgen.environments.search import PassageIndex
-from memgen.environments.search_qa import SYSTEM_PROMPT, exact_match
+from memgen.environments.search.popqa import PopQA
+from memgen.environments.search.retrieval import PassageIndex
+from memgen.environments.search.search_qa import SYSTEM_PROMPT, exact_match
 
 RECORDS = [
     {

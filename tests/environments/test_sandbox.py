@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from memgen.environments.bigcodebench import BigCodeBench
-from memgen.environments.code_answers import score
-from memgen.environments.execution import LimitedProcess, Program, RunLimits, base_python
-from memgen.environments.kodcode import KodCode
-from memgen.environments.sandbox import Bubblewrap
+from memgen.environments.code.answers import score
+from memgen.environments.code.bigcodebench import BigCodeBench
+from memgen.environments.code.execution import LimitedProcess, Program, RunLimits, base_python
+from memgen.environments.code.kodcode import KodCode
+from memgen.environments.code.sandbox import Bubblewrap
 
 sandbox = [
     pytest.mark.sandbox,
@@ -283,7 +283,7 @@ class TestSandbox:
         token = f"{time.monotonic_ns()}"
         script = tmp_path / "score.py"
         script.write_text(
-            "from memgen.environments.sandbox import *\n"
+            "from memgen.environments.code.sandbox import *\n"
             f"Bubblewrap(RunLimits(wall_s=99)).run(Program('import time\\nprint({token})\\ntime.sleep(99)', '', 'pytest'))\n"
         )
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from memgen.environments import scienceworld
-from memgen.environments.scienceworld import ScienceWorld
-from memgen.environments.workers import WorkerEnvironment
+from memgen.environments.worlds import scienceworld
+from memgen.environments.worlds.scienceworld import ScienceWorld
+from memgen.environments.worlds.workers import WorkerEnvironment
 
 MISSING = importlib.util.find_spec("scienceworld") is None or shutil.which("java") is None
 needs_extra = pytest.mark.skipif(MISSING, reason="the extra scienceworld, or Java, is not installed")

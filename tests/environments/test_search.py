@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memgen.environments.base import Example
-from memgen.environments.popqa import PopQA
-from memgen.environments.search import (
+from memgen.environments.search.popqa import PopQA
+from memgen.environments.search.retrieval import (
     Passage,
     PassageIndex,
     Searcher,
@@ -31,7 +31,7 @@ from memgen.environments.search import (
     SearchServer,
     read_passages,
 )
-from memgen.environments.search_qa import (
+from memgen.environments.search.search_qa import (
     INVALID_ACTION,
     NOTHING_FOUND,
     alias_match,
@@ -160,7 +160,7 @@ def test_an_index_is_built_once_and_again_when_the_file_changes(tmp_path, home):
 
 def test_the_hash_of_a_settled_file_is_remembered_until_it_is_touched(tmp_path, home, monkeypatch):
     file = write(tmp_path)
-    monkeypatch.setattr("memgen.environments.search._SETTLED_S", -1.0)
+    monkeypatch.setattr("memgen.environments.search.retrieval._SETTLED_S", -1.0)
     index = PassageIndex(str(file)).open()
     (seen,) = home.glob("seen-*")
     assert seen.read_text() in index.name
@@ -183,7 +183,9 @@ def test_a_damaged_index_is_built_again(tmp_path, damage, caplog):
 
 def test_a_killed_build_leaves_nothing_that_is_taken_for_an_index(tmp_path, home):
     file = write(tmp_path, [(f"title {i}", f"text of number {i} " * 20) for i in range(60_000)])
-    code = f"from memgen.environments.search import PassageIndex; PassageIndex({str(file)!r}).open()"
+    code = (
+        f"from memgen.environments.search.retrieval import PassageIndex; PassageIndex({str(file)!r}).open()"
+    )
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
     while not [path for path in home.glob("*.building-*") if path.stat().st_size > 100_000]:
@@ -204,7 +206,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_an_index(tmp_path, home
 def test_many_processes_and_threads_share_one_build(tmp_path, home):
     file = write(tmp_path, [(f"title {i}", f"text of number {i}") for i in range(3000)])
     code = (
-        "import sys; from memgen.environments.search import PassageIndex; "
+        "import sys; from memgen.environments.search.retrieval import PassageIndex; "
         f"print([p.title for p in PassageIndex({str(file)!r}).search(['number 77'])[0]][0])"
     )
     processes = [

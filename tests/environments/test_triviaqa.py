@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memgen.environments.search import Passage, Searcher
-from memgen.environments.triviaqa import TriviaQA
+from memgen.environments.search.retrieval import Passage, Searcher
+from memgen.environments.search.triviaqa import TriviaQA
 
 
 class Encyclopedia(Searcher):

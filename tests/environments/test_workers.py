@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from environments.corridor import Corridor
-from memgen.environments.workers import WorkerEnvironment
+from memgen.environments.worlds.workers import WorkerEnvironment
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def test_no_worker_outlives_a_parent_that_is_killed(tmp_path, action):
     script.write_text(
         "import sys\n"
         "from environments.corridor import Corridor\n"
-        "from memgen.environments.workers import WorkerEnvironment\n"
+        "from memgen.environments.worlds.workers import WorkerEnvironment\n"
         "environment = WorkerEnvironment(Corridor(), workers=2)\n"
         "episodes = [environment.episode(), environment.episode()]\n"
         "environment.reset_all(episodes, environment.examples('train')[:2])\n"

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from memgen.analysis.controls import Outcome
 from memgen.lab.environment import ConstantAnswer
 from memgen.lab.report import Checkpoints, Condition, LabReport, base_hash, report_on_stages
 from memgen.lab.saving import save_backbone
@@ -22,6 +21,7 @@ from memgen.model.boundary import BoundaryConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.trigger import TriggerConfig
 from memgen.model.weaver import WeaverConfig
+from memgen.results.controls import Outcome
 from memgen.training.checkpoint import save_checkpoint
 from tiny import tiny_memgen
 

@@ -43,7 +43,7 @@ RESOLVED = {
         "memgen": {"backbone": {"name": "lab:reasoner"}, "boundaries": {"delimiters": [",", "."]}},
     },
     "data": {
-        "environment": {"class_path": "memgen.environments.gsm8k.GSM8K", "init_args": {"path": "x" * 900}}
+        "environment": {"class_path": "memgen.environments.qa.gsm8k.GSM8K", "init_args": {"path": "x" * 900}}
     },
     "trainer": {"callbacks": [{"class_path": "A", "init_args": {"x": 1}}, "B"], "plugins": []},
 }

@@ -18,12 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from memgen import files as durable
 from memgen.model.backbone import Backbone, BackboneConfig
 from memgen.model.boundary import BoundaryConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.trigger import TriggerConfig
 from memgen.model.weaver import WeaverConfig
-from memgen.training import checkpoint, durable
+from memgen.training import checkpoint
 from memgen.training.checkpoint import (
     CheckpointError,
     export_released,

@@ -39,6 +39,8 @@ from memgen.bench.record import Recorder
 from memgen.bench.scale import STRATEGIES, Decoder, Memory
 from memgen.bench.timing import ProcessMeter
 from memgen.data import EnvironmentData
+from memgen.distributed.collectives import over_ranks
+from memgen.distributed.zero import ZeroStrategy
 from memgen.environments.base import Environment, Example, Message, Reward, Split
 from memgen.generation.rollout import Actor, Rollouts
 from memgen.generation.sampling import GenerationSettings
@@ -53,8 +55,7 @@ from memgen.objectives.sft import Curriculum
 from memgen.training import cycle
 from memgen.training.callbacks import AdapterCheckpoint
 from memgen.training.optimizer import OptimizerSettings
-from memgen.training.rollouts import UpdateSettings, over_ranks
-from memgen.training.strategy import ZeroStrategy
+from memgen.training.rollouts import UpdateSettings
 from memgen.training.trigger_rl import TriggerRL
 from memgen.training.weaver_grpo import WeaverGRPO
 from memgen.training.weaver_sft import WeaverSFT

@@ -13,7 +13,7 @@ from memgen.cli.errors import UsageError
 from memgen.cli.options import take_options
 
 if TYPE_CHECKING:
-    from memgen.training.collect import Collected
+    from memgen.results.collect import Collected
 
 _VALUED = ("--out", "--samples", "--temperature", "--seed", "--min-reward", "--max-per-item")
 _FLAGS = ("--best", "--help", "-h")
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _collect(command: Any, options: argparse.Namespace) -> None:
     from memgen.data import EnvironmentData
-    from memgen.training.collect import Collector, KeepRule
+    from memgen.results.collect import Collector, KeepRule
 
     stage, data, trainer = command.model, command.datamodule, command.trainer
     if not isinstance(data, EnvironmentData) or not hasattr(stage, "generation"):

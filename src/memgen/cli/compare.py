@@ -23,8 +23,8 @@ def main(argv: Sequence[str]) -> int:
     """
     options = _parser().parse_args(argv)
 
-    from memgen.tracking.comparison import compare
-    from memgen.tracking.records import read_records
+    from memgen.results.comparison import compare
+    from memgen.results.records import read_records
 
     found = compare(
         read_records(Path(options.run_a)),

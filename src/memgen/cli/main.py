@@ -11,7 +11,7 @@ from typing import cast
 
 import memgen
 from memgen.cli.errors import UsageError, nearest, refuses_input
-from memgen.training.interrupt import LISTENER
+from memgen.running.interrupt import LISTENER
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as a shell reports it."""

@@ -26,6 +26,10 @@ from memgen.cli.config import Document, Layer, Request
 from memgen.cli.errors import UsageError, refuses_input
 from memgen.cli.links import STATUS, lost_link
 from memgen.cli.options import take_options
+from memgen.files import LAST, standing
+from memgen.results.recorded_test import RecordedTest
+from memgen.running.interrupt import Interrupted
+from memgen.running.resume import ResumeCheckpoint, StepSeeds, last_checkpoint
 from memgen.tracking.mlflow import (
     DEFAULT_ROOT,
     RunDescription,
@@ -37,10 +41,6 @@ from memgen.tracking.mlflow import (
 )
 from memgen.training.callbacks import RESUME, AdapterCheckpoint
 from memgen.training.checkpoint import CONFIG_FILE
-from memgen.training.durable import LAST, standing
-from memgen.training.interrupt import Interrupted
-from memgen.training.records import RecordedTest
-from memgen.training.resume import ResumeCheckpoint, StepSeeds, last_checkpoint
 
 STAGE_EXAMPLE = "conf/weaver_sft.yaml"
 HELP_OPTIONS = ("-h", "--help")

@@ -22,7 +22,7 @@ from socketserver import TCPServer
 from typing import Any, final
 
 from memgen.cli.errors import UsageError
-from memgen.environments.search import Hit, PassageIndex, SearchError
+from memgen.environments.search.retrieval import Hit, PassageIndex, SearchError
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="memgen serve-search",
         description="Offer a passage file under the protocol of Search-R1's retrieval server: POST /retrieve, and "
-        "GET /health. An environment asks it with memgen.environments.search.SearchServer.",
+        "GET /health. An environment asks it with memgen.environments.search.retrieval.SearchServer.",
     )
     parser.add_argument(
         "--passages",

@@ -1,6 +1,6 @@
 """SLURM as the command line sees it: what a site wants in a job script, the script itself, and the states of jobs.
 
-The script is plain bash that a person reads, keeps and may submit again by hand. `memgen.training.interrupt` is its
+The script is plain bash that a person reads, keeps and may submit again by hand. `memgen.running.interrupt` is its
 other half: the exit status 75 of a run means "saved, to be continued".
 """
 
@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from memgen.cli.errors import UsageError, nearest
-from memgen.training.interrupt import CONTINUES, END_TIME, seconds_of
+from memgen.running.interrupt import CONTINUES, END_TIME, seconds_of
 
 DEFAULT_SITE = Path("conf/slurm/default.yaml")
 JOB_FOLDER = "slurm"

@@ -36,7 +36,7 @@ from memgen.cli.slurm import (
     Site,
     Submission,
 )
-from memgen.training.interrupt import seconds_of
+from memgen.running.interrupt import seconds_of
 
 if TYPE_CHECKING:
     from memgen.tracking.mlflow import RunDescription, RunLogger

@@ -19,15 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memgen.analysis.controls import (
-    Outcome,
-    Task,
-    always_invoking,
-    invoking_at,
-    score,
-    score_with_swapped_latents,
-    without_memory,
-)
 from memgen.chat import load_tokenizer, prompt_ids
 from memgen.generation.rollout import Actor, EpisodeSettings, rollout
 from memgen.generation.sampling import GenerationSettings
@@ -43,6 +34,15 @@ from memgen.model.backbone import BackboneConfig
 from memgen.model.boundary import BoundaryConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.trigger import TriggerConfig
+from memgen.results.controls import (
+    Outcome,
+    Task,
+    always_invoking,
+    invoking_at,
+    score,
+    score_with_swapped_latents,
+    without_memory,
+)
 from memgen.training.checkpoint import open_checkpoint
 from memgen.training.optimizer import OptimizerSettings
 

@@ -12,14 +12,6 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from memgen.analysis.controls import (
-    Outcome,
-    Task,
-    always_invoking,
-    score,
-    score_with_swapped_latents,
-    without_memory,
-)
 from memgen.chat import load_tokenizer, prompt_ids
 from memgen.environments.base import Split
 from memgen.generation.sampling import GenerationSettings
@@ -27,6 +19,14 @@ from memgen.lab.assets import resolve_asset
 from memgen.lab.environment import ConstantAnswer, Lab
 from memgen.model.backbone import Backbone
 from memgen.model.memgen import MemGenModel
+from memgen.results.controls import (
+    Outcome,
+    Task,
+    always_invoking,
+    score,
+    score_with_swapped_latents,
+    without_memory,
+)
 from memgen.training.checkpoint import load_checkpoint, open_checkpoint, read_config
 
 MAX_NEW_TOKENS = 24

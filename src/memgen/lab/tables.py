@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from memgen.lab.report import OTHERS
-from memgen.tracking.statistics import mean_interval
+from memgen.results.statistics import mean_interval
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from memgen.distributed.zero import whole_weights
+from memgen.files import point_to, sweep
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.tracking.mlflow import log_best, log_checkpoint, run_loggers
 from memgen.training.checkpoint import save_checkpoint
-from memgen.training.durable import point_to, sweep
-from memgen.training.strategy import whole_weights
 
 logger = logging.getLogger(__name__)
 

@@ -26,14 +26,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from memgen.files import aside, discard, standing, sweep, take_place, temporary_beside
+from memgen.files import sync as sync
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone, BackboneConfig
 from memgen.model.boundary import BoundaryConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.trigger import TokenTrigger, TriggerConfig, TriggerKind
 from memgen.model.weaver import WeaverConfig
-from memgen.training.durable import aside, discard, standing, sweep, take_place, temporary_beside
-from memgen.training.durable import sync as sync
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

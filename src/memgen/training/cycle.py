@@ -14,6 +14,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from memgen.data import EnvironmentData, PromptBatch, PromptIndex
+from memgen.distributed.collectives import (
+    objects_of_all_ranks,
+    of_all_ranks,
+    over_ranks,
+    rank,
+    stats_over_ranks,
+    world_size,
+)
+from memgen.distributed.zero import whole_weights
 from memgen.environments.base import Example
 from memgen.generation.rollout import Actor, Replay, Rollouts, rollout
 from memgen.model.memgen import MemGenModel
@@ -35,22 +44,8 @@ from memgen.tracking.signals import (
     values_of_some,
 )
 from memgen.training.evaluation import SHOWN
-from memgen.training.rollouts import (
-    FrozenCopy,
-    Part,
-    RolloutBuffer,
-    UpdateSettings,
-    cut,
-    focused,
-    objects_of_all_ranks,
-    of_all_ranks,
-    over_ranks,
-    rank,
-    stats_over_ranks,
-    world_size,
-)
+from memgen.training.rollouts import FrozenCopy, Part, RolloutBuffer, UpdateSettings, cut, focused
 from memgen.training.stage import seed_of, tied_to_all
-from memgen.training.strategy import whole_weights
 from memgen.types import Trajectory
 
 # E episodes, M trained units (tokens, or decisions) of an episode

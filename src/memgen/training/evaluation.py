@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, final
 
 from lightning.pytorch import LightningModule
@@ -14,18 +16,33 @@ from memgen.environments.base import InteractiveEnvironment
 from memgen.generation.rollout import Actor, Rollouts, rollout
 from memgen.model.weaver import WeaverConfig
 from memgen.tracking.episodes import episode_row, episode_trace
-from memgen.tracking.metrics import AnswerMetrics
+from memgen.tracking.metrics import AnswerMetrics, Measured
 from memgen.tracking.mlflow import Sample, log_samples, run_loggers
 from memgen.tracking.plots import EvaluationCounts, PlaceCounts, evaluation_figure, latent_norms
 from memgen.tracking.samples import marked_trajectory
 from memgen.tracking.traces import Trace
-from memgen.training.records import Recorder
 from memgen.types import Trajectory
 
 SHOWN = 16
 """Episodes kept for the page that each evaluation writes."""
 ROWS = 256
 """Episodes in its table."""
+
+
+class Recorder(ABC):
+    """Records a test item by item, so that an interrupted one goes on: `memgen.results.recorded_test` has it."""
+
+    @abstractmethod
+    def remaining(self, batch: EvalBatch) -> EvalBatch:
+        """The items of a batch that are not recorded yet."""
+
+    @abstractmethod
+    def recorded(self, batch: EvalBatch) -> list[Measured]:
+        """Measurements of the items of a batch that are recorded."""
+
+    @abstractmethod
+    def play(self, actor: Actor, batch: EvalBatch, seeds: Sequence[int], *, keep_latents: bool) -> Rollouts:
+        """Plays the items of a batch and records them."""
 
 
 @final

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from memgen.chat import end_of_turn_id
 from memgen.data import EnvironmentData
+from memgen.distributed.zero import require_whole
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.training.checkpoint import load_checkpoint
-from memgen.training.strategy import require_whole
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,0 @@
-"""What the latents hold: analysis of trained memories, ablations and comparisons."""

@@ -1,0 +1,380 @@
+"""Runs untrusted code with its tests and says what became of each test. How well it is shut in depends on the leaf.
+
+`sandbox.Bubblewrap` shuts it in: no network, no files of the host, limits, nothing left behind. `LimitedProcess`, in
+this file, only limits it: for machines without bubblewrap, and only if it is asked for by name.
+
+Every run is a process of its own, started without a hook between fork and exec, so that any thread of a trainer may
+start one. The time of a run is limited twice: CPU seconds, so that a loaded machine does not fail slow runs, and wall
+seconds, for code that sleeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Literal, final
+
+from memgen.environments.code import harness as code_harness
+from memgen.environments.signals import SCHEDULER_SIGNALS
+
+HARNESS = Path(code_harness.__file__)
+Style = Literal["pytest", "unittest"]
+Isolation = Literal["bubblewrap", "limits"]
+
+BEGUN = b"begun"
+_REPORT_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class RunLimits:
+    """What one run may use."""
+
+    cpu_s: int = 10
+    """CPU seconds of each process."""
+    wall_s: float = 40.0
+    """Seconds from start to end, whatever the code does; beyond, all its processes are killed."""
+    memory_mb: int = 2048
+    """Address space of each process."""
+    processes: int = 32
+    """Processes and threads at a time."""
+    file_mb: int = 16
+    """Size of one file."""
+    folder_mb: int = 64
+    """All files together (in memory; only the sandbox limits it)."""
+    open_files: int = 256
+    """Files, pipes and sockets open at a time, for each process."""
+    output_kb: int = 1024
+    """What may be printed; beyond, the run is stopped."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+    def rlimits(self, processes: int | None) -> dict[str, int]:
+        """Names of the operating system's limits and their values."""
+        limits = {
+            "RLIMIT_AS": self.memory_mb << 20,
+            "RLIMIT_CPU": self.cpu_s,
+            "RLIMIT_FSIZE": self.file_mb << 20,
+            "RLIMIT_NOFILE": self.open_files,
+        }
+        return limits if processes is None else {**limits, "RLIMIT_NPROC": processes}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A solution and its tests.
+
+    Attributes:
+        solution: Python text.
+        tests: Python text; in pytest's style it imports from `solution`, in unittest's it follows the solution in
+            the same module.
+        style: how the tests are written.
+    """
+
+    solution: str
+    tests: str
+    style: Style
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What became of a program.
+
+    Attributes:
+        outcomes: "passed", "skipped" or the end of a traceback, by name of the test. Empty if the run gave no report.
+        error: why there is no verdict although the code ran (it did not import, or exited early), or None.
+        timed_out: it was stopped for its wall time.
+        flooded: it was stopped because it printed too much.
+        seconds: from start to end.
+    """
+
+    outcomes: Mapping[str, str] = field(default_factory=dict)
+    error: str | None = None
+    timed_out: bool = False
+    flooded: bool = False
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """At least one test passed, none failed, and the run came to its end."""
+        results = set(self.outcomes.values())
+        return self.error is None and "passed" in results and results <= {"passed", "skipped"}
+
+    @property
+    def share_passed(self) -> float:
+        """Tests passed of those that were not skipped; 0 if there were none."""
+        counted = [result for result in self.outcomes.values() if result != "skipped"]
+        return counted.count("passed") / len(counted) if counted else 0.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start a run.
+
+    Attributes:
+        command: the process that becomes, or holds, the harness.
+        environment: its whole environment.
+        folder: where it starts.
+        uid: the user the harness becomes, or None if it stays who it is.
+        processes: value of the operating system's limit of processes, or None for no such limit.
+        inherited: file descriptors that the command needs.
+    """
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    folder: str
+    uid: int | None
+    processes: int | None
+    inherited: tuple[int, ...] = ()
+
+
+class Executor(ABC):
+    """Runs programs, several at a time."""
+
+    def __init__(self, limits: RunLimits, workers: int) -> None:
+        """Starts nothing yet.
+
+        Args:
+            limits: of each run.
+            workers: runs at a time.
+
+        Raises:
+            ValueError: if `workers` is not positive.
+        """
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        self.limits = limits
+        self.workers = workers
+
+    @abstractmethod
+    def launch(self, number: int) -> contextlib.AbstractContextManager[Launch]:
+        """Makes ready for one run and cleans up behind it. `number` differs between runs at the same time."""
+
+    def run(self, program: Program, number: int = 0) -> Execution:
+        """Runs one program.
+
+        Raises:
+            RuntimeError: if the harness itself could not be started, which is not the answer's fault.
+        """
+        with self.launch(number) as launch:
+            return _supervise(launch, program, self.limits)
+
+    def run_all(self, programs: Sequence[Program]) -> list[Execution]:
+        """Runs many, `workers` at a time; the results are in order."""
+        if len(programs) <= 1 or self.workers == 1:
+            return [self.run(program) for program in programs]
+        # The threads outlive their runs: the kernel kills a bubblewrap whose starting thread ends.
+        with ThreadPoolExecutor(min(self.workers, len(programs)), thread_name_prefix="execution") as pool:
+            return list(pool.map(self.run, programs, range(len(programs))))
+
+
+@final
+class LimitedProcess(Executor):
+    """Limits of memory, CPU, file size, open files and wall time, in a temporary folder. Not a sandbox.
+
+    The code sees the host's files and network as the user who runs this program, and a process that leaves its
+    process group survives the run. Processes are limited only where this program does not run as root (root has no
+    such limit). For trusted answers, or machines that are thrown away.
+    """
+
+    @contextlib.contextmanager
+    def launch(self, number: int) -> Iterator[Launch]:
+        """A temporary folder, removed behind the run."""
+        folder = tempfile.mkdtemp(prefix="memgen-limits-")
+        processes = None if os.getuid() == 0 else _tasks_of_user(os.getuid()) + self.limits.processes
+        try:
+            yield Launch(
+                command=[base_python(), "-s", "-P", "-B", str(HARNESS)],
+                environment=run_environment(home=folder, temporary=folder, path=os.defpath, packages=None),
+                folder=folder,
+                uid=None,
+                processes=processes,
+            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def base_python() -> str:
+    """The interpreter that this environment was made from: its standard library without installed packages."""
+    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+
+
+def run_environment(home: str, temporary: str, path: str, packages: str | None) -> dict[str, str]:
+    """The environment variables of a run: nothing of the host's, and the same in every run."""
+    environment = {
+        "HOME": home,
+        "TMPDIR": temporary,
+        "PATH": path,
+        "LANG": "C.UTF-8",
+        "LC_ALL": "C.UTF-8",
+        "TZ": "UTC",
+        "PYTHONHASHSEED": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "MPLBACKEND": "Agg",
+    }
+    return environment if packages is None else {**environment, "PYTHONPATH": packages}
+
+
+def _tasks_of_user(uid: int) -> int:
+    tasks = 0
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):  # It ended meanwhile.
+            if folder.name.isdigit() and folder.stat().st_uid == uid:
+                tasks += len(list((folder / "task").iterdir()))
+    return tasks
+
+
+def _supervise(launch: Launch, program: Program, limits: RunLimits) -> Execution:
+    try:
+        return _attempt(launch, program, limits)
+    except _SignalledError:
+        # A scheduler sends its warnings to every process of a job, to this one too. That says nothing about an answer.
+        return _attempt(launch, program, limits, last=True)
+
+
+class _SignalledError(Exception):
+    """The run ended by one of `SCHEDULER_SIGNALS`."""
+
+
+def _attempt(launch: Launch, program: Program, limits: RunLimits, last: bool = False) -> Execution:
+    """One run.
+
+    Raises:
+        _SignalledError: if a scheduler's signal ended it; not on the `last` attempt, where it counts as the program's.
+        RuntimeError: if the harness did not start.
+    """
+    nonce = secrets.token_hex(16)
+    task = {
+        "nonce": nonce,
+        "uid": launch.uid,
+        "limits": limits.rlimits(launch.processes),
+        "style": program.style,
+        "solution": program.solution,
+        "tests": program.tests,
+    }
+    start = time.monotonic()
+    # A file without a name: it cannot fill up as a pipe does, and nobody else can open it.
+    with tempfile.TemporaryFile() as source:
+        source.write(json.dumps(task).encode())
+        source.seek(0)
+        process = subprocess.Popen(
+            list(launch.command),
+            stdin=source,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=dict(launch.environment),
+            cwd=launch.folder,
+            pass_fds=launch.inherited,
+            start_new_session=True,
+        )
+    try:
+        watched = _watch(process, start + limits.wall_s, limits.output_kb << 10)
+    finally:
+        _kill(process)
+    seconds = time.monotonic() - start
+    if watched.stopped is None and -process.returncode in SCHEDULER_SIGNALS and not last:
+        raise _SignalledError
+    if watched.stopped is not None and watched.report.startswith(BEGUN):
+        return Execution(
+            error="stopped",
+            timed_out=watched.stopped == "time",
+            flooded=watched.stopped == "output",
+            seconds=seconds,
+        )
+    return _verdict(watched, nonce, process.returncode, seconds)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    report: bytes
+    output: bytes
+    stopped: Literal["time", "output"] | None
+
+
+def _watch(process: subprocess.Popen[bytes], deadline: float, output_limit: int) -> _Watched:
+    """Reads both pipes until the report is complete, the process has ended, or a limit is reached."""
+    assert process.stdout is not None, "stdout is a pipe"
+    assert process.stderr is not None, "stderr is a pipe"
+    texts: dict[int, bytearray] = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
+    report, output = texts.values()
+    with selectors.DefaultSelector() as selector:
+        for pipe in (process.stdout, process.stderr):
+            os.set_blocking(pipe.fileno(), False)
+            selector.register(pipe.fileno(), selectors.EVENT_READ)
+        stopped: Literal["time", "output"] | None = None
+        while stopped is None and selector.get_map() and report.count(b"\n") < 2:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                stopped = "time"
+            # A process that outlives the harness may hold the pipes open, so their end is not waited for.
+            ready = selector.select(timeout=max(0.0, min(left, 0.25)))
+            if not ready and process.poll() is not None:
+                break
+            for key, _ in ready:
+                chunk = os.read(key.fd, 1 << 16)
+                if not chunk:
+                    selector.unregister(key.fd)
+                texts[key.fd] += chunk
+            if len(output) > output_limit or len(report) > _REPORT_BYTES:
+                stopped = "output"
+        # What was printed before the report may still lie in the pipe.
+        while stopped is None and len(output) <= output_limit and _more(process.stderr, output):
+            pass
+        if len(output) > output_limit:
+            stopped = "output"
+    return _Watched(bytes(report), bytes(output), stopped)
+
+
+def _more(pipe: IO[bytes], text: bytearray) -> bool:
+    try:
+        chunk = os.read(pipe.fileno(), 1 << 16)
+    except BlockingIOError:
+        return False
+    text += chunk
+    return bool(chunk)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    # The group too: what `limits` runs may have started processes.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+    for pipe in (process.stdout, process.stderr):
+        assert pipe is not None, "both are pipes"
+        pipe.close()
+
+
+def _verdict(watched: _Watched, nonce: str, returncode: int, seconds: float) -> Execution:
+    lines = watched.report.split(b"\n")
+    if lines[0] != BEGUN:
+        last = watched.output.decode(errors="replace").strip()[-500:]
+        raise RuntimeError(f"the test harness could not be started (status {returncode}): {last}")
+    try:
+        report = json.loads(lines[1]) if len(lines) == 3 and not lines[2] else None
+    except ValueError:
+        report = None
+    if not isinstance(report, dict) or report.get("nonce") != nonce:
+        last = watched.output.decode(errors="replace").strip()[-500:]
+        return Execution(error=f"no report (status {returncode}): {last}", seconds=seconds)
+    return Execution(outcomes=report["outcomes"], error=report["error"], seconds=seconds)

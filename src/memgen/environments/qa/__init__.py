@@ -1,0 +1,1 @@
+"""Question/answer tasks graded by their final answer."""

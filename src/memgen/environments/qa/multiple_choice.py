@@ -1,0 +1,67 @@
+r"""Questions with lettered options: how they are asked, and which letter an answer chose.
+
+Only the last complete `\boxed{...}` counts, and only if it holds one letter of the options and nothing else: `C`,
+`(C)`, `C)`, `C.`, in `\text{}`, `\textbf{}`, `\mathrm{}` or `\mathbf{}` or between dollar signs, in capitals or not.
+A box with the option's text, with two letters or with a letter that is no option is a wrong answer; a letter outside
+a box is none. Prompt and target are the released code's for GPQA.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from string import ascii_uppercase
+
+from memgen.environments.base import Reward
+from memgen.environments.qa.maths import boxed_answer
+
+PROMPT = (
+    "Solve the problem with proper reasoning, and make sure to put the FINAL CHOICE inside \\boxed{}."
+    "Question: {question}\n"
+)
+"""The released code's user message for GPQA."""
+
+_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|bf|rm)\s*\{(.*)\}", re.DOTALL)
+_LETTER = re.compile(r"\(?\s*([A-Za-z])\s*[.):]?")
+
+
+def chosen_letter(answer: str) -> str | None:
+    """The letter an answer chose, in capitals; None if it marks none, or something that is not one letter."""
+    content = boxed_answer(answer)
+    if content is None:
+        return None
+    content = content.strip().strip("$").strip()
+    while wrapped := _WRAPPED.fullmatch(content):
+        content = wrapped[1].strip()
+    letter = _LETTER.fullmatch(content)
+    return letter[1].upper() if letter else None
+
+
+def choice_reward(correct: str, options: int, answer: str) -> Reward:
+    """1 for the right letter, else 0.
+
+    Args:
+        correct: the right letter.
+        options: how many there are.
+        answer: the completion.
+    """
+    letter = chosen_letter(answer)
+    right = float(letter == correct)
+    return Reward(
+        total=right,
+        parts={
+            "correct": right,
+            "has_answer": float(letter is not None and letter in ascii_uppercase[:options]),
+        },
+    )
+
+
+def asked(question: str, options: Sequence[str]) -> str:
+    """The question followed by its options, lettered."""
+    lines = [f"{letter}. {option}\n" for letter, option in zip(ascii_uppercase, options, strict=False)]
+    return f"{question}\n\nPlease choose one of the following options:\n{''.join(lines)}"
+
+
+def explained(explanation: str, letter: str) -> str:
+    """The completion to learn: an explanation and the boxed letter."""
+    return f"{explanation}\n\nTherefore, the final answer is \\boxed{{{letter}}}".strip()

@@ -1,0 +1,235 @@
+r"""TriviaQA (arXiv 1705.03551): trivia questions, each with the many names of its answer.
+
+Questions come from `trivia_qa`, whose test split has no answers: its validation split is the test split here, as in
+the paper. Supervised trajectories come from AgentBank's TriviaQA part, whose `Thought: / Action: search[..] / Final
+Answer:` is rewritten to the tags of the prompt. Differs from the released code: (1) its GRPO data tests on the split
+without answers; (2) an observation keeps all of its lines, a query its closing brackets, and both roles have the tags
+that an episode has; (3) an instruction before the question and the agent's assent to it are left out, since the
+system message takes their place; (4) a trajectory that does not end in an answer is left out and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, final
+
+from memgen.environments.base import Example, Message, Split
+from memgen.environments.records import HubSplit, Record, Source, checked_fraction, share
+from memgen.environments.search.retrieval import Searcher
+from memgen.environments.search.search_qa import (
+    SYSTEM_PROMPT,
+    Metric,
+    OnFailure,
+    SearchQA,
+    answer_target,
+    framed,
+    normalize_answer,
+    texts,
+)
+
+logger = logging.getLogger(__name__)
+
+_CANONICAL = {"trivia_qa": "mandarjoshi/trivia_qa"}
+"""Names of the hub without an owner, as they were once."""
+
+_THOUGHT = re.compile(r"Thought:\s*(.*?)(?=\n\s*Action:|\n\s*Final Answer:|\Z)", re.DOTALL)
+_SEARCH = re.compile(r"^\s*Action:\s*search\[(.*)\]\s*$", re.MULTILINE | re.IGNORECASE)
+_FINAL = re.compile(r"^\s*Final Answer:\s*(.*)\Z", re.MULTILINE | re.DOTALL)
+_OBSERVATION = re.compile(r"^\s*Observation:\s*", re.MULTILINE)
+_QUESTION = re.compile(r"^\s*Question:\s*", re.MULTILINE)
+
+
+@final
+class TriviaQA(SearchQA):
+    """Question in, searches as the agent likes, a short answer out."""
+
+    name = "triviaqa"
+
+    def __init__(
+        self,
+        path: str = "mandarjoshi/trivia_qa",
+        train_file: str | None = None,
+        test_file: str | None = None,
+        subset: str = "rc.wikipedia.nocontext",
+        trajectories: str | None = None,
+        validation_fraction: float = 0.1,
+        search: Searcher | None = None,
+        metric: Metric = "exact_match",
+        on_failure: OnFailure = "stop",
+        max_turns: int = 5,
+        max_observation_chars: int = 2048,
+        system_prompt: str = SYSTEM_PROMPT,
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            path: the questions: a folder with files (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`) named after
+                their splits, `train` and `validation` (or `dev`, or `test` where there is neither), or a dataset of
+                the Hugging Face hub. A single file is the test split, unless it is named `train`.
+            train_file: the training questions' file in the folder `path`, if its name does not say so.
+            test_file: the test questions' file, likewise.
+            subset: which part of the hub's dataset: rc.wikipedia.nocontext or rc.nocontext, for instance.
+            trajectories: conversations to train on in place of the training questions: a file, a folder with a
+                `train` file, or a dataset of the hub with a part `triviaqa`
+                (`Solaris99/AgentBank`). Their final answers are their only aliases.
+            validation_fraction: share of the training items set aside for validation, in [0, 1].
+            search: finds passages.
+            metric: what a reward's total is, see `SearchQA`.
+            on_failure: what a failed search does, see `SearchQA`.
+            max_turns: turns of the agent, the answer's included.
+            max_observation_chars: characters of an observation, the tags included; about four make a token.
+            system_prompt: the system message; empty for none.
+
+        Raises:
+            ValueError: if a setting is not usable.
+        """
+        super().__init__(search, metric, on_failure, max_turns, max_observation_chars, system_prompt)
+        self.path = path
+        self.train_file = train_file
+        self.test_file = test_file
+        self.subset = subset
+        self.trajectories = trajectories
+        self.validation_fraction = checked_fraction("validation_fraction", validation_fraction)
+        self._read: dict[str, list[Example]] = {}
+
+    def examples(self, split: Split) -> list[Example]:
+        """The items of a split in the order of the data.
+
+        Raises:
+            FileNotFoundError: if the data is not to be had.
+            ValueError: if a record is broken.
+        """
+        if split == "test":
+            return list(self._items("test"))
+        return [e for e in self._items("train") if self._is_validation(e.question) == (split == "val")]
+
+    def _is_validation(self, question: str) -> bool:
+        # By the question alone, so that a repeated one cannot be on both sides.
+        return share(normalize_answer(question), 0, "validation") < self.validation_fraction
+
+    def _items(self, part: Literal["train", "test"]) -> list[Example]:
+        if part not in self._read:
+            if part == "train" and self.trajectories is not None:
+                self._read[part] = self._trajectories(self.trajectories)
+            else:
+                records = self._questions(part)
+                self._read[part] = [_example(f"{part}-{record.number}", record) for record in records]
+        return self._read[part]
+
+    def _questions(self, part: Literal["train", "test"]) -> list[Record]:
+        source = Source(
+            "TriviaQA",
+            _CANONICAL.get(self.path, self.path),
+            files={"train": self.train_file, "test": self.test_file},
+            hub={"train": [HubSplit("train", self.subset)], "val": [HubSplit("validation", self.subset)]},
+        )
+        if part == "train":
+            return source.records("train")
+        return source.records("val" if self.test_file is None and source.has("val") else "test")
+
+    def _trajectories(self, path: str) -> list[Example]:
+        file = Path(path).expanduser()
+        source = Source(
+            "TriviaQA's trajectories",
+            path,
+            files={"train": str(file.resolve())} if file.is_file() else {},
+            hub={"train": [HubSplit("train", "triviaqa")]},
+        )
+        records = source.records("train")
+        read = [
+            _trajectory(f"train-{record.number}", record, self.max_observation_chars) for record in records
+        ]
+        kept = [item for item in read if isinstance(item, Example)]
+        reasons = [item for item in read if isinstance(item, str)]
+        if reasons:
+            message = f"{len(reasons)} of {len(read)} trajectories of {path} cannot be used, the first because {reasons[0]}"
+            if not kept:
+                raise ValueError(message)
+            logger.warning("%s; they are left out", message)
+        return kept
+
+
+def _example(identifier: str, record: Record) -> Example:
+    question = record.text("question")
+    answer = record.fields.get("answer")
+    fields: Mapping[str, Any] = answer if isinstance(answer, Mapping) else {}
+
+    def named(key: str) -> list[str]:
+        return texts(fields.get(key, record.fields.get(f"answer.{key}")))
+
+    value, aliases, normalized = named("value"), named("aliases"), named("normalized_aliases")
+    accepted = list(dict.fromkeys([*value, *aliases, *normalized]))
+    if not accepted or accepted == ["<unk>"]:
+        raise record.error(
+            "answer",
+            f"has no aliases (trivia_qa's test split has none; use its validation split): {answer!r:.80}",
+        )
+    return Example(
+        id=identifier,
+        question=question,
+        target=answer_target(accepted[0]),
+        answer=accepted[0],
+        meta={"aliases": accepted, "released_aliases": normalized or accepted},
+    )
+
+
+def _trajectory(identifier: str, record: Record, max_chars: int) -> Example | str:
+    """An item with its conversation, or why it cannot be one."""
+    where, turns = record.where, record.value("conversations")
+    if not isinstance(turns, Sequence) or not all(
+        isinstance(turn, Mapping) and isinstance(turn.get("value"), str) for turn in turns
+    ):
+        raise record.error("conversations", f"holds no texts: {turns!r:.80}")
+    roles = [turn.get("from") for turn in turns]
+    values: list[str] = [turn["value"] for turn in turns]
+    acting = [
+        number
+        for number, (role, value) in enumerate(zip(roles, values, strict=True))
+        if role == "gpt" and (_SEARCH.search(value) or _FINAL.search(value))
+    ]
+    if not acting or acting[0] == 0:
+        return f"{where} has no action behind a question"
+    first = acting[0]
+    if roles[first - 1 :] != ["human", "gpt"] * ((len(roles) - first + 1) // 2):
+        return f"{where} does not alternate between human and gpt"
+    # Behind an instruction the question stands last, by its name; alone it may have none.
+    question = _QUESTION.split(values[first - 1])[-1].strip()
+    conversation: list[Message] = []
+    for role, value in zip(roles[first:], values[first:], strict=True):
+        if role == "human":
+            observed = _OBSERVATION.sub("", value, count=1).strip()
+            conversation.append({"role": "user", "content": framed(observed, max_chars)})
+        else:
+            turn = _tagged(value)
+            if turn is None:
+                return f"{where} has a turn without a search or an answer: {value!r:.80}"
+            conversation.append({"role": "assistant", "content": turn})
+    final = _FINAL.search(values[-1])
+    answer = " ".join(final[1].split()) if final else ""
+    if not question or not answer or any(_FINAL.search(value) for value in values[first:-1]):
+        return f"{where} does not end in its one answer"
+    return Example(
+        id=identifier,
+        question=question,
+        target=conversation[-1]["content"],
+        answer=answer,
+        meta={"aliases": [answer], "released_aliases": [answer], "conversation": conversation},
+    )
+
+
+def _tagged(turn: str) -> str | None:
+    """A turn of the agent in tags; None if it neither searches nor answers."""
+    thought, query, answer = _THOUGHT.search(turn), _SEARCH.search(turn), _FINAL.search(turn)
+    parts = []
+    if thought and thought[1].strip():
+        parts.append(f"<think> {thought[1].strip()} </think>")
+    if answer and answer[1].strip():
+        parts.append(f"<answer> {' '.join(answer[1].split())} </answer>")
+    elif query and query[1].strip():
+        parts.append(f"<search> {query[1].strip()} </search>")
+    else:
+        return None
+    return "\n".join(parts)

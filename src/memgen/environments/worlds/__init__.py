@@ -1,0 +1,1 @@
+"""Text worlds of several turns, each episode in a process of its own."""

@@ -1,0 +1,1 @@
+"""What a test leaves behind: records per item, comparisons, collected trajectories, controls."""

@@ -1,0 +1,1 @@
+"""Interrupted runs and how they go on."""

@@ -1,0 +1,354 @@
+"""What makes a resumed run the run that was interrupted: whole checkpoints of it, and draws that know their place.
+
+A run's folder holds, besides what was trained, `resume/step_000120.ckpt` (Lightning's checkpoint, a file or under
+DeepSpeed a directory), beside it `step_000120.json` with what one wants to know without reading it, and the link
+`last.ckpt`. Each appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from typing_extensions import override
+
+from memgen.distributed.collectives import over_ranks, world_size
+from memgen.files import LAST, discard, publish, sweep, take_place, temporary_beside
+from memgen.running.interrupt import LISTENER, Agreement, Interrupted, Limit, Wish
+from memgen.tracking.mlflow import pause_runs
+from memgen.training.callbacks import RESUME, AdapterCheckpoint
+from memgen.training.checkpoint import CheckpointError
+from memgen.training.stage import seed_of
+
+logger = logging.getLogger(__name__)
+
+PROGRESS = "progress.json"
+"""File beside the checkpoints that says how far the run is."""
+_PROGRESS_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What stands beside a .ckpt.
+
+    Attributes:
+        step: optimizer steps taken.
+        epoch: epochs begun before this one.
+        world_size: processes that wrote it.
+        saved_at: seconds since 1970.
+    """
+
+    step: int
+    epoch: int
+    world_size: int
+    saved_at: float
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Saved | None:
+        """What stands beside a .ckpt; None if nothing does."""
+        path = _beside(checkpoint.resolve())
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is broken: {error}; remove it to go without") from error
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint in a run's folder, or None."""
+    link = run / RESUME / LAST
+    if link.exists():
+        return link.resolve()
+    whole = sorted((run / RESUME).glob("step_*.ckpt"), key=lambda path: path.stat().st_mtime)
+    return whole[-1] if whole else None
+
+
+@final
+class ResumeCheckpoint(Checkpoint):
+    """Writes checkpoints to resume from, and stops the run when it is asked to.
+
+    Checkpoints are written at the end of optimizer steps: every so many of them or minutes, at the end, and before the
+    run stops because of SIGUSR1, SIGTERM or the clock (`memgen.running.interrupt`). A run that stops early raises
+    `Interrupted` on all ranks.
+
+    Args:
+        every_n_steps: optimizer steps between two checkpoints; None: the clock alone decides.
+        every_minutes: minutes between two checkpoints; None: the steps alone decide.
+        keep: how many to keep. What scored best is kept by AdapterCheckpoint.
+        time_limit: how long the process may run, as SLURM's --time writes it; None: until SLURM ends the job.
+        save_by_minutes: minutes before that by which the last checkpoint must stand.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        every_minutes: float | None = 10.0,
+        keep: int = 1,
+        time_limit: str | None = None,
+        save_by_minutes: float = 2.0,
+    ) -> None:
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("every_minutes", every_minutes, 0),
+            ("keep", keep, 1),
+            ("save_by_minutes", save_by_minutes, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.every_n_steps = every_n_steps
+        self.every_minutes = every_minutes
+        self.keep = keep
+        self.limit = Limit.find(time_limit, 60 * save_by_minutes)
+        self.run: Path | None = None
+        """The run's folder. AdapterCheckpoint decides where it is; without one, the command line or the Trainer."""
+        self.resumed_from: str | None = None
+        """The .ckpt that the run goes on from. The Trainer knows it only after set-up, so the command line says it."""
+        self._agreement: Agreement | None = None
+        self._step = self._saved_step = -1
+        self._saved_at = self._told_at = time.monotonic()
+        self._save_seconds = 0.0
+        self._metrics: dict[str, float] = {}
+        self._validation_due = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        LISTENER.listen()
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, AdapterCheckpoint):
+                self.run = callback.run
+        if self.run is None:
+            self.run = Path(trainer.default_root_dir)
+        if self.resumed_from is not None:
+            require_ranks(Path(self.resumed_from), trainer.world_size)
+        if trainer.is_global_zero and (self.run / RESUME).is_dir():
+            for path in sweep(self.run / RESUME):
+                logger.info("%s was left behind by a process that was killed: removed", path)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning has put its own handler there, which sends a collective from wherever a rank is.
+        LISTENER.listen_to_termination()
+        self._step = self._saved_step = trainer.global_step
+        steps = _over_ranks([trainer.global_step, -trainer.global_step])
+        if steps[0] != -steps[1]:
+            raise CheckpointError(
+                f"ranks go on from different checkpoints: one from step {int(-steps[1])}, another from step "
+                f"{int(steps[0])}; is {self.run} the same folder on every node?"
+            )
+        if self._validation_due:
+            self._validate(trainer)
+        self._agreement = Agreement(_over_ranks if world_size() > 1 else None, self.limit)
+        self._saved_at = time.monotonic()
+
+    def _validate(self, trainer: Trainer) -> None:
+        """The validation that was due behind the step at which the checkpoint was written; Lightning passes over it."""
+        self._validation_due = False
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # In the middle of an accumulation: its gradients are in no checkpoint.
+            return
+        assert self._agreement is not None, "training has started"
+        self._step = trainer.global_step
+        loop = trainer.fit_loop
+        fetcher = loop._data_fetcher
+        assert fetcher is not None, "it has fetched this batch"
+        self._validation_due = loop.epoch_loop._should_check_val_fx(fetcher)
+        minutes = (time.monotonic() - self._saved_at) / 60
+        due = trainer.is_global_zero and self.every_minutes is not None and minutes >= self.every_minutes
+        verdict = self._agreement.after_step(due, self._save_seconds)
+        by_count = self.every_n_steps is not None and self._step % self.every_n_steps == 0
+        if verdict.wish or verdict.save or by_count:
+            self.save(trainer)
+        self._tell(trainer)
+        # Behind the last step only validation is left, and whoever asked may yet be patient.
+        if verdict.wish and trainer.global_step != trainer.max_steps:
+            LISTENER.forget()
+            # Lightning would send this step's metrics to the loggers behind this hook.
+            trainer._logger_connector.update_train_step_metrics()
+            if verdict.wish is Wish.REQUEUE:
+                pause_runs(trainer.loggers)
+            raise Interrupted(
+                verdict.wish,
+                f"asked to {'stop and go on later' if verdict.wish is Wish.REQUEUE else 'stop'}: saved at step "
+                f"{self._step} in {self.run}",
+            )
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._validation_due = False
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step != self._saved_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.save(trainer)
+        self._tell(trainer, at_once=True)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"validation_due": self._validation_due}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validation_due = state_dict["validation_due"]
+
+    def save(self, trainer: Trainer) -> Path:
+        """Writes a checkpoint now. All ranks must call it.
+
+        Returns:
+            The checkpoint.
+        """
+        assert self.run is not None, "set up"
+        begun = time.monotonic()
+        folder = (self.run / RESUME).absolute()
+        path = folder / f"step_{trainer.global_step:06d}.ckpt"
+        temporary = path
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_beside(path)
+        temporary = Path(trainer.strategy.broadcast(str(temporary)))
+        try:
+            trainer.save_checkpoint(temporary)
+            if trainer.is_global_zero:
+                self._finish(trainer, temporary, path)
+        finally:
+            if trainer.is_global_zero:
+                discard(temporary)
+        trainer.strategy.barrier("ResumeCheckpoint.save")
+        self._saved_step = trainer.global_step
+        self._saved_at = time.monotonic()
+        self._save_seconds = self._saved_at - begun
+        if self._agreement is not None:
+            self._agreement.paused()
+        return path
+
+    def _finish(self, trainer: Trainer, temporary: Path, path: Path) -> None:
+        """Puts a written checkpoint in its place and removes older ones."""
+        saved = Saved(
+            step=trainer.global_step,
+            epoch=trainer.current_epoch,
+            world_size=trainer.world_size,
+            saved_at=time.time(),
+        )
+        _write_whole(_beside(path), asdict(saved))
+        publish(temporary, path, self.keep, beside=(".json",))
+
+    def _tell(self, trainer: Trainer, *, at_once: bool = False) -> None:
+        """Writes how far the run is, for `memgen status`, a few times in a minute."""
+        if not trainer.is_global_zero or self.run is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not at_once and time.monotonic() - self._told_at < _PROGRESS_SECONDS:
+            return
+        self._told_at = time.monotonic()
+        if not at_once:
+            # Behind the last step these would be computed over all ranks, which are not all here.
+            self._metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        folder = self.run / RESUME
+        folder.mkdir(parents=True, exist_ok=True)
+        progress = {
+            "step": trainer.global_step,
+            "max_steps": trainer.max_steps,
+            "epoch": trainer.current_epoch,
+            "saved_step": self._saved_step,
+            "time": time.time(),
+            "metrics": self._metrics,
+        }
+        temporary = temporary_beside(folder / PROGRESS)
+        try:
+            temporary.write_text(json.dumps(progress) + "\n", encoding="utf-8")
+            temporary.replace(folder / PROGRESS)
+        finally:
+            discard(temporary)
+
+
+@final
+class StepSeeds(Callback):
+    """Seeds every training step by (seed, rank, epoch, step within the epoch).
+
+    So what a step draws (dropout is all that our stages draw without a generator of their own) depends on where it
+    stands, and on nothing that was drawn before it: not on validations, not on loaders that draw when they begin, not on
+    whether the run was interrupted. No state of a generator needs to be kept, for any rank.
+    """
+
+    def __init__(self) -> None:
+        self.seed: int | None = None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.seed is None:
+            chosen = os.environ.get("PL_GLOBAL_SEED")
+            self.seed = int(chosen) if chosen else torch.initial_seed()
+        self.seed = int(trainer.strategy.broadcast(self.seed))
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        seed = seed_of("step", self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - what draws without a generator draws from this one
+        random.seed(seed)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self.seed}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seed = state_dict["seed"]
+
+
+def require_ranks(checkpoint: Path, ranks: int) -> None:
+    """Refuses a checkpoint that another number of processes wrote.
+
+    Raises:
+        CheckpointError: which says how to go on.
+    """
+    saved = Saved.read(checkpoint)
+    if saved is None or saved.world_size == ranks:
+        return
+    run = checkpoint.resolve().parent.parent
+    raise CheckpointError(
+        f"{checkpoint} was written by {saved.world_size} processes, this run has {ranks}: which items come next, and "
+        f"each process's rollout, would not be the same. Resume with {saved.world_size} (--trainer.devices x "
+        f"--trainer.num_nodes), or start a new run from its weights: --checkpoint {run / 'last'}"
+    )
+
+
+def _over_ranks(values: Any) -> list[float]:
+    largest: list[float] = over_ranks(torch.tensor(values, dtype=torch.float64), "max").tolist()
+    return largest
+
+
+def _beside(checkpoint: Path) -> Path:
+    return checkpoint.with_suffix(".json")
+
+
+def _write_whole(path: Path, value: Mapping[str, Any]) -> None:
+    temporary = temporary_beside(path)
+    try:
+        temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
+        take_place(temporary, path)
+    finally:
+        discard(temporary)
