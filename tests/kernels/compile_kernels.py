@@ -11,18 +11,12 @@ from triton.compiler import ASTSource
 
 from memgen.kernels import insert, logprob
 
-FLOAT, ROW, INDEX, MASK = "*bf16", "*fp32", "*i64", "*i1"
+FLOAT, ROW, INDEX = "*bf16", "*fp32", "*i64"
 CASES = {
     "weave": (
         insert._weave_fwd_kernel,
         {"table": FLOAT, "tokens": INDEX, "latents": ROW, "sources": INDEX, "woven": FLOAT},
         {"TILE": 8, "BLOCK": 512},
-    ),
-    "weave_rows": (
-        insert._weave_rows_fwd_kernel,
-        {"table": FLOAT, "latents": ROW, "woven": FLOAT, "latent_mask": MASK, "valid_mask": MASK}
-        | dict.fromkeys(("tokens", "lengths", "points", "sizes", "firsts", "positions", "sources"), INDEX),
-        {"POINTS": 8, "TILE": 8, "BLOCK": 512},
     ),
     "weave_bwd": (
         insert._weave_bwd_kernel,

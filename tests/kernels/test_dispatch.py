@@ -107,8 +107,6 @@ def test_using_the_reference_imports_no_triton():
 # What is refused
 
 TABLE, LATENTS, LINE = torch.ones(4, 2), torch.ones(3, 2), torch.zeros(5, dtype=torch.int64)
-GRID = torch.zeros(2, 5, dtype=torch.int64)
-POINTS = torch.ones(2, 3, dtype=torch.int64)
 
 REFUSED = {
     "a table to be trained": (
@@ -123,18 +121,6 @@ REFUSED = {
     "tokens that are no integers": (
         lambda: kernels.weave(TABLE, LINE.float(), LATENTS, LINE),
         "tokens must be int32",
-    ),
-    "lengths of other rows": (
-        lambda: kernels.weave_rows(TABLE, GRID, LINE, LATENTS, POINTS, POINTS),
-        "one length per row",
-    ),
-    "sizes of other points": (
-        lambda: kernels.weave_rows(TABLE, GRID, LINE[:2], LATENTS, POINTS, POINTS[:, :1]),
-        "points and sizes",
-    ),
-    "firsts of other points": (
-        lambda: kernels.weave_rows(TABLE, GRID, LINE[:2], LATENTS, POINTS, POINTS, POINTS[:, :1]),
-        "first latent",
     ),
     "a weight to be trained": (
         lambda: kernels.linear_logprob(LATENTS, TABLE.clone().requires_grad_(), LINE[:3]),
@@ -163,17 +149,3 @@ def test_a_trainable_table_serves_where_no_gradient_is_asked_for():
     with torch.no_grad():
         woven = kernels.weave(TABLE.clone().requires_grad_(), LINE, LATENTS, LINE)
     assert torch.equal(woven, reference.weave(TABLE, LINE, LATENTS, LINE))
-
-
-def test_latents_lie_row_by_row_and_rows_are_as_wide_as_needed_by_default():
-    latents = torch.arange(6.0).view(3, 2)
-    woven = kernels.weave_rows(
-        TABLE,
-        GRID,
-        torch.tensor([5, 1]),
-        latents,
-        torch.tensor([[2, -1, -1], [0, 1, -1]]),
-        torch.ones_like(POINTS),
-    )
-    assert woven.embeddings.shape == (2, 6, 2)
-    assert woven.sources.tolist() == [[-1, -1, 0, -1, -1, -1], [1, -1, 2, -1, -1, -1]]

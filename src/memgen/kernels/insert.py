@@ -1,8 +1,4 @@
-"""The fused latent insertion in Triton: woven rows in one pass, and the gather of the latents' gradients.
-
-Two forms share one backward kernel. `weave` writes the packed line that our engine reads: attention there goes by row
-memories, so it needs neither mask nor positions. `weave_rows` begins at an insertion plan and computes in the kernel
-what stands where: rows, position ids, is-latent mask and attention mask come out of one pass.
+"""The fused latent insertion in Triton: one pass forward, and the gather of the latents' gradients backward.
 
 The backward pass gathers: one program sums the gradients of all places of one latent in float32 and writes it once.
 So the order of the sum is fixed, unlike that of atomic additions, and a resumed run stays bit exact.
@@ -18,9 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from memgen.kernels.dispatch import require_runnable
-from memgen.kernels.reference import WovenRows
 
-# T packed positions or positions of the longest row, M latents, V vocabulary, H hidden, B rows, E insertion points
+# T packed positions, M latents, V vocabulary, H hidden
 
 _TILE_ELEMENTS = 4096  # of a (positions, hidden) tile: 32 for each of a program's 128 threads
 
@@ -63,54 +58,6 @@ def _weave_fwd_kernel(
         table, table_row, table_column, latents, latents_row, latents_column, woven, H,
         ids, source, places, is_token, is_latent, inside, tl.program_id(1) * BLOCK, H, BLOCK,
     )  # fmt: skip
-
-
-@triton.jit
-def _weave_rows_fwd_kernel(
-    table, table_row, table_column, tokens, tokens_row, tokens_column, lengths, lengths_step,
-    latents, latents_row, latents_column, points, points_row, points_column, sizes, sizes_row, sizes_column,
-    firsts, firsts_row, firsts_column, woven, positions, latent_mask, valid_mask, sources,
-    T, H, L, E, V, M, tiles,
-    POINTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = (tl.program_id(0) // tiles).to(tl.int64)
-    at = (tl.program_id(0) % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
-    length = tl.load(lengths + row * lengths_step).to(tl.int64)
-    source = tl.full((TILE,), -1, tl.int64)
-    before = tl.full((TILE,), 0, tl.int64)  # latents in front of the position
-    shift = length - length  # latents of the points so far
-    for slot in range(POINTS):
-        point = tl.load(points + row * points_row + slot * points_column, mask=slot < E, other=-1).to(
-            tl.int64
-        )
-        known = point >= 0
-        size = tl.load(sizes + row * sizes_row + slot * sizes_column, mask=known, other=0).to(tl.int64)
-        first = tl.load(firsts + row * firsts_row + slot * firsts_column, mask=known, other=0).to(tl.int64)
-        into = at - (point + shift)
-        source = tl.where((into >= 0) & (into < size), first + into, source)
-        before += tl.minimum(tl.maximum(into, 0), size)
-        shift += size
-    valid = at < length + shift
-    source = tl.where(valid, source, -1)
-    is_latent = source >= 0
-    is_token = valid & (source < 0)
-    tl.device_assert((at - before < L) | (is_token == 0), "a row is longer than its tokens")
-    ids = tl.load(tokens + row * tokens_row + (at - before) * tokens_column, mask=is_token, other=0).to(
-        tl.int64
-    )
-    tl.device_assert((ids >= 0) & (ids < V), "token id outside the embedding table")
-    tl.device_assert(source < M, "plan names more latents than there are")
-    places = row * T + at
-    inside = at < T
-    _copy_tile(
-        table, table_row, table_column, latents, latents_row, latents_column, woven, H,
-        ids, source, places, is_token, is_latent, inside, tl.program_id(1) * BLOCK, H, BLOCK,
-    )  # fmt: skip
-    once = at < tl.where(tl.program_id(1) == 0, T, 0)
-    tl.store(positions + places, tl.where(valid, at, 0), mask=once)
-    tl.store(latent_mask + places, is_latent, mask=once)
-    tl.store(valid_mask + places, valid, mask=once)
-    tl.store(sources + places, source, mask=once)
 
 
 @triton.jit
@@ -187,73 +134,8 @@ class Weave(torch.autograd.Function):
         return None, None, _gather_gradient(grad, sources, latents), None
 
 
-class WeaveRows(torch.autograd.Function):
-    """`weave_rows`: the plan is read in the kernel; backward as in `Weave`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        table: Tensor,
-        tokens: Tensor,
-        lengths: Tensor,
-        latents: Tensor,
-        points: Tensor,
-        sizes: Tensor,
-        firsts: Tensor,
-        width: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Computes, and keeps what the backward pass reads."""
-        (rows, length), hidden, device = tokens.shape, table.shape[1], table.device
-        woven = torch.empty(rows, width, hidden, dtype=table.dtype, device=device)
-        positions = torch.empty(rows, width, dtype=torch.int64, device=device)
-        sources = torch.empty_like(positions)
-        is_latent = torch.empty(rows, width, dtype=torch.bool, device=device)
-        valid = torch.empty_like(is_latent)
-        if rows and width:
-            block = _block(hidden)
-            tile = max(1, _TILE_ELEMENTS // block)
-            tiles = triton.cdiv(width, tile)
-            _weave_rows_fwd_kernel[(rows * tiles, max(1, triton.cdiv(hidden, block)))](
-                table, table.stride(0), table.stride(1), tokens, tokens.stride(0), tokens.stride(1),
-                lengths, lengths.stride(0), latents, latents.stride(0), latents.stride(1),
-                points, points.stride(0), points.stride(1), sizes, sizes.stride(0), sizes.stride(1),
-                firsts, firsts.stride(0), firsts.stride(1), woven, positions, is_latent, valid, sources,
-                width, hidden, length, points.shape[1], table.shape[0], latents.shape[0], tiles,
-                POINTS=triton.next_power_of_2(max(points.shape[1], 1)), TILE=tile, BLOCK=block,
-            )  # fmt: skip
-        ctx.save_for_backward(sources, latents)
-        ctx.mark_non_differentiable(positions, is_latent, valid, sources)
-        ctx.set_materialize_grads(False)
-        return woven, positions, is_latent, valid, sources
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        """Gradient by the only argument that is trained."""
-        sources, latents = ctx.saved_tensors
-        if grad is None:
-            return (None,) * 8
-        gathered = _gather_gradient(grad.reshape(-1, grad.shape[-1]), sources.flatten(), latents)
-        return None, None, None, gathered, None, None, None, None
-
-
 def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
     """As `reference.weave`."""
     require_runnable(_weave_fwd_kernel, table.device)
     woven: Tensor = Weave.apply(table, tokens, latents, sources)
     return woven
-
-
-def weave_rows(
-    table: Tensor,
-    tokens: Tensor,
-    lengths: Tensor,
-    latents: Tensor,
-    points: Tensor,
-    sizes: Tensor,
-    firsts: Tensor,
-    width: int,
-) -> WovenRows:
-    """As `reference.weave_rows`."""
-    require_runnable(_weave_rows_fwd_kernel, table.device)
-    return WovenRows(*WeaveRows.apply(table, tokens, lengths, latents, points, sizes, firsts, width))
