@@ -12,8 +12,8 @@ from memgen.kernels.reference import (
     GPU_CHUNK_BYTES,
     MAX_CHUNK_BYTES,
     chunk_rows,
+    interleave,
     linear_logprob,
-    weave,
 )
 from tolerance import assert_close
 
@@ -22,10 +22,10 @@ def random(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-# weave
+# interleave
 
 
-def woven_one_by_one(table, tokens, latents, sources):
+def interleaved_one_by_one(table, tokens, latents, sources):
     rows = [
         latents[source].to(table.dtype) if source >= 0 else table[token]
         for token, source in zip(tokens.tolist(), sources.tolist(), strict=True)
@@ -52,8 +52,8 @@ def test_weaving_puts_each_latent_at_its_place_and_returns_its_gradient(sources,
     table = random(11, 5, dtype=dtype)
     tokens = torch.arange(len(sources)) * 3 % 11
     latents = random(3, 5, seed=1).requires_grad_(True)
-    ours = weave(table, tokens, latents, sources)
-    expected = woven_one_by_one(table, tokens, latents, sources)
+    ours = interleave(table, tokens, latents, sources)
+    expected = interleaved_one_by_one(table, tokens, latents, sources)
     assert ours.dtype == dtype
     assert torch.equal(ours, expected)
     upstream = random(*ours.shape, seed=2, dtype=dtype)
@@ -67,13 +67,13 @@ def test_weaving_puts_each_latent_at_its_place_and_returns_its_gradient(sources,
 
 def test_weaving_without_latents_looks_tokens_up():
     table, tokens = random(7, 4), torch.tensor([3, 0, 6])
-    assert torch.equal(weave(table, tokens, table.new_zeros(0, 4), torch.full((3,), -1)), table[tokens])
+    assert torch.equal(interleave(table, tokens, table.new_zeros(0, 4), torch.full((3,), -1)), table[tokens])
 
 
 def test_weaving_leaves_the_table_as_it_was():
     table, latents = random(7, 4), random(2, 4, seed=1)
     before = table.clone()
-    weave(table, torch.tensor([3, 3]), latents, torch.tensor([-1, 1])).add_(1)
+    interleave(table, torch.tensor([3, 3]), latents, torch.tensor([-1, 1])).add_(1)
     assert torch.equal(table, before)
 
 
@@ -81,7 +81,7 @@ def test_a_latent_that_many_rows_share_accumulates_in_float32():
     """2,048 contributions of 1: bfloat16 alone would stop at 256."""
     latents = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
     table, sources = torch.zeros(1, 1, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.int64)
-    weave(table, sources, latents, sources).sum().backward()
+    interleave(table, sources, latents, sources).sum().backward()
     assert float(latents.grad) == 2048
 
 

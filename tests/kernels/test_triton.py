@@ -49,16 +49,16 @@ def both(compute, leaf, upstream):
     return results
 
 
-def assert_woven(ours, expected, dtypes, device):
+def assert_interleaved(ours, expected, dtypes, device):
     """Equal bit by bit. Triton's interpreter alone cuts float32 to bfloat16 off where a GPU rounds."""
     table_dtype, latents_dtype = dtypes
     if device.type == "cpu" and table_dtype == torch.bfloat16 != latents_dtype:
-        assert_close("woven", ours, expected)
+        assert_close("packed", ours, expected)
     else:
         assert torch.equal(ours, expected)
 
 
-# weave
+# interleave
 
 
 @pytest.mark.parametrize("hidden", [1, 5, 128, 131])
@@ -82,15 +82,15 @@ def test_weaving_and_its_gradient_equal_the_reference(device, hidden, sources, d
     upstream = random(len(sources), hidden, seed=2, dtype=table_dtype, device=device, strided=strided)
     if not (sources >= 0).any():
         with kernels.forced("triton"):
-            assert torch.equal(kernels.weave(table, tokens, latents, sources), table[tokens])
+            assert torch.equal(kernels.interleave(table, tokens, latents, sources), table[tokens])
         return
 
     def compute(own):
         leaf = torch.stack([own, own], dim=-1)[..., 1] if strided else own
-        return (kernels.weave(table, tokens, leaf, sources),)
+        return (kernels.interleave(table, tokens, leaf, sources),)
 
     ours, expected = both(compute, latents, (upstream,))
-    assert_woven(ours[0], expected[0], dtypes, device)
+    assert_interleaved(ours[0], expected[0], dtypes, device)
     assert_close("gradient", ours[1], expected[1])
 
 
@@ -99,7 +99,7 @@ def test_a_latent_that_many_places_share_accumulates_in_float32(device):
     latents = torch.zeros(1, 1, dtype=torch.bfloat16, device=device, requires_grad=True)
     sources = torch.zeros(2048, dtype=torch.int64, device=device)
     with kernels.forced("triton"):
-        kernels.weave(torch.zeros_like(latents.detach()), sources, latents, sources).sum().backward()
+        kernels.interleave(torch.zeros_like(latents.detach()), sources, latents, sources).sum().backward()
     assert float(latents.grad) == 2048
 
 
@@ -133,9 +133,9 @@ def test_logprobs_entropies_and_gradients_equal_the_reference(
 
 
 def test_rows_longer_than_a_block_equal_the_reference(device, monkeypatch):
-    from memgen.kernels import logprob
+    from memgen.kernels import triton_logprob
 
-    monkeypatch.setattr(logprob, "_MAX_BLOCK", 16)
+    monkeypatch.setattr(triton_logprob, "_MAX_BLOCK", 16)
     hidden, weight = random(3, 4, device=device), random(37, 4, seed=1, device=device) * 8
     targets = torch.tensor([36, 0, 15], device=device)
     ours, expected = both(
@@ -148,9 +148,9 @@ def test_rows_longer_than_a_block_equal_the_reference(device, monkeypatch):
 
 
 def test_ruled_out_classes_and_huge_logits_give_finite_gradients(device, monkeypatch):
-    from memgen.kernels import logprob
+    from memgen.kernels import triton_logprob
 
-    monkeypatch.setattr(logprob, "_MAX_BLOCK", 4)  # whole blocks are ruled out
+    monkeypatch.setattr(triton_logprob, "_MAX_BLOCK", 4)  # whole blocks are ruled out
     hidden, weight = random(4, 3, device=device) * 300, random(11, 3, seed=1, device=device) * 10
     bias = torch.zeros(11, device=device)
     bias[[0, 1, 2, 3, 10]] = -torch.inf
@@ -214,7 +214,7 @@ def test_kernels_are_interpreted_after_triton_was_imported():
         "z = torch.zeros(2, 1, dtype=torch.int64);"
         "f = k.forced('triton'); f.__enter__();"
         "print(k.linear_logprob(torch.zeros(1, 2), torch.ones(4, 2), z[0], entropy=True).entropies.exp().item(),"
-        "k.weave(torch.ones(1, 2), z[:, 0], torch.zeros(1, 2), z[:, 0] - z.new_tensor([0, 1])).tolist())"
+        "k.interleave(torch.ones(1, 2), z[:, 0], torch.zeros(1, 2), z[:, 0] - z.new_tensor([0, 1])).tolist())"
     )
     without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ran = subprocess.run(
@@ -239,10 +239,12 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     sizes = dict(line.split() for line in ran.stdout.splitlines())
-    assert sizes.keys() == {"weave", "weave_bwd", "linear_logprob", "linear_logprob_bwd"}
+    assert sizes.keys() == {"interleave", "interleave_bwd", "linear_logprob", "linear_logprob_bwd"}
     assert all(int(size) > 0 for size in sizes.values())
 
 
 def test_the_reference_is_what_the_public_functions_run_without_a_gpu():
     table, line = random(4, 2), torch.tensor([1, 0])
-    assert torch.equal(kernels.weave(table, line, table, line), reference.weave(table, line, table, line))
+    assert torch.equal(
+        kernels.interleave(table, line, table, line), reference.interleave(table, line, table, line)
+    )

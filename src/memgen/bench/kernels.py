@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from memgen.bench.timing import Meter, Timing, interleave
-from memgen.kernels import Implementation, forced, linear_logprob, weave
+from memgen.kernels import Implementation, forced, linear_logprob
+from memgen.kernels import interleave as interleave_latents
 
 # B rows, T packed positions, M latents, H hidden, N labels, V vocabulary
 
@@ -129,12 +130,14 @@ def weave_problem(
         return torch.where(is_latent, latents.to(dtype)[index.clamp(min=0)], table[ids])
 
     return Problem(
-        kernel="weave",
+        kernel="interleave",
         direction=direction,
         size={"positions": len(tokens), "latents": latents.shape[0], "hidden": size.hidden},
         # Token ids and sources, and what is woven.
         least_bytes=16 * len(tokens) + _weave_bytes(len(tokens), latents, dtype, direction),
-        forms=_forms(device, naive, lambda: weave(table, ids, latents, index), latents, grad, direction),
+        forms=_forms(
+            device, naive, lambda: interleave_latents(table, ids, latents, index), latents, grad, direction
+        ),
     )
 
 

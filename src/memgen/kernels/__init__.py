@@ -24,15 +24,15 @@ __all__ = [
     "chosen",
     "chunk_rows",
     "forced",
+    "interleave",
     "linear_logprob",
-    "weave",
 ]
 
 # T packed positions, M latents, V vocabulary, H hidden, N labels
 
 
-def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
-    """Interleaves token embeddings and latents in one packed line.
+def interleave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
+    """Interleaves token embeddings and latents in one packed stream.
 
     Args:
         table: embedding table, (V, H). It is frozen: no gradient is computed for it.
@@ -41,7 +41,7 @@ def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Te
         sources: index into `latents` where the position holds a latent, -1 where it holds a token, integers (T,).
 
     Returns:
-        The woven rows, (T, H), in the table's type. Gradient reaches the latents, the sum over a latent's places,
+        The stream, (T, H), in the table's type. Gradient reaches the latents, the sum over a latent's places,
         accumulated in float32 or wider.
 
     Raises:
@@ -54,10 +54,10 @@ def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Te
             f"tokens and sources must be lines of the same length, got {_shape(tokens)} and {_shape(sources)}"
         )
     if chosen(table.device) == "reference":
-        return reference.weave(table, tokens, latents, sources)
-    from memgen.kernels import insert
+        return reference.interleave(table, tokens, latents, sources)
+    from memgen.kernels import triton_interleave
 
-    return insert.weave(table, tokens, latents, sources)
+    return triton_interleave.interleave(table, tokens, latents, sources)
 
 
 @overload
@@ -122,9 +122,9 @@ def linear_logprob(
         raise ValueError(f"a chunk has at least one row, got {chunk}")
     if chosen(hidden.device) == "reference":
         return reference.linear_logprob(hidden, weight, targets, bias, entropy=entropy, chunk=chunk)
-    from memgen.kernels import logprob
+    from memgen.kernels import triton_logprob
 
-    return logprob.linear_logprob(hidden, weight, targets, bias, entropy=entropy, chunk=chunk)
+    return triton_logprob.linear_logprob(hidden, weight, targets, bias, entropy=entropy, chunk=chunk)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -11,8 +11,8 @@ from torch import Tensor
 # T packed positions, M latents, V vocabulary, H hidden, N labels
 
 
-def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
-    """Interleaves token embeddings and latents in one packed line.
+def interleave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
+    """Interleaves token embeddings and latents in one packed stream.
 
     Args:
         table: embedding table, (V, H). It is frozen.
@@ -21,16 +21,16 @@ def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Te
         sources: index into `latents` where the position holds a latent, -1 where it holds a token, integers (T,).
 
     Returns:
-        The woven rows, (T, H), in the table's type. Gradient reaches the latents, the sum over a latent's places,
+        The stream, (T, H), in the table's type. Gradient reaches the latents, the sum over a latent's places,
         accumulated in float32 or wider.
     """
-    woven = table[tokens]
+    packed = table[tokens]
     if latents.shape[0] == 0:
-        return woven
+        return packed
     places = torch.nonzero(sources >= 0).squeeze(1)
     exact = latents.to(torch.promote_types(latents.dtype, torch.float32))
-    # In place: `woven` is a copy of the table's rows already.
-    return woven.index_copy_(0, places, exact[sources[places]].to(woven.dtype))
+    # In place: `packed` is a copy of the table's rows already.
+    return packed.index_copy_(0, places, exact[sources[places]].to(packed.dtype))
 
 
 # What one chunk of logits may take, float32. Measured on a CPU, where chunks that fit its caches are as fast as large

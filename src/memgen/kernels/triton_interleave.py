@@ -21,29 +21,9 @@ _TILE_ELEMENTS = 4096  # of a (positions, hidden) tile: 32 for each of a program
 
 
 @triton.jit
-def _copy_tile(
-    table, table_row, table_column, latents, latents_row, latents_column, woven, woven_row,
-    ids, sources, places, is_token, is_latent, inside, first, H, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Writes (positions, hidden) of the woven line: embedding, latent, or zero."""
-    columns = first + tl.arange(0, BLOCK)
-    within = columns[None, :] < H
-    embedded = tl.load(
-        table + ids[:, None] * table_row + columns[None, :] * table_column,
-        mask=is_token[:, None] & within, other=0.0,
-    )  # fmt: skip
-    latent = tl.load(
-        latents + sources[:, None] * latents_row + columns[None, :] * latents_column,
-        mask=is_latent[:, None] & within, other=0.0,
-    )  # fmt: skip
-    value = tl.where(is_latent[:, None], latent.to(woven.dtype.element_ty), embedded)
-    tl.store(woven + places[:, None] * woven_row + columns[None, :], value, mask=inside[:, None] & within)
-
-
-@triton.jit
-def _weave_fwd_kernel(
+def _interleave_fwd_kernel(
     table, table_row, table_column, tokens, tokens_step, latents, latents_row, latents_column,
-    sources, sources_step, woven, T, H, V, M,
+    sources, sources_step, packed, T, H, V, M,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     places = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -54,26 +34,34 @@ def _weave_fwd_kernel(
     ids = tl.load(tokens + places * tokens_step, mask=is_token, other=0).to(tl.int64)
     tl.device_assert((ids >= 0) & (ids < V), "token id outside the embedding table")
     tl.device_assert(source < M, "source outside the latents")
-    _copy_tile(
-        table, table_row, table_column, latents, latents_row, latents_column, woven, H,
-        ids, source, places, is_token, is_latent, inside, tl.program_id(1) * BLOCK, H, BLOCK,
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    within = columns[None, :] < H
+    embedded = tl.load(
+        table + ids[:, None] * table_row + columns[None, :] * table_column,
+        mask=is_token[:, None] & within, other=0.0,
     )  # fmt: skip
+    latent = tl.load(
+        latents + source[:, None] * latents_row + columns[None, :] * latents_column,
+        mask=is_latent[:, None] & within, other=0.0,
+    )  # fmt: skip
+    value = tl.where(is_latent[:, None], latent.to(packed.dtype.element_ty), embedded)
+    tl.store(packed + places[:, None] * H + columns[None, :], value, mask=inside[:, None] & within)
 
 
 @triton.jit
-def _weave_bwd_kernel(
+def _interleave_bwd_kernel(
     grad, grad_row, grad_column, order, starts, latents_grad, H, WIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
     latent = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = columns < H
-    turn = tl.load(starts + latent)
+    position = tl.load(starts + latent)
     end = tl.load(starts + latent + 1)
     total = tl.full((BLOCK,), 0, WIDE)
-    while turn < end:
-        place = tl.load(order + turn)
+    while position < end:
+        place = tl.load(order + position)
         total += tl.load(grad + place * grad_row + columns * grad_column, mask=within, other=0.0).to(WIDE)
-        turn += 1
+        position += 1
     tl.store(latents_grad + latent * H + columns, total.to(latents_grad.dtype.element_ty), mask=within)
 
 
@@ -98,33 +86,33 @@ def _gather_gradient(grad: Tensor, sources: Tensor, latents: Tensor) -> Tensor:
     ordered, order = torch.sort(sources, stable=True)
     starts = torch.searchsorted(ordered, torch.arange(count + 1, device=sources.device, dtype=ordered.dtype))
     block = _block(hidden)
-    _weave_bwd_kernel[(count, triton.cdiv(hidden, block))](
+    _interleave_bwd_kernel[(count, triton.cdiv(hidden, block))](
         grad, grad.stride(0), grad.stride(1), order, starts, gathered, hidden,
         WIDE=_wide(grad, latents), BLOCK=block,
     )  # fmt: skip
     return gathered
 
 
-class Weave(torch.autograd.Function):
-    """`weave`: forward as a gather of tokens and latents, backward as a gather of the latents' gradients."""
+class Interleave(torch.autograd.Function):
+    """`interleave`: forward as a gather of tokens and latents, backward as a gather of the latents' gradients."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
         """Computes, and keeps what the backward pass reads."""
         length, hidden = tokens.shape[0], table.shape[1]
-        woven = torch.empty(length, hidden, dtype=table.dtype, device=table.device)
+        packed = torch.empty(length, hidden, dtype=table.dtype, device=table.device)
         ctx.save_for_backward(sources, latents)
-        if woven.numel() == 0:
-            return woven
+        if packed.numel() == 0:
+            return packed
         block = _block(hidden)
         tile = max(1, _TILE_ELEMENTS // block)
-        _weave_fwd_kernel[(triton.cdiv(length, tile), triton.cdiv(hidden, block))](
+        _interleave_fwd_kernel[(triton.cdiv(length, tile), triton.cdiv(hidden, block))](
             table, table.stride(0), table.stride(1), tokens, tokens.stride(0),
             latents, latents.stride(0), latents.stride(1), sources, sources.stride(0),
-            woven, length, hidden, table.shape[0], latents.shape[0],
+            packed, length, hidden, table.shape[0], latents.shape[0],
             TILE=tile, BLOCK=block,
         )  # fmt: skip
-        return woven
+        return packed
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -134,8 +122,8 @@ class Weave(torch.autograd.Function):
         return None, None, _gather_gradient(grad, sources, latents), None
 
 
-def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
-    """As `reference.weave`."""
-    require_runnable(_weave_fwd_kernel, table.device)
-    woven: Tensor = Weave.apply(table, tokens, latents, sources)
-    return woven
+def interleave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
+    """As `reference.interleave`."""
+    require_runnable(_interleave_fwd_kernel, table.device)
+    packed: Tensor = Interleave.apply(table, tokens, latents, sources)
+    return packed
