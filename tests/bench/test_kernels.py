@@ -12,7 +12,6 @@ from memgen.bench.kernels import (
     WeaveSize,
     logprob_problem,
     weave_problem,
-    weave_rows_problem,
 )
 from tolerance import assert_close
 
@@ -23,8 +22,8 @@ LOGPROB = LogprobSize(labels=7, hidden=8, vocabulary=20)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(
     ("make", "size"),
-    [(weave_problem, WEAVE), (weave_rows_problem, WEAVE), (logprob_problem, LOGPROB)],
-    ids=["weave", "weave_rows", "linear_logprob"],
+    [(weave_problem, WEAVE), (logprob_problem, LOGPROB)],
+    ids=["weave", "linear_logprob"],
 )
 def test_all_forms_compute_the_same(make, size, direction):
     forms = make("cpu", torch.float32, direction, 0, size).forms
@@ -38,8 +37,6 @@ def test_bytes_of_an_insertion_by_hand():
     # Two indices per position; each token's embedding and each latent is read and written, and so is the gradient.
     assert forward.least_bytes == 32 * 2 * 8 + 2 * 32 * 8 * 4
     assert both.least_bytes == forward.least_bytes + 2 * 12 * 8 * 4
-    rows = weave_rows_problem("cpu", torch.float32, "forward", 0, WEAVE)
-    assert rows.least_bytes == 20 * 8 + 32 * (8 + 8 + 1 + 1) + 2 * 32 * 8 * 4
 
 
 def test_a_cpu_runs_no_triton_kernel():

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from memgen.bench.timing import Meter, Timing, interleave
-from memgen.kernels import Implementation, forced, linear_logprob, weave, weave_rows
+from memgen.kernels import Implementation, forced, linear_logprob
+from memgen.kernels import interleave as interleave_latents
 
 # B rows, T packed positions, M latents, H hidden, N labels, V vocabulary
 
@@ -129,60 +130,13 @@ def weave_problem(
         return torch.where(is_latent, latents.to(dtype)[index.clamp(min=0)], table[ids])
 
     return Problem(
-        kernel="weave",
+        kernel="interleave",
         direction=direction,
         size={"positions": len(tokens), "latents": latents.shape[0], "hidden": size.hidden},
         # Token ids and sources, and what is woven.
         least_bytes=16 * len(tokens) + _weave_bytes(len(tokens), latents, dtype, direction),
-        forms=_forms(device, naive, lambda: weave(table, ids, latents, index), latents, grad, direction),
-    )
-
-
-def weave_rows_problem(
-    device: str, dtype: torch.dtype, direction: Direction, seed: int, size: WeaveSize | None = None
-) -> Problem:
-    """Latent insertion from a plan: padded rows, position ids and masks."""
-    size = size or WEAVE_SIZE
-    generator = torch.Generator().manual_seed(seed)
-    plan = _plan(size, generator)
-    table, latents = _tables(size, device, dtype, generator)
-    tokens, points = torch.tensor(plan.rows, device=device), torch.tensor(plan.points, device=device)
-    lengths = torch.full((size.rows,), size.length, device=device)
-    sizes = torch.full_like(points, size.latents)
-    width = size.length + size.points * size.latents
-    grad = torch.randn(size.rows, width, size.hidden, generator=generator).to(device, dtype)
-
-    def naive() -> Tensor:
-        lines, used = [], 0
-        for row, places in enumerate(plan.points):
-            pieces, begin = [], 0
-            for place in places:
-                pieces += [table[tokens[row, begin:place]], latents[used : used + size.latents].to(dtype)]
-                begin, used = place, used + size.latents
-            lines.append(torch.cat([*pieces, table[tokens[row, begin:]]]))
-        woven = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)
-        valid = (
-            torch.arange(width, device=device)
-            < torch.tensor([len(line) for line in lines], device=device)[:, None]
-        )
-        # What a model needs beside the embeddings; the fused form returns it too.
-        (valid.cumsum(dim=1) - 1).clamp(min=0)
-        return woven
-
-    positions = size.rows * width
-    return Problem(
-        kernel="weave_rows",
-        direction=direction,
-        size={"rows": size.rows, "width": width, "latents": latents.shape[0], "hidden": size.hidden},
-        # Token ids in; position ids, sources and two masks out.
-        least_bytes=8 * tokens.numel() + 18 * positions + _weave_bytes(positions, latents, dtype, direction),
         forms=_forms(
-            device,
-            naive,
-            lambda: weave_rows(table, tokens, lengths, latents, points, sizes, width=width).embeddings,
-            latents,
-            grad,
-            direction,
+            device, naive, lambda: interleave_latents(table, ids, latents, index), latents, grad, direction
         ),
     )
 
@@ -269,7 +223,7 @@ def _directed(
     return forward if direction == "forward" else both
 
 
-PROBLEMS = (weave_problem, weave_rows_problem, logprob_problem)
+PROBLEMS = (weave_problem, logprob_problem)
 
 
 def implementations(device: str) -> tuple[Implementation, ...]:
