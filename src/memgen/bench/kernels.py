@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from memgen.bench.timing import Meter, Timing, interleave
+from memgen.bench.timing import Meter, Timing, measure_in_turn
 from memgen.kernels import Implementation, forced, linear_logprob, weave, weave_rows
 
 # B rows, T packed positions, M latents, H hidden, N labels, V vocabulary
@@ -83,7 +83,7 @@ def copy_bandwidth(device: str, meter: Meter, repeats: int = 5) -> float:
     size = COPY_BYTES[torch.device(device).type]
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    timing = interleave({"copy": lambda: target.copy_(source)}, repeats, meter)["copy"]
+    timing = measure_in_turn({"copy": lambda: target.copy_(source)}, repeats, meter)["copy"]
     return 2 * size / min(timing.wall)
 
 
@@ -314,7 +314,7 @@ def measure_kernels(
     for make in PROBLEMS:
         for direction in DIRECTIONS:
             problem = make(device, getattr(torch, dtype), direction, seed)
-            timings = interleave(problem.forms, repeats, meter, progress)
+            timings = measure_in_turn(problem.forms, repeats, meter, progress)
             cases.append(_case(problem, timings, bandwidth, device, dtype, seed))
     return cases
 

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lab_report import machine, write_report
+from benchmarks.lora import train_lora
 from memgen.chat import load_tokenizer, prompt_ids
 from memgen.generation.rollout import Actor, EpisodeSettings, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.lab.assets import RECIPE_VERSION, resolve_asset
 from memgen.lab.environment import Lab
-from memgen.lab.lora import train_lora
 from memgen.lab.report import OTHERS, base_hash
-from memgen.lab.tables import machine, write_report
 from memgen.lab.text_world import TextWorld
 from memgen.lab.trained import base_name, conf_file, fit, stage_file, stopping_at
 from memgen.model.adapters import LoraSettings
