@@ -26,10 +26,10 @@ from memgen.cli.config import Document, Layer, Request
 from memgen.cli.errors import UsageError, refuses_input
 from memgen.cli.links import STATUS, lost_link
 from memgen.cli.options import take_options
-from memgen.files import LAST, standing
+from memgen.files import current
 from memgen.results.recorded_test import RecordedTest
 from memgen.running.interrupt import Interrupted
-from memgen.running.resume import ResumeCheckpoint, StepSeeds, last_checkpoint
+from memgen.running.resume import LAST, ResumeCheckpoint, StepSeeds, last_checkpoint
 from memgen.tracking.mlflow import (
     DEFAULT_ROOT,
     RunDescription,
@@ -429,7 +429,7 @@ def _require_checkpoints(document: Document) -> None:
     """A checkpoint that is not there is told before anything is loaded."""
     start = document["model"].get("init_from")
     # A name with a colon, such as lab:weaver_sft, is resolved by the stage.
-    if isinstance(start, str) and ":" not in start and not (standing(Path(start)) / CONFIG_FILE).is_file():
+    if isinstance(start, str) and ":" not in start and not (current(Path(start)) / CONFIG_FILE).is_file():
         raise UsageError(
             f"{start} is no checkpoint directory: it has no {CONFIG_FILE} (--checkpoint, model.init_from)"
         )
