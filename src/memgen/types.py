@@ -94,32 +94,6 @@ class TokenBatch:
                 marks[index, : len(row)] = torch.tensor(supervised[index], dtype=torch.bool)
         return cls(ids=ids, lengths=lengths, supervised=marks)
 
-    @classmethod
-    def from_padded(
-        cls,
-        ids: Int[Tensor, "batch length"],
-        attention_mask: Int[Tensor, "batch length"] | Bool[Tensor, "batch length"],
-        supervised: Bool[Tensor, "batch length"] | None = None,
-    ) -> TokenBatch:
-        """Left-aligns rows padded on any side, in the middle too (left-padded prompt + right-padded answer).
-
-        Args:
-            ids: token ids, int64 (B, L).
-            attention_mask: non-zero where a token is real, (B, L).
-            supervised: True where the token is a target, bool (B, L); marks on padding are dropped.
-        """
-        real = attention_mask.bool()
-        # A stable sort on "is padding" moves the real tokens to the front and keeps their order.
-        order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)
-        marks = torch.zeros_like(real) if supervised is None else supervised & real
-        lengths = real.sum(dim=1)
-        width = int(lengths.max())
-        return cls(
-            ids=ids.gather(1, order)[:, :width],
-            lengths=lengths,
-            supervised=marks.gather(1, order)[:, :width],
-        )
-
     @property
     def supervised_tokens(self) -> int:
         """Targets in the batch."""

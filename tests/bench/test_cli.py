@@ -8,7 +8,7 @@ import os
 import pytest
 
 from memgen.bench import generation, kernels, timing
-from memgen.bench.kernels import LogprobSize, WeaveSize
+from memgen.bench.kernels import InterleaveSize, LogprobSize
 from memgen.cli import main as front_end
 
 TINY = ["--model", "tiny", "--repeats", "1"]
@@ -74,7 +74,9 @@ def _counting(monkeypatch, meter):
 def test_kernels_say_that_triton_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setitem(kernels.COPY_BYTES, "cpu", 1 << 20)
     monkeypatch.setitem(kernels.LOGPROB_SIZES, "cpu", LogprobSize(16, 8, 32))
-    monkeypatch.setattr(kernels, "WEAVE_SIZE", WeaveSize(rows=2, length=20, hidden=8, vocabulary=32))
+    monkeypatch.setattr(
+        kernels, "INTERLEAVE_SIZE", InterleaveSize(rows=2, length=20, hidden=8, vocabulary=32)
+    )
     assert bench("kernels", "--repeats", 1) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "linear_logprob" in printed
