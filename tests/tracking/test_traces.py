@@ -14,7 +14,7 @@ from memgen.environments.base import Example
 from memgen.model.weaver import WeaverConfig
 from memgen.tracking.episodes import episode_row, episode_trace
 from memgen.tracking.plots import BINS, EvaluationCounts, PlaceCounts, evaluation_figure, latent_norms
-from memgen.tracking.system import Measurements, SystemMonitor, parse_accelerators
+from memgen.tracking.system import Measurements, SystemMonitor, parse_gpus
 from memgen.tracking.traces import Trace, write_trace
 from memgen.types import AgentTurn, Decision, InsertionKind, Trajectory
 from tiny import byte_tokenizer
@@ -167,8 +167,8 @@ def test_the_machine_is_measured_at_least_once():
     )
 
 
-def test_what_a_gpu_does_not_know_is_left_out():
-    assert parse_accelerators("0, 93, 1024, 250.31\n1, 0, 3, [N/A]\n") == {
+def test_values_that_a_gpu_does_not_report_are_left_out():
+    assert parse_gpus("0, 93, 1024, 250.31\n1, 0, 3, [N/A]\n") == {
         "system/gpu_0_utilization_percentage": 93.0,
         "system/gpu_0_memory_usage_megabytes": 1024.0,
         "system/gpu_0_power_usage_watts": 250.31,

@@ -211,7 +211,9 @@ def _truncate(file: BinaryIO, size: int) -> None:
 def _line(record: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # A text has half of a surrogate pair: JSON can escape it, UTF-8 cannot encode it.
+    except (
+        UnicodeEncodeError
+    ):  # A text has half of a surrogate pair: JSON can escape it, UTF-8 cannot encode it.
         return json.dumps(record).encode() + b"\n"
 
 

@@ -27,7 +27,8 @@ from memgen.generation.transcript import Transcript, rollout_with_text
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.weaver import WeaverConfig
 from memgen.results.cost import Cost, costs
-from memgen.results.records import Answered, Records, Row, Summary, data_hash, item_hash, summarise
+from memgen.results.score_files import Answered, Records, data_hash, item_hash
+from memgen.results.summary import Row, Summary, summarise
 from memgen.tracking.metrics import Measured
 from memgen.training.evaluation import Recorder
 from memgen.types import Trajectory
