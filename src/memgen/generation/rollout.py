@@ -23,7 +23,16 @@ from memgen.environments.base import Environment, Episode, Example, InteractiveE
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
-from memgen.types import AgentTurn, Decision, Generation, InsertionPlan, TokenBatch, Trajectory, WorkCount
+from memgen.types import (
+    AgentTurn,
+    Decision,
+    Generation,
+    InsertionPlan,
+    RowWork,
+    TokenBatch,
+    Trajectory,
+    WorkCount,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +97,7 @@ class Rollouts:
         work: exact work counts of all turns.
         seconds: wall time of decoding.
         environment_seconds: wall time of environment and rewards.
+        row_work: each trajectory's share of the work, all its turns together.
     """
 
     trajectories: list[Trajectory]
@@ -95,6 +105,7 @@ class Rollouts:
     work: WorkCount
     seconds: float
     environment_seconds: float
+    row_work: Sequence[RowWork] = ()
 
 
 def rollout(
@@ -129,6 +140,7 @@ class _Playing:
     cut: bool = False
     fault: str | None = None
     reward: Reward | None = None
+    work: RowWork = field(default_factory=RowWork)
 
 
 class _Rollout:
@@ -168,6 +180,7 @@ class _Rollout:
             work=WorkCount(**self.work),
             seconds=self.seconds,
             environment_seconds=self.environment_seconds,
+            row_work=[p.work for p in playing],
         )
 
     # One turn
@@ -297,8 +310,9 @@ class _Rollout:
         self.seconds += time.perf_counter() - clock
         for name in self.work:
             self.work[name] += getattr(generation.work, name)
-        for p, turn in zip(playing, agent_turns(generation), strict=True):
+        for p, turn, work in zip(playing, agent_turns(generation), generation.row_work, strict=True):
             p.turns.append(turn)
+            p.work += work
         if generation.latents is not None:
             for p, blocks in zip(playing, generation.latents, strict=True):
                 p.latents += blocks
