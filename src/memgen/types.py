@@ -213,6 +213,26 @@ class WorkCount:
 
 
 @dataclass(frozen=True)
+class RowWork:
+    """One answer's share of the work, in positions: what was read once for G answers counts 1/G for each of them.
+
+    Attributes:
+        reasoner: tokens and latents read by the reasoner.
+        weaver: tokens, latents and queries read by the weaver.
+        trigger: tokens read by a trigger that has its own pass over the text.
+    """
+
+    reasoner: float = 0.0
+    weaver: float = 0.0
+    trigger: float = 0.0
+
+    def __add__(self, other: RowWork) -> RowWork:
+        return RowWork(
+            self.reasoner + other.reasoner, self.weaver + other.weaver, self.trigger + other.trigger
+        )
+
+
+@dataclass(frozen=True)
 class Generation:
     """Answers to a batch of prompts, with what is needed to replay them.
 
@@ -227,6 +247,7 @@ class Generation:
         invoke_probs: the trigger's probability of INVOKE where it was asked, else 0, float32 (B, N).
         plan: where latents were inserted, in token indices of prompt + answer.
         work: exact work counts.
+        row_work: each row's share of them.
         latents: inserted latents per row in order of insertion, each (K, H), if they were asked for.
     """
 
@@ -239,6 +260,7 @@ class Generation:
     invoke_probs: Float[Tensor, "batch new"]
     plan: InsertionPlan
     work: WorkCount
+    row_work: tuple[RowWork, ...] = ()
     latents: list[list[Tensor]] | None = None
 
     def answers(self) -> list[list[int]]:

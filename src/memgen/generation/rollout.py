@@ -24,7 +24,16 @@ from memgen.environments.base import Environment, Episode, Example, InteractiveE
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
-from memgen.types import AgentTurn, Decision, Generation, InsertionPlan, TokenBatch, Trajectory, WorkCount
+from memgen.types import (
+    AgentTurn,
+    Decision,
+    Generation,
+    InsertionPlan,
+    RowWork,
+    TokenBatch,
+    Trajectory,
+    WorkCount,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +98,7 @@ class Rollouts:
         work: exact work counts of all turns.
         seconds: wall time of decoding.
         environment_seconds: wall time of environment and rewards.
+        row_work: each trajectory's share of the work, all its turns together.
     """
 
     trajectories: list[Trajectory]
@@ -96,6 +106,7 @@ class Rollouts:
     work: WorkCount
     seconds: float
     environment_seconds: float
+    row_work: Sequence[RowWork] = ()
 
 
 def rollout(
@@ -132,6 +143,7 @@ class _Playing:
     cut: bool = False
     fault: str | None = None
     reward: Reward | None = None
+    work: RowWork = field(default_factory=RowWork)
 
 
 class _Rollout:
@@ -171,6 +183,7 @@ class _Rollout:
             work=WorkCount(**self.work),
             seconds=self.seconds,
             environment_seconds=self.environment_seconds,
+            row_work=[p.work for p in playing],
         )
 
     # One turn
@@ -315,8 +328,10 @@ class _Rollout:
         for name in self.work:
             self.work[name] += getattr(generation.work, name)
         texts: list[str] = actor.tokenizer.batch_decode(generation.answers(), skip_special_tokens=True)
-        for p, turn, text in zip(playing, agent_turns(generation), texts, strict=True):
+        played = zip(playing, agent_turns(generation), texts, generation.row_work, strict=True)
+        for p, turn, text, work in played:
             p.turns.append(dataclasses.replace(turn, text=text, observation=p.observation))
+            p.work += work
         if generation.latents is not None:
             for p, blocks in zip(playing, generation.latents, strict=True):
                 p.latents += blocks

@@ -25,11 +25,11 @@ from memgen.generation.rollout import Actor, EpisodeSettings, Rollouts, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.weaver import WeaverConfig
-from memgen.results.cost import Cost, costs
-from memgen.results.records import Answered, Records, Row, Summary, data_hash, item_hash, summarise
+from memgen.results.score_files import Answered, Records, data_hash, item_hash
+from memgen.results.summary import Row, Summary, summarise
 from memgen.tracking.metrics import Measured
 from memgen.training.evaluation import Recorder
-from memgen.types import Trajectory
+from memgen.types import RowWork, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,6 @@ class ItemRecorder(Recorder):
         """Plays the items of a batch and writes them down."""
         rollouts = rollout(actor, batch.examples, seeds, keep_latents=keep_latents)
         size = actor.generation.group_size
-        cost = costs(actor.model, rollouts.trajectories, size)
         seconds = (rollouts.seconds + rollouts.environment_seconds) / len(rollouts.trajectories)
         single = not isinstance(actor.environment, InteractiveEnvironment)
         items = []
@@ -154,7 +153,9 @@ class ItemRecorder(Recorder):
                 trajectory = rollouts.trajectories[place]
                 name = {"index": index, "id": example.id, "sample": sample}
                 answers.append(name | _answer(trajectory, seeds[place], single=single))
-                scores.append(name | _score(trajectory, example, self.weaver, cost[place], seconds))
+                scores.append(
+                    name | _score(trajectory, example, self.weaver, rollouts.row_work[place], seconds)
+                )
             items.append(Answered(index, answers, scores))
         self.records.add(items)
         self.rows += [row for item in items for row in item.scores]
@@ -174,14 +175,14 @@ def _answer(trajectory: Trajectory, seed: int, *, single: bool) -> dict[str, Any
 
 
 def _score(
-    trajectory: Trajectory, example: Example, weaver: WeaverConfig, cost: Cost, seconds: float
+    trajectory: Trajectory, example: Example, weaver: WeaverConfig, work: RowWork, seconds: float
 ) -> dict[str, Any]:
     return {
         "item": item_hash(example),
         **asdict(Measured.of(trajectory, weaver)),
-        "reasoner_positions": cost.reasoner,
-        "weaver_positions": cost.weaver,
-        "trigger_positions": cost.trigger,
+        "reasoner_positions": work.reasoner,
+        "weaver_positions": work.weaver,
+        "trigger_positions": work.trigger,
         "seconds": seconds,
     }
 
