@@ -355,16 +355,17 @@ class TestSandbox:
         environment = BigCodeBench(str(DATA), test_fraction=1.0, reward_workers=3)
         examples = environment.examples("test")
         assert len(examples) == 327
+        examples = examples[::3]
         gold = [r.total for r in environment.rewards(examples, [e.target for e in examples])]
         empty = [f"```python\n{e.meta['code_prompt']}    return None\n```" for e in examples]
-        assert sum(r.total for r in environment.rewards(examples, empty)) <= 3
+        assert sum(r.total for r in environment.rewards(examples, empty)) <= 1
         with gzip.open(DATA / "BigCodeBench.jsonl.gz") as file:
             rows = {row["task_id"]: row for row in map(json.loads, file)}
         with ThreadPoolExecutor(3) as pool:
             bare = list(pool.map(lambda e: passes_bare(rows[e.meta["task_id"]], tmp_path), examples))
         both = sum(b and g > 0 for b, g in zip(bare, gold, strict=True))
         assert both >= 0.95 * sum(bare)
-        assert sum(bare) > 250
+        assert sum(bare) > 0.76 * len(examples)
 
 
 def passes_bare(row, folder):

@@ -1,8 +1,8 @@
 """`memgen serve-search`: offers a passage file to agents, under the protocol of Search-R1's retrieval server.
 
 `POST /retrieve {"queries": [...], "topk": k, "return_scores": true}` answers `{"result": [[{"document": {"id",
-"title", "text", "contents"}, "score"}, ...], ...]}`; without scores the documents stand bare. `GET /health` tells
-that the server is ready. A request that cannot be answered gets a status and `{"error": ...}`.
+"title", "text", "contents"}, "score"}, ...], ...]}`; without scores the list holds the documents themselves.
+`GET /health` answers when the server is ready. A request that cannot be answered gets a status and `{"error": ...}`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 MAX_REQUEST_BYTES = 64 << 20
 MAX_TOPK = 1000
 IDLE_S = 60.0
-"""A connection that says nothing for so long is closed."""
+"""Seconds after which an idle connection is closed."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         The exit status.
 
     Raises:
-        UsageError: if there is no such file, or it cannot be listened where asked.
+        UsageError: if there is no such file, or the address cannot be listened on.
     """
     options = _parser().parse_args(argv)
     if options.topk < 1 or options.topk > MAX_TOPK:
@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
     index_dir = None if options.index_dir is None else str(options.index_dir)
     index = PassageIndex(str(options.passages), topk=options.topk, index_dir=index_dir)
     with SearchHTTPServer(index, options.host, options.port) as server:
-        # The port is claimed before the index, which may take long: one that is taken is told at once. Nobody is let
-        # in before the index is there: a refused connection is tried again, a silent one would be waited for.
+        # The port is bound before the index is built, which may take long, so that a used port is reported at once.
+        # Connections are accepted only afterwards: a client repeats a refused one, but would wait for a silent one.
         _listening(server.server_bind, options.host, options.port)
         signal.signal(signal.SIGTERM, _interrupt)
         try:
@@ -93,13 +93,13 @@ class SearchHTTPServer(ThreadingHTTPServer):
     """Answers the protocol from an index; one thread per connection."""
 
     request_queue_size = 256
-    """Ranks of a training run ask at the same moment."""
+    """All ranks of a training run ask at the same time."""
 
     def __init__(self, index: PassageIndex, host: str, port: int) -> None:
         """Neither binds nor listens yet.
 
         Args:
-            index: what is searched.
+            index: the passages.
             host: address to listen on.
             port: port to listen on; 0 takes a free one, and `server_port` then says which.
         """
@@ -108,12 +108,12 @@ class SearchHTTPServer(ThreadingHTTPServer):
         super().__init__((host, port), _Handler, bind_and_activate=False)
 
     def server_bind(self) -> None:
-        """Claims the port. The standard library's also looks the host's name up, which may take seconds."""
+        """Binds the port, without the standard library's look-up of the host name, which may take seconds."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has left before its answer is no event."""
+        """Ignores a client that disconnects before its answer."""
         if isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             logger.debug("%s has left", client_address)
         else:
@@ -163,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"result": result})
 
     def _refuse(self, status: int, reason: str) -> None:
-        # What was sent may not have been read, so the next request on this connection could not be told from it.
+        # Unread bytes of this request would be taken for the next one.
         self.close_connection = True
         self._answer(status, {"error": reason})
 

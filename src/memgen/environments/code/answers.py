@@ -1,11 +1,11 @@
 """From an answer to code that runs, and from runs to rewards.
 
-The code of an answer is the last complete or cut-off ```` ```python ```` block (```` ```py ````, ```` ```python3 ````
-and blocks without a language count too) that defines the wanted function; if none defines it, the last block; without
-any block, the whole answer. So usage examples behind a solution do no harm. The released code joins all blocks instead,
+The code of an answer is the last ```` ```python ```` block, complete or truncated (```` ```py ````, ```` ```python3 ````
+and blocks without a language count too), that defines the wanted function; if none defines it, the last block; without
+any block, the whole answer. So usage examples after a solution do no harm. The released code joins all blocks instead,
 keeps only imports and definitions (constants get lost), and renames the first `def` in the text to the wanted name,
-which hits helpers and breaks recursion; here the code runs as it is, and a wanted name that is missing becomes a second
-name of the function that was probably meant (`with_name`).
+which may be a helper, and breaks recursion; here the code runs unchanged, and if the wanted name is not defined, the
+function that was probably meant gets it as an alias (`with_name`).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _PYTHON = ("", "py", "python", "python3")
 
 
 def extract_code(answer: str, defines: str | None = None) -> str:
-    """The code of an answer; see the module's text for which block it is.
+    """The code of an answer; the module's docstring says which block it is.
 
     Args:
         answer: a completion.
-        defines: the function that is wanted, if that is known.
+        defines: name of the wanted function, if known.
     """
     blocks = [m["code"] for m in _FENCE.finditer(answer) if m["language"].lower() in _PYTHON]
     if not blocks:
@@ -51,25 +51,25 @@ def extract_code(answer: str, defines: str | None = None) -> str:
 
 
 def parsed(code: str) -> ast.Module | None:
-    """The syntax tree of code, or None if it is no Python or defines nothing at all."""
+    """The syntax tree of code, or None if it is not Python."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # About the answer's text, not ours.
+            warnings.simplefilter("ignore", SyntaxWarning)  # The warnings concern the answer's text.
             return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
 
 def with_name(code: str, name: str, parameters: int | None = None) -> str:
-    """Code in which `name` is defined, if there is a function that can be meant by it.
+    """Code that defines `name`, if it has a function that can be meant by it.
 
-    Where the name is missing, the function meant is, of the top-level functions, the first with that many parameters (if
-    there is one) that no other of them calls: not a helper.
+    If the name is not defined, the function meant is the first top-level function with that many parameters (if there is
+    one) that no other top-level function calls: not a helper.
 
     Args:
         code: an answer's code.
         name: what the tests import.
-        parameters: how many it takes, if that is known.
+        parameters: number of its parameters, if known.
     """
     tree = parsed(code)
     if tree is None or name in _defined(tree):
@@ -104,7 +104,7 @@ def _defined(tree: ast.Module) -> set[str]:
 
 
 def _top_level(body: Sequence[ast.stmt]) -> list[ast.stmt]:
-    """Statements without what lies inside functions and classes."""
+    """Statements with the bodies of functions and classes emptied."""
     kept: list[ast.stmt] = []
     for node in body:
         if isinstance(node, ast.FunctionDef):
@@ -124,17 +124,17 @@ def make_executor(
     packages: Sequence[str] = (),
     programs: Sequence[str] = (),
 ) -> Executor:
-    """What runs the code of answers.
+    """The executor of answers' code.
 
     Args:
-        isolation: "bubblewrap", or "limits" where that cannot be had: limits only, no sandbox.
-        limits: of each run.
-        workers: runs at a time.
-        packages: installed packages that the code may import; with "limits", none can be.
-        programs: commands of the host that the code may run; with "limits", all can be.
+        isolation: "bubblewrap", or "limits" for machines without it: resource limits only, no sandbox.
+        limits: resource limits of each run.
+        workers: number of parallel runs.
+        packages: installed packages that the code may import; with "limits", none.
+        programs: commands of the host that the code may run; with "limits", all.
 
     Raises:
-        RuntimeError: if bubblewrap is wanted and not installed.
+        RuntimeError: if bubblewrap is asked for and not installed.
         ValueError: if a setting is not usable.
     """
     match isolation:
@@ -149,7 +149,7 @@ def make_executor(
 
 
 def score(executor: Executor, programs: Sequence[Program | None]) -> list[Reward]:
-    """Runs programs and scores them: 1 if every test passed, else 0. None stands for an answer without code."""
+    """Runs programs and scores them: 1 if every test passed, else 0. None: an answer without code."""
     runs = iter(executor.run_all([program for program in programs if program is not None]))
     return [_reward(None if program is None else next(runs)) for program in programs]
 

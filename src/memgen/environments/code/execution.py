@@ -1,10 +1,11 @@
-"""Runs untrusted code with its tests and says what became of each test. How well it is shut in depends on the leaf.
+"""Runs untrusted code with its tests and returns the outcome of each test. The executor decides how well it is isolated.
 
-`sandbox.Bubblewrap` shuts it in: no network, no files of the host, limits, nothing left behind. `LimitedProcess`, in
-this file, only limits it: for machines without bubblewrap, and only if it is asked for by name.
+`sandbox.Bubblewrap` isolates it: no network, no files of the host, resource limits, nothing left behind.
+`LimitedProcess`, in this file, has the resource limits alone: for machines without bubblewrap, and only if
+configured.
 
-Every run is a process of its own, started without a hook between fork and exec, so that any thread of a trainer may
-start one. The time of a run is limited twice: CPU seconds, so that a loaded machine does not fail slow runs, and wall
+Every run is a process of its own, started without a hook between fork and exec, so any thread of a trainer may start
+one. The time of a run is limited twice: CPU seconds, so that a loaded machine does not fail slow runs, and wall
 seconds, for code that sleeps.
 """
 
@@ -41,12 +42,12 @@ _REPORT_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class RunLimits:
-    """What one run may use."""
+    """Resource limits of one run."""
 
     cpu_s: int = 10
     """CPU seconds of each process."""
     wall_s: float = 40.0
-    """Seconds from start to end, whatever the code does; beyond, all its processes are killed."""
+    """Seconds from start to end; then all its processes are killed."""
     memory_mb: int = 2048
     """Address space of each process."""
     processes: int = 32
@@ -54,11 +55,11 @@ class RunLimits:
     file_mb: int = 16
     """Size of one file."""
     folder_mb: int = 64
-    """All files together (in memory; only the sandbox limits it)."""
+    """Size of all files together, which are in memory; enforced by the sandbox only."""
     open_files: int = 256
     """Files, pipes and sockets open at a time, for each process."""
     output_kb: int = 1024
-    """What may be printed; beyond, the run is stopped."""
+    """Size of the printed output; a run that exceeds it is stopped."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -66,7 +67,7 @@ class RunLimits:
                 raise ValueError(f"{name} must be positive, got {value}")
 
     def rlimits(self, processes: int | None) -> dict[str, int]:
-        """Names of the operating system's limits and their values."""
+        """Values of `resource.setrlimit`, by name."""
         limits = {
             "RLIMIT_AS": self.memory_mb << 20,
             "RLIMIT_CPU": self.cpu_s,
@@ -94,14 +95,15 @@ class Program:
 
 @dataclass(frozen=True)
 class Execution:
-    """What became of a program.
+    """Result of running a program.
 
     Attributes:
-        outcomes: "passed", "skipped" or the end of a traceback, by name of the test. Empty if the run gave no report.
+        outcomes: "passed", "skipped" or "failed: " with the end of a traceback, by name of the test. Empty if the run
+            gave no report.
         error: why there is no verdict although the code ran (it did not import, or exited early), or None.
-        timed_out: it was stopped for its wall time.
-        flooded: it was stopped because it printed too much.
-        seconds: from start to end.
+        timed_out: whether it was stopped for its wall time.
+        flooded: whether it was stopped because it printed too much.
+        seconds: duration of the run.
     """
 
     outcomes: Mapping[str, str] = field(default_factory=dict)
@@ -112,13 +114,13 @@ class Execution:
 
     @property
     def passed(self) -> bool:
-        """At least one test passed, none failed, and the run came to its end."""
+        """Whether at least one test passed, none failed, and the run was complete."""
         results = set(self.outcomes.values())
         return self.error is None and "passed" in results and results <= {"passed", "skipped"}
 
     @property
     def share_passed(self) -> float:
-        """Tests passed of those that were not skipped; 0 if there were none."""
+        """Share of the tests not skipped that passed; 0 if there were none."""
         counted = [result for result in self.outcomes.values() if result != "skipped"]
         return counted.count("passed") / len(counted) if counted else 0.0
 
@@ -128,12 +130,12 @@ class Launch:
     """How to start a run.
 
     Attributes:
-        command: the process that becomes, or holds, the harness.
-        environment: its whole environment.
-        folder: where it starts.
-        uid: the user the harness becomes, or None if it stays who it is.
-        processes: value of the operating system's limit of processes, or None for no such limit.
-        inherited: file descriptors that the command needs.
+        command: starts the harness, or the sandbox that contains it.
+        environment: all environment variables of the process.
+        folder: its working directory.
+        uid: user id that the harness switches to, or None.
+        processes: value of RLIMIT_NPROC, or None for no such limit.
+        inherited: file descriptors that the command inherits.
     """
 
     command: Sequence[str]
@@ -151,8 +153,8 @@ class Executor(ABC):
         """Starts nothing yet.
 
         Args:
-            limits: of each run.
-            workers: runs at a time.
+            limits: resource limits of each run.
+            workers: number of parallel runs.
 
         Raises:
             ValueError: if `workers` is not positive.
@@ -164,19 +166,19 @@ class Executor(ABC):
 
     @abstractmethod
     def launch(self, number: int) -> contextlib.AbstractContextManager[Launch]:
-        """Makes ready for one run and cleans up behind it. `number` differs between runs at the same time."""
+        """Prepares one run, and cleans up after it. `number` differs between parallel runs."""
 
     def run(self, program: Program, number: int = 0) -> Execution:
         """Runs one program.
 
         Raises:
-            RuntimeError: if the harness itself could not be started, which is not the answer's fault.
+            RuntimeError: if the harness itself could not be started, for which the answer is not to blame.
         """
         with self.launch(number) as launch:
             return _supervise(launch, program, self.limits)
 
     def run_all(self, programs: Sequence[Program]) -> list[Execution]:
-        """Runs many, `workers` at a time; the results are in order."""
+        """Runs many programs, `workers` in parallel; the results are in their order."""
         if len(programs) <= 1 or self.workers == 1:
             return [self.run(program) for program in programs]
         # The threads outlive their runs: the kernel kills a bubblewrap whose starting thread ends.
@@ -189,13 +191,13 @@ class LimitedProcess(Executor):
     """Limits of memory, CPU, file size, open files and wall time, in a temporary folder. Not a sandbox.
 
     The code sees the host's files and network as the user who runs this program, and a process that leaves its
-    process group survives the run. Processes are limited only where this program does not run as root (root has no
-    such limit). For trusted answers, or machines that are thrown away.
+    process group survives the run. The number of processes is not limited for root. For trusted answers, or
+    disposable machines.
     """
 
     @contextlib.contextmanager
     def launch(self, number: int) -> Iterator[Launch]:
-        """A temporary folder, removed behind the run."""
+        """A temporary folder, removed after the run."""
         folder = tempfile.mkdtemp(prefix="memgen-limits-")
         processes = None if os.getuid() == 0 else _tasks_of_user(os.getuid()) + self.limits.processes
         try:
@@ -211,12 +213,12 @@ class LimitedProcess(Executor):
 
 
 def base_python() -> str:
-    """The interpreter that this environment was made from: its standard library without installed packages."""
+    """The interpreter of this virtual environment's base: the standard library without installed packages."""
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
 def run_environment(home: str, temporary: str, path: str, packages: str | None) -> dict[str, str]:
-    """The environment variables of a run: nothing of the host's, and the same in every run."""
+    """The environment variables of a run: none of the host's, and the same in every run."""
     environment = {
         "HOME": home,
         "TMPDIR": temporary,
@@ -248,19 +250,19 @@ def _supervise(launch: Launch, program: Program, limits: RunLimits) -> Execution
     try:
         return _attempt(launch, program, limits)
     except _SignalledError:
-        # A scheduler sends its warnings to every process of a job, to this one too. That says nothing about an answer.
+        # A scheduler sends its warnings to every process of a job, this one too; the answer is not to blame.
         return _attempt(launch, program, limits, last=True)
 
 
 class _SignalledError(Exception):
-    """The run ended by one of `SCHEDULER_SIGNALS`."""
+    """The run was ended by one of `SCHEDULER_SIGNALS`."""
 
 
 def _attempt(launch: Launch, program: Program, limits: RunLimits, last: bool = False) -> Execution:
     """One run.
 
     Raises:
-        _SignalledError: if a scheduler's signal ended it; not on the `last` attempt, where it counts as the program's.
+        _SignalledError: if a scheduler's signal ended it; on the `last` attempt the signal counts as the program's own.
         RuntimeError: if the harness did not start.
     """
     nonce = secrets.token_hex(16)
@@ -273,7 +275,7 @@ def _attempt(launch: Launch, program: Program, limits: RunLimits, last: bool = F
         "tests": program.tests,
     }
     start = time.monotonic()
-    # A file without a name: it cannot fill up as a pipe does, and nobody else can open it.
+    # A file without a name: it does not block when full as a pipe does, and no other process can open it.
     with tempfile.TemporaryFile() as source:
         source.write(json.dumps(task).encode())
         source.seek(0)
@@ -326,7 +328,7 @@ def _watch(process: subprocess.Popen[bytes], deadline: float, output_limit: int)
             left = deadline - time.monotonic()
             if left <= 0:
                 stopped = "time"
-            # A process that outlives the harness may hold the pipes open, so their end is not waited for.
+            # A process that outlives the harness may keep the pipes open, so this does not wait for end-of-file.
             ready = selector.select(timeout=max(0.0, min(left, 0.25)))
             if not ready and process.poll() is not None:
                 break
@@ -337,7 +339,7 @@ def _watch(process: subprocess.Popen[bytes], deadline: float, output_limit: int)
                 texts[key.fd] += chunk
             if len(output) > output_limit or len(report) > _REPORT_BYTES:
                 stopped = "output"
-        # What was printed before the report may still lie in the pipe.
+        # Output printed before the report may still be in the pipe.
         while stopped is None and len(output) <= output_limit and _more(process.stderr, output):
             pass
         if len(output) > output_limit:
@@ -355,7 +357,7 @@ def _more(pipe: IO[bytes], text: bytearray) -> bool:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    # The group too: what `limits` runs may have started processes.
+    # The whole group: with `LimitedProcess` the code may have started other processes.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()

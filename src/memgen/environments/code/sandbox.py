@@ -1,13 +1,13 @@
-"""Runs untrusted code in bubblewrap: no network, no files of the host, limits, and nothing left behind.
+"""Runs untrusted code in bubblewrap: no network, no files of the host, resource limits, and nothing left behind.
 
-The code sees an interpreter with its standard library, the system's shared libraries, time zones, and the packages
-that were named, all read-only, and an empty folder in memory. It has namespaces of its own for processes, network,
-host name and inter-process communication. Killing bubblewrap ends all of its processes, those that detached
-themselves too, and the files are gone with the last of them.
+The code sees an interpreter with its standard library, the system's shared libraries, time zones, and the named
+packages, all read-only, and an empty folder in memory. It has its own namespaces for processes, network, host name and
+inter-process communication. Killing bubblewrap ends all of its processes, including detached ones, and the files
+vanish with the last of them.
 
-Run as root, bubblewrap makes no user namespace; the harness becomes a user with a number of its own for each run,
-since the operating system does not limit root's processes. Run as another user, bubblewrap makes a user namespace,
-in which processes are counted apart. A run of 85 ms is mostly the start of the interpreter.
+As root, bubblewrap makes no user namespace; the harness switches to a different user id in each run, since the
+operating system does not limit root's processes. As another user, bubblewrap makes a user namespace, in which
+processes are counted separately. A run takes about 85 ms, mostly the start of the interpreter.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _PROGRAMS = "/bin"
 _HOSTS = "127.0.0.1 localhost\n"
 _LOOKUP = "hosts: files\n"
 _FIRST_UID = 1_900_000_000
-"""Users of runs started by root: far from any that a machine has."""
+"""First user id of runs started by root, far above those of real users."""
 
 
 @final
@@ -62,12 +62,12 @@ class Bubblewrap(Executor):
         packages: Sequence[str] = (),
         programs: Sequence[str] = (),
     ) -> None:
-        """Looks at the installation; the first run tries it out.
+        """Checks the installation; the first run checks that it works.
 
         Args:
-            limits: of each run.
-            workers: runs at a time.
-            packages: import names of installed packages that the code may import, with what they require.
+            limits: resource limits of each run.
+            workers: number of parallel runs.
+            packages: import names of installed packages that the code may import, with their requirements.
             programs: commands of the host that the code may run, such as `sh` or `ls`.
 
         Raises:
@@ -93,7 +93,7 @@ class Bubblewrap(Executor):
 
     @contextlib.contextmanager
     def launch(self, number: int) -> Iterator[Launch]:
-        """A sandbox; the kernel cleans up behind it."""
+        """A sandbox; the kernel cleans up after it."""
         if not self._tried:
             self._try()
         reader, writer = os.pipe()
@@ -156,7 +156,7 @@ class Bubblewrap(Executor):
             # bubblewrap's own environment is visible in the sandbox's /proc, so it is this one too.
             environment=environment,
             folder="/",
-            # A number for each run at a time, of each process that runs some.
+            # Differs between parallel runs of this process, and between processes.
             uid=_FIRST_UID + (os.getpid() * 256 + number % 256) % 100_000_000 if root else None,
             processes=self.limits.processes,
             inherited=(info, *names),
@@ -176,11 +176,11 @@ def _text(text: str) -> Iterator[int]:
 
 
 def _wait_for_end(info: int) -> None:
-    """Waits until the sandbox's first process is gone, and with it all others and their files."""
+    """Waits until the sandbox's first process has ended, and with it all others and their files."""
     try:
         pid = int(json.loads(os.read(info, 4096))["child-pid"])
         process = os.pidfd_open(pid)
-    except (OSError, ValueError):  # It never began, or is gone.
+    except (OSError, ValueError):  # It never started, or has ended.
         return
     try:
         poll = select.poll()
@@ -191,7 +191,7 @@ def _wait_for_end(info: int) -> None:
 
 
 def _folders() -> list[str]:
-    """Those that hold mounts: bubblewrap makes them readable by the owner alone unless they are made first."""
+    """Arguments for the mount points' folders: if bubblewrap made them itself, only the owner could read them."""
     names = [
         "/usr", "/usr/lib", "/usr/share", "/lib", _PYTHON, f"{_PYTHON}/bin", f"{_PYTHON}/lib", _PACKAGES,
         _PROGRAMS, "/etc",
@@ -209,7 +209,7 @@ def _read_only(source: str | Path, target: str | Path) -> list[str]:
 
 
 def _interpreter() -> list[str]:
-    """The interpreter without installed packages, and the harness."""
+    """Mounts of the interpreter without installed packages, and of the harness."""
     python = base_python()
     prefix = Path(sys.base_prefix)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -234,10 +234,10 @@ def _interpreter() -> list[str]:
 
 
 def _libraries() -> list[str]:
-    """Shared libraries and time zones of the system."""
+    """Mounts of the system's shared libraries and time zones."""
     triplet = sysconfig.get_config_var("MULTIARCH") or "none"
     folders = [Path("/usr/lib64"), Path("/usr/lib", triplet), Path("/lib64"), Path("/lib", triplet)]
-    if not Path("/usr/lib", triplet).is_dir():  # Not Debian's way of keeping them.
+    if not Path("/usr/lib", triplet).is_dir():  # Not Debian's layout.
         folders.append(Path("/usr/lib"))
     mounts: list[str] = []
     for folder in (Path("/lib"), Path("/lib64")):
@@ -250,7 +250,7 @@ def _libraries() -> list[str]:
 
 
 def _package_files(names: Sequence[str]) -> list[str]:
-    """What the named packages and their requirements have installed."""
+    """Mounts of the files that the named packages and their requirements installed."""
     if not names:
         return []
     providers = importlib.metadata.packages_distributions()

@@ -67,12 +67,12 @@ _ARRIVAL = re.compile(r"^You arrive at loc \S+\. ")
 _INVALID = "Nothing happens."
 _PUT = re.compile(r"(?:put|place|move) (.+?) (?:in/on|in|on|into|onto|to) (.+)", re.IGNORECASE)
 _MAX_PLANS = 2
-"""Where a game brings its own walkthrough, that is tried before the planner."""
+"""Attempts to win a game: its own walkthrough first, if it has one, then the planner."""
 
 
 @dataclass(frozen=True)
 class _Scene:
-    """What the game says, before it becomes a message."""
+    """The game's answer to a command, before it becomes a message."""
 
     text: str
     admissible: tuple[str, ...]
@@ -81,12 +81,12 @@ class _Scene:
 
 @dataclass(frozen=True)
 class ExpertTrajectory:
-    """How the planner wins a game.
+    """A game won by the planner.
 
     Attributes:
-        opening: what the game says first.
-        commands: what the expert does.
-        scenes: what the game answers, to each.
+        opening: the first scene.
+        commands: the planner's commands.
+        scenes: the game's answer to each command.
     """
 
     opening: _Scene
@@ -117,14 +117,14 @@ class AlfWorld(InteractiveEnvironment):
         Args:
             path: directory of the splits' folders, as `alfworld-download` makes it. `$ALFWORLD_DATA` is
                 `~/.cache/alfworld` unless it is set.
-            train_folder: folder of the games to train on.
-            val_folder: folder of the games to choose settings on; the same rooms as in training.
-            test_folder: folder of the games to report; rooms that are not in training.
+            train_folder: folder of the training games.
+            val_folder: folder of the validation games; the same rooms as in training.
+            test_folder: folder of the test games; rooms that are not in training.
             task_types: kinds of tasks that are kept.
-            max_turns: turns of the agent after which an episode is cut.
-            admissible_actions: whether every observation lists the actions that are possible.
+            max_turns: turns of the agent after which an episode is truncated.
+            admissible_actions: whether every observation lists the possible actions.
             prompt: the system message.
-            expert_folder: where the expert's trajectories are kept. Empty: below `MEMGEN_HOME`, or the platform's
+            expert_folder: folder of the expert's trajectories. Empty: below `MEMGEN_HOME`, or the platform's
                 cache directory.
 
         Raises:
@@ -146,7 +146,7 @@ class AlfWorld(InteractiveEnvironment):
         self._idle: list[_Game] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """The settings; items and games are read where they are used."""
+        """The settings; items and simulators are not pickled."""
         return {**self.__dict__, "_read": {}, "_idle": []}
 
     def examples(self, split: Split) -> list[Example]:
@@ -187,17 +187,17 @@ class AlfWorld(InteractiveEnvironment):
         return AlfWorldEpisode(self)
 
     def observation(self, scene: _Scene) -> str:
-        """What the agent is told of a scene."""
+        """The text of a scene that the agent sees."""
         text = _ARRIVAL.sub("", _BANNER.sub("", scene.text)).strip()
         if not self.admissible_actions or scene.won:
             return text
         return f"{text}\nAVAILABLE ACTIONS: {', '.join(scene.admissible)}"
 
     def expert(self, example: Example) -> ExpertTrajectory:
-        """How the planner wins: from disk, or played now and written there.
+        """The planner's trajectory: from disk, or played now and written there.
 
         Raises:
-            ValueError: if it does not win.
+            ValueError: if the planner does not win.
             ImportError: if the trajectory is not on disk and the extra is missing.
         """
         data = Path(example.meta["game"]).read_bytes()
@@ -212,11 +212,11 @@ class AlfWorld(InteractiveEnvironment):
         return trajectory
 
     def borrow(self) -> _Game:
-        """A simulator, used before if possible: each has a copy of the planner that is never unloaded."""
+        """A simulator, reused if possible: each loads a copy of the planner that is never unloaded."""
         return self._idle.pop() if self._idle else _Game()
 
     def give_back(self, game: _Game) -> None:
-        """Takes a simulator that is not needed any more."""
+        """Keeps a simulator for the next `borrow`."""
         self._idle.append(game)
 
     def _games(self, split: Split) -> Iterator[Example]:
@@ -271,7 +271,7 @@ class AlfWorld(InteractiveEnvironment):
 
 @final
 class AlfWorldEpisode(Episode):
-    """One game that is being played."""
+    """An episode: one game."""
 
     def __init__(self, environment: AlfWorld) -> None:
         self._environment = environment
@@ -285,7 +285,7 @@ class AlfWorldEpisode(Episode):
 
         Raises:
             ImportError: if the extra is missing.
-            FileNotFoundError: if the game is.
+            FileNotFoundError: if the game file is missing.
             ValueError: if the game file is broken.
         """
         if self._game is None:
@@ -296,7 +296,7 @@ class AlfWorldEpisode(Episode):
         return Observation(self._environment.observation(self._scene))
 
     def step(self, action: str) -> Step:
-        """Does what the turn's ACTION line says; a turn without one does nothing."""
+        """Executes the turn's ACTION line; a turn without one does nothing."""
         assert self._game is not None, "an episode is reset before its first step"
         assert self._scene is not None, "likewise"
         command = parse_action(action)
@@ -369,11 +369,11 @@ class _Game:
         return self._scene(state)
 
     def plan(self) -> tuple[str, ...]:
-        """What the planner would do from here; nothing if it finds no way."""
+        """The planner's commands from the current state to the goal; empty if it finds none."""
         return tuple(self._pddl._pddl_state.replan(self._pddl._entity_infos))
 
     def goal_share(self) -> float | None:
-        """The share of the goal's changeable facts that hold; None if the goal has a form that is not known."""
+        """The share of the goal's changeable facts that hold; None if the goal's form is unknown."""
         if self._goal is None:
             return None
         facts = self._pddl._pddl_state.facts
@@ -393,7 +393,7 @@ class _Game:
 
 @contextlib.contextmanager
 def _arguments_kept() -> Iterator[None]:
-    """The planner's translator overwrites `sys.argv`, from which other packages start their processes."""
+    """Restores `sys.argv`, which the planner's translator overwrites and other packages start processes from."""
     kept = sys.argv
     try:
         yield
@@ -402,12 +402,12 @@ def _arguments_kept() -> Iterator[None]:
 
 
 _CHANGEABLE = frozenset({"inreceptacle", "isclean", "ishot", "iscool", "istoggled", "holds", "atlocation"})
-"""Predicates that acting changes. The others say what a thing is."""
+"""Predicates that actions change. The others describe an object."""
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """`exists` over things, and what must hold of them."""
+    """An `exists`: its variables (name, type), and the facts that must hold for them."""
 
     variables: tuple[tuple[str, str], ...]
     literals: tuple[tuple[str, ...], ...]
@@ -415,7 +415,7 @@ class _Choice:
 
 @final
 class _Goal:
-    """A goal: a conjunction of choices of things. All goals of ALFWorld have this form."""
+    """A goal: a conjunction of `exists` terms. All goals of ALFWorld have this form."""
 
     def __init__(self, choices: Sequence[_Choice], objects: Mapping[str, str]) -> None:
         self._choices = tuple(choices)
@@ -434,7 +434,7 @@ class _Goal:
             return None
 
     def share(self, facts: set[tuple[str, ...]]) -> float:
-        """Facts of the goal that hold, for the best choice of things, as a share of all."""
+        """The share of the goal's facts that hold for the best choice of objects."""
         met = sum(self._best(choice, 0, {}, facts) or 0 for choice in self._choices)
         total = sum(literal[0] in _CHANGEABLE for choice in self._choices for literal in choice.literals)
         return met / total if total else 0.0
@@ -442,7 +442,7 @@ class _Goal:
     def _best(
         self, choice: _Choice, chosen: int, binding: dict[str, str], facts: set[tuple[str, ...]]
     ) -> int | None:
-        """The most that can hold with the first things chosen; None if they cannot be what they must be."""
+        """The largest number of facts that hold, given the first `chosen` objects; None if they are of the wrong kind."""
         names = {name for name, _ in choice.variables[:chosen]}
         met = 0
         for literal in choice.literals:
@@ -467,7 +467,7 @@ class _Goal:
 
 
 class _OtherForm(Exception):
-    """A formula that is no conjunction of choices."""
+    """A formula that is not a conjunction of `exists` terms."""
 
 
 def _nested(tokens: Iterator[str]) -> list[Any]:
@@ -487,7 +487,7 @@ def _conjuncts(term: Sequence[Any]) -> list[Any]:
 
 
 def _choice(term: Sequence[Any]) -> _Choice:
-    """An `exists`, with those inside it brought to the front."""
+    """An `exists` term; those nested in it are merged into it."""
     if term[0] != "exists":
         raise _OtherForm(str(term[0]))
     variables: list[tuple[str, str]] = []

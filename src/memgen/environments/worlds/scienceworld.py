@@ -2,12 +2,12 @@
 
 The prompt and the form of actions are those of `memgen.environments.worlds.alfworld`. As in the field: the package's own
 train, dev and test variations of its 30 tasks, its "easy" simplifications, its score (0 to 100, here 0 to 1) as the
-reward. Differs from the package: (1) the episode's length is the environment's `max_turns` alone, for beyond its own
-step limit the score stands still without a word; (2) the actions offered are templates and objects, because the
-list of valid actions has a thousand entries and more.
+reward. Differs from the package: (1) only the environment's `max_turns` limits an episode, because after the package's
+own step limit the score silently stops changing; (2) the actions offered are templates and objects, because the list
+of valid actions has a thousand entries and more.
 
-A simulator is a Java process of 250 to 750 MB (`java_memory_mb`) that takes seconds to start, so it is used again after an episode ends.
-Use it inside `memgen.environments.worlds.workers.WorkerEnvironment`.
+A simulator is a Java process of 250 to 750 MB (`java_memory_mb`) that takes seconds to start, so it is reused after an
+episode ends. Use the environment inside `memgen.environments.worlds.workers.WorkerEnvironment`.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class ScienceWorld(InteractiveEnvironment):
 
         Args:
             tasks: names of tasks, such as boil or find-plant. Empty: all 30.
-            max_variations: the first so many variations of each task and split. null: all.
+            max_variations: how many variations of each task and split, from the first. null: all.
             simplifications: the package's, separated by commas; "easy" is all of them, "" none.
-            max_turns: turns of the agent after which an episode is cut.
+            max_turns: turns of the agent after which an episode is truncated.
             admissible_actions: whether every observation lists the action templates and the objects in sight.
             training_reward: the total: "score", the share of the task's score; or "success", 1 for the full score.
             java_memory_mb: heap that a simulator may use.
@@ -157,12 +157,12 @@ class ScienceWorld(InteractiveEnvironment):
         return ScienceWorldEpisode(self)
 
     def opening(self, simulator: Any) -> str:
-        """Begins a loaded variation, and what the agent is told first."""
+        """Begins a loaded variation; the first text that the agent sees."""
         text, _ = simulator.reset()
         return self.observation(simulator, f"{simulator.get_task_description().strip()}\n\n{text}")
 
     def observation(self, simulator: Any, text: str) -> str:
-        """What the agent is told of a step."""
+        """The text that the agent sees after a step."""
         text = text.strip()
         if not self.admissible_actions:
             return text
@@ -171,12 +171,12 @@ class ScienceWorld(InteractiveEnvironment):
         return f"{text}\nAVAILABLE ACTIONS: {actions}\nOBJECTS: {objects}"
 
     def begin(self, simulator: Any, example: Example) -> str:
-        """Loads a variation, begins it, and says what the agent is told first."""
+        """Loads a variation and begins it; the first text that the agent sees."""
         self._load(simulator, example, gold=False)
         return self.opening(simulator)
 
     def borrow(self) -> Any:
-        """A simulator, used before if possible.
+        """A simulator, reused if possible.
 
         Raises:
             ImportError: if the package or Java is missing.
@@ -184,15 +184,15 @@ class ScienceWorld(InteractiveEnvironment):
         return self._idle.pop() if self._idle else _start(self.java_memory_mb)
 
     def give_back(self, simulator: Any) -> None:
-        """Takes a simulator that is not needed any more."""
+        """Keeps a simulator for the next `borrow`."""
         self._idle.append(simulator)
 
     def discard(self, simulator: Any) -> None:
-        """Ends a simulator that failed: the next episode gets another one."""
+        """Ends a simulator that failed, so that no other episode gets it."""
         _stop(simulator)
 
     def close(self) -> None:
-        """Ends the simulators that wait for use."""
+        """Ends the simulators that no episode uses."""
         while self._idle:
             _stop(self._idle.pop())
 
@@ -221,11 +221,11 @@ class ScienceWorld(InteractiveEnvironment):
                     ]
             return splits
         finally:
-            # The list is often made in a process that plays no episode.
+            # The process that lists the items often plays no episode.
             _stop(simulator)
 
     def _example(self, task: str, variation: int) -> Example:
-        # The simulator knows the task in words only after loading the variation: minutes for all 7,207.
+        # The task description is known only after loading the variation, which takes minutes for all 7,207.
         return Example(
             id=f"{task}-{variation}",
             question=f"{task}, variation {variation}",
@@ -241,7 +241,7 @@ class ScienceWorld(InteractiveEnvironment):
 
 @final
 class ScienceWorldEpisode(Episode):
-    """One variation that is being played."""
+    """An episode: one variation."""
 
     def __init__(self, environment: ScienceWorld) -> None:
         self._environment = environment
@@ -265,7 +265,7 @@ class ScienceWorldEpisode(Episode):
             return Observation(self._environment.begin(self._simulator, example))
 
     def step(self, action: str) -> Step:
-        """Does what the turn's ACTION line says; a turn without one does nothing."""
+        """Executes the turn's ACTION line; a turn without one does nothing."""
         assert self._simulator is not None, "an episode is reset before its first step"
         command = parse_action(action)
         text = _INVALID
@@ -304,7 +304,7 @@ class ScienceWorldEpisode(Episode):
 
     @contextlib.contextmanager
     def _discarding(self) -> Iterator[None]:
-        """What fails once is not given to another episode."""
+        """Discards the simulator if the block raises."""
         try:
             yield
         except Exception:
@@ -314,7 +314,7 @@ class ScienceWorldEpisode(Episode):
 
 
 def _allowed(task: str, simplifications: str) -> str:
-    """Without electrical actions the electrical tasks cannot be done, and the package refuses them."""
+    """The simplifications that a task allows: the package refuses electrical tasks without electrical actions."""
     if "power-component" not in task and "conductivity" not in task:
         return simplifications
     return ",".join(s for s in simplifications.split(",") if s != "noElectricalAction")
@@ -341,8 +341,8 @@ def _start(memory_mb: int) -> Any:
 
 
 def _stop(simulator: Any) -> None:
-    """Ends a simulator, dead or alive, and what its own `close` leaves: the process, its pipe, a folder."""
-    with contextlib.suppress(Exception):  # Whatever py4j raises when the process is gone already.
+    """Ends a simulator, running or not, and what its own `close` leaves behind: the process, its pipe, a folder."""
+    with contextlib.suppress(Exception):  # py4j raises various errors if the process has ended.
         simulator.close()
     process = simulator._gateway.java_process
     with contextlib.suppress(OSError):

@@ -23,8 +23,8 @@ FORMAT = (
 def parse_action(turn: str) -> str | None:
     """The action of an agent's turn.
 
-    The first `ACTION:` line counts: what an agent writes behind it is what it imagines would happen. Case of the
-    marker, runs of blanks and a final full stop do not matter.
+    The first `ACTION:` line counts: text after it is the agent's own guess of what happens next. Case of the marker,
+    runs of blanks and a final full stop do not matter.
 
     Args:
         turn: the text of the turn.
@@ -39,5 +39,5 @@ def parse_action(turn: str) -> str | None:
 
 
 def action_turn(action: str) -> str:
-    """The turn of an agent that acts without a thought, as the expert's turns are."""
+    """A turn with an action and no thought, the form of the expert's turns."""
     return f"ACTION: {action}"

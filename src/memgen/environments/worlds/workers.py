@@ -234,6 +234,7 @@ class WorkerEnvironment(InteractiveEnvironment):
 
     def _reset(self, episode: WorkerEpisode, slot: int, example: Example) -> Observation:
         episode.worker, episode.fault = None, "it was never reset"
+        observation: Observation
         try:
             worker = self._worker(slot)
             observation, episode.score = self._ask(worker, slot, "reset", episode.number, example)
@@ -248,6 +249,7 @@ class WorkerEnvironment(InteractiveEnvironment):
 
     def _step(self, episode: WorkerEpisode, action: str) -> Step:
         worker, slot = episode.worker, episode.slot
+        step: Step
         if worker is not None and slot is not None:
             try:
                 step, episode.score = self._ask(worker, slot, "step", episode.number, action)
@@ -259,14 +261,14 @@ class WorkerEnvironment(InteractiveEnvironment):
         return Step(observation="", done=True, fault=episode.fault)
 
     def _play(self, slot: int, example: Example) -> list[Message] | Exception:
+        messages: list[Message]
         try:
-            return self._ask(self._worker(slot), slot, "conversation", None, example)[0]
+            messages, _ = self._ask(self._worker(slot), slot, "conversation", None, example)
         except _EnvironmentFailed as failure:
             return failure.original()
+        return messages
 
-    def _ask(
-        self, worker: _Worker, slot: int, kind: _Kind, number: int | None, argument: Any
-    ) -> tuple[Any, Any]:
+    def _ask(self, worker: _Worker, slot: int, kind: _Kind, number: int | None, argument: Any) -> list[Any]:
         live = {episode.number for episode in self._episodes if episode.slot == slot}
         timeout_s = self.step_timeout_s if kind == "step" else self.reset_timeout_s
         return worker.ask((kind, number, argument, live, timeout_s), timeout_s)
@@ -403,7 +405,7 @@ class _Worker:
             # Pickled apart, so that a class which the worker cannot import is an answer and not a crash.
             self._connection.send_bytes(pickled)
 
-    def ask(self, request: Any, timeout_s: float) -> Any:
+    def ask(self, request: Any, timeout_s: float) -> list[Any]:
         """The answer to a request; None only waits for the next answer.
 
         Raises:
@@ -417,6 +419,8 @@ class _Worker:
             if not self._connection.poll(timeout_s):
                 self.end(f"the worker did not answer within {timeout_s:g} s and was killed")
                 raise _EnvironmentFailed(str(self.ended))
+            answered: bool
+            answer: list[Any]
             answered, *answer = self._connection.recv()
         except (EOFError, OSError, pickle.UnpicklingError):
             self.end(self._cause_of_death())
