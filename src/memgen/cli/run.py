@@ -30,15 +30,9 @@ from memgen.files import LAST, standing
 from memgen.results.recorded_test import RecordedTest
 from memgen.running.interrupt import Interrupted
 from memgen.running.resume import ResumeCheckpoint, StepSeeds, last_checkpoint
-from memgen.tracking.mlflow import (
-    DEFAULT_ROOT,
-    RunDescription,
-    RunLogger,
-    RunRecord,
-    resumed_logger,
-    run_id_of,
-    run_logger,
-)
+from memgen.tracking.run_description import RunDescription
+from memgen.tracking.run_logger import DEFAULT_ROOT, RunLogger, resumed_logger, run_id_of, run_logger
+from memgen.tracking.run_record import RunRecord
 from memgen.training.callbacks import RESUME, AdapterCheckpoint
 from memgen.training.checkpoint import CONFIG_FILE
 
