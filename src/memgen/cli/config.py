@@ -26,6 +26,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from memgen.cli import renamed
 from memgen.cli.errors import UsageError, nearest
 
 Document = dict[str, Any]
@@ -135,7 +136,7 @@ class Request:
                 Layer(
                     name=COMMAND_LINE,
                     text=shlex.join(self.arguments),
-                    values=_nest_overrides(self.overrides),
+                    values=renamed.update(_nest_overrides(self.overrides)),
                 )
             )
         return layers
@@ -268,7 +269,7 @@ def _read_layer(path: Path) -> Layer:
         )
     if any(not isinstance(key, str) for key in values):
         raise UsageError(f"{path}: keys must be text, got {[k for k in values if not isinstance(k, str)]}")
-    return Layer(name=str(path), text=text, values=to_tidy(cast(Document, values)))
+    return Layer(name=str(path), text=text, values=renamed.update(to_tidy(cast(Document, values))))
 
 
 def _missing_file(path: Path) -> str:

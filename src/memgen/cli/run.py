@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import sys
@@ -26,10 +25,10 @@ from memgen.cli.config import Document, Layer, Request
 from memgen.cli.errors import UsageError, refuses_input
 from memgen.cli.links import STATUS, lost_link
 from memgen.cli.options import take_options
-from memgen.files import LAST, standing
+from memgen.files import current
 from memgen.results.recorded_test import RecordedTest
 from memgen.running.interrupt import Interrupted
-from memgen.running.resume import ResumeCheckpoint, StepSeeds, last_checkpoint
+from memgen.running.resume import LAST, ResumeCheckpoint, StepSeeds, last_checkpoint
 from memgen.tracking.run_description import RunDescription
 from memgen.tracking.run_logger import DEFAULT_ROOT, RunLogger, resumed_logger, run_id_of, run_logger
 from memgen.tracking.run_record import RunRecord
@@ -239,9 +238,12 @@ class TrainerCommand(LightningCLI):
             if problem is not None:
                 raise UsageError(_locate(problem, self._layers)) from error
             raise cause from None
-        from memgen.cli.names import resolve_name
+        from memgen.cli.names import Resolver, names_in
 
-        resolve = functools.partial(resolve_name, store=_store_of(self.trainer))
+        resolve = Resolver(_store_of(self.trainer))
+        # Assets that must be trained or fetched first are made here, before the Trainer starts processes and a run.
+        for name in names_in(self.resolved()):
+            resolve(name)
         for part in (self.model, self.datamodule):
             if hasattr(part, "resolve_asset"):
                 part.resolve_asset = resolve
@@ -423,7 +425,7 @@ def _require_checkpoints(document: Document) -> None:
     """A checkpoint that is not there is told before anything is loaded."""
     start = document["model"].get("init_from")
     # A name with a colon, such as lab:weaver_sft, is resolved by the stage.
-    if isinstance(start, str) and ":" not in start and not (standing(Path(start)) / CONFIG_FILE).is_file():
+    if isinstance(start, str) and ":" not in start and not (current(Path(start)) / CONFIG_FILE).is_file():
         raise UsageError(
             f"{start} is no checkpoint directory: it has no {CONFIG_FILE} (--checkpoint, model.init_from)"
         )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from memgen.generation.sampling import Draw, GenerationSettings, choose, row_uniforms
 from memgen.generation.static_step import StaticStep
-from memgen.kernels import weave
+from memgen.kernels import interleave
 from memgen.model.cache import RowCache, Segment, upload
 from memgen.model.memgen import MemGenModel
 from memgen.model.stream import Stream
@@ -265,7 +265,7 @@ class _Decoder:
         streams = self.woven_prompts.streams
         lengths = [stream.length for stream in streams]
         lines = list(range(count))
-        embeddings = weave(
+        embeddings = interleave(
             model.reasoner.backbone.embedding,
             upload(np.concatenate([stream.ids for stream in streams]), self.device),
             self.woven_prompts.latents,

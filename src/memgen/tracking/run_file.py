@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from memgen.files import take_place, temporary_beside
+from memgen.files import write_whole
 
 RUN_FILE = "mlflow_run.json"
 """File in a run's folder with its id in MLflow, the store, and the path of undelivered records."""
@@ -19,10 +19,7 @@ RUN_KEY = "mlflow_run_id"
 
 def write_run_file(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes `mlflow_run.json` into a run's folder; it appears whole or not at all."""
-    path = folder / RUN_FILE
-    temporary = temporary_beside(path)
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    take_place(temporary, path)
+    write_whole(folder / RUN_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def recorded_run(checkpoint: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from memgen.distributed.zero import whole_weights
-from memgen.files import point_to, sweep
+from memgen.files import point_to
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.tracking.run_logger import log_best, log_checkpoint, run_loggers
 from memgen.training.checkpoint import save_checkpoint
@@ -125,5 +125,4 @@ class AdapterCheckpoint(Callback):
             if not trainer.is_global_zero or self.run is None:
                 return
             save_checkpoint(model, config, self.run / name, with_trigger=self.with_trigger)
-            sweep(self.run.parent, "latest")
             point_to(self.run.parent / "latest", self.run)
