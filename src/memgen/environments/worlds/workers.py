@@ -613,7 +613,9 @@ def _keep_output_small() -> None:
 
 def _serve(connection: Connection[Any, Any]) -> None:
     """Answers requests until the connection is closed."""
-    from memgen.environments.worlds import workers as records  # The names under which the parent knows the records.
+    from memgen.environments.worlds import (
+        workers as records,  # The names under which the parent knows the records.
+    )
 
     try:
         environment: InteractiveEnvironment = pickle.loads(connection.recv_bytes())
