@@ -52,6 +52,29 @@ def test_init_args_give_the_same_configuration(folder, capsys):
     assert printed_config(capsys, "--config", "nested.yaml") == printed_config(capsys, *CONFIG)
 
 
+def test_assets_are_made_once_and_before_the_trainer_starts(folder, monkeypatch):
+    from cli.dummy_stage import Stage
+    from memgen.cli import names
+
+    events = []
+    monkeypatch.setattr(names, "resolve_asset", lambda name: events.append(name) or f"/made/{name}")
+
+    def setup(self, stage):
+        events.append(f"setup with {self.resolve_asset(self.init_from)}")
+
+    monkeypatch.setattr(Stage, "setup", setup)
+    assert front_end.main(["fit", *CONFIG, *DRY, "--model.init_from", "lab:weaver_sft"]) == 0
+    assert sorted(events[:2]) == ["lab:weaver_sft", "small"]
+    assert events[2:] == ["setup with /made/lab:weaver_sft"]
+
+
+def test_printing_a_configuration_makes_no_asset(folder, monkeypatch, capsys):
+    from memgen.cli import names
+
+    monkeypatch.setattr(names, "resolve_asset", lambda name: pytest.fail(f"{name} was made"))
+    assert "lab:weaver_sft" in printed_config(capsys, *CONFIG, "--model.init_from", "lab:weaver_sft")
+
+
 def test_fit_and_test_run_and_hand_over_the_asset_resolver(folder, capsys):
     assert front_end.main(["fit", *CONFIG, *DRY]) == 0
     assert capsys.readouterr().out.count("step\n") == 1

@@ -8,7 +8,7 @@ import pytest
 
 from cli.played import CONFIG, prepare, start
 from memgen.cli import main as front_end
-from memgen.results.records import read_records
+from memgen.results.score_files import read_records
 
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 

@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from memgen.bench.generation import Decoding, Work
+from memgen.bench.generation import Decoding, DecodingWorkload
 from memgen.bench.shapes import ModelSettings
 from memgen.bench.timing import ProcessMeter
-from memgen.bench.training import MemoryStep, PlainStep, Step, StepWork
+from memgen.bench.training import MemGenStep, PlainStep, Step, TrainingWorkload
 
 
 def training_work(request: dict[str, Any]) -> tuple[Callable[[], object], Callable[[], object]]:
     """A warm-up and a training step."""
-    settings, work = ModelSettings(**request["settings"]), StepWork(**request["work"])
-    sides: dict[str, type[Step]] = {"plain": PlainStep, "ours": MemoryStep}
+    settings, work = ModelSettings(**request["settings"]), TrainingWorkload(**request["work"])
+    sides: dict[str, type[Step]] = {"plain": PlainStep, "ours": MemGenStep}
     side = sides[request["side"]]
     measured = side(settings, work)
 
@@ -39,15 +39,15 @@ def training_work(request: dict[str, Any]) -> tuple[Callable[[], object], Callab
 
 def generation_work(request: dict[str, Any]) -> tuple[Callable[[], object], Callable[[], object]]:
     """A warm-up and a decoding."""
-    settings, work = ModelSettings(**request["settings"]), Work(**request["work"])
+    settings, work = ModelSettings(**request["settings"]), DecodingWorkload(**request["work"])
     decoding = Decoding(settings)
 
-    def run(task: Work) -> object:
+    def run(task: DecodingWorkload) -> object:
         if request["side"] == "plain":
             return decoding.huggingface(task)
         return decoding.ours(task, decoding.models[request["side"]])
 
-    return lambda: run(Work(batch=1, prompt=4, new=4)), lambda: run(work)
+    return lambda: run(DecodingWorkload(batch=1, prompt=4, new=4)), lambda: run(work)
 
 
 def main(argv: list[str]) -> int:

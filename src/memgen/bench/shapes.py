@@ -144,7 +144,7 @@ def delimiter_table(settings: ModelSettings) -> Boundaries:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """What memgen models of one set of weights are composed of."""
 
     reasoner: Reasoner
@@ -159,7 +159,7 @@ class Parts:
         return composed.to(self.reasoner.backbone.device).eval()
 
 
-def memory_parts(plain: Qwen2ForCausalLM, settings: ModelSettings) -> Parts:
+def memgen_components(plain: Qwen2ForCausalLM, settings: ModelSettings) -> Components:
     """Reasoner, weaver and token trigger on the weights of a plain model."""
     # Dropout would be drawn on one side of a comparison more often than on the other.
     lora = LoraSettings(r=16, alpha=32, dropout=0.0, target_modules=("q_proj", "v_proj"))
@@ -172,10 +172,10 @@ def memory_parts(plain: Qwen2ForCausalLM, settings: ModelSettings) -> Parts:
     tokens = TokenTrigger(backbone, TriggerConfig(kind="tokens", lora=lora))
     _move_from_zero(weaver, settings.seed)
     _move_from_zero(tokens, settings.seed + 1)
-    parts = Parts(Reasoner(backbone, ()), weaver, tokens, delimiter_table(settings))
+    components = Components(Reasoner(backbone, ()), weaver, tokens, delimiter_table(settings))
     for module in (weaver, tokens):
         module.to(settings.device)
-    return parts
+    return components
 
 
 @torch.no_grad()

@@ -133,7 +133,7 @@ def _status(key: str) -> int | None:
     return None
 
 
-def interleave(
+def measure_in_turn(
     sides: Mapping[str, Callable[[], object]],
     repeats: int,
     meter: Meter,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import sys
@@ -245,9 +244,12 @@ class TrainerCommand(LightningCLI):
             if problem is not None:
                 raise UsageError(_locate(problem, self._layers)) from error
             raise cause from None
-        from memgen.cli.names import resolve_name
+        from memgen.cli.names import Resolver, names_in
 
-        resolve = functools.partial(resolve_name, store=_store_of(self.trainer))
+        resolve = Resolver(_store_of(self.trainer))
+        # Assets that must be trained or fetched first are made here, before the Trainer starts processes and a run.
+        for name in names_in(self.resolved()):
+            resolve(name)
         for part in (self.model, self.datamodule):
             if hasattr(part, "resolve_asset"):
                 part.resolve_asset = resolve

@@ -1,6 +1,6 @@
 """What a backbone needs on many devices, on paper: memory by part, messages of a step, the rollout's share.
 
-Formulas only; `memgen.bench.scale_runs` measures the same numbers on small models, and tests hold the two together.
+Formulas only; `benchmarks.scale_runs` measures the same numbers on small models, and tests hold the two together.
 
 Axis letters: N ranks, P weights of the base, T positions of a micro-batch on a rank.
 """
@@ -85,7 +85,7 @@ BACKBONES = {
 
 
 @dataclass(frozen=True)
-class Memory:
+class WeaverSize:
     """A weaver, as far as its size goes."""
 
     rank: int = 16
@@ -105,7 +105,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What a rank does in a micro-batch."""
 
     rows: int = 8
@@ -160,18 +160,20 @@ class Needs:
         return self.frozen + self.rollout + self.trained + self.optimizer + self.cache
 
 
-def memory(base: Decoder, memory: Memory, work: Work, strategy: Strategy, ranks: int, item: int = 2) -> Needs:
+def memory_needs(
+    base: Decoder, weaver: WeaverSize, work: Workload, strategy: Strategy, ranks: int, item: int = 2
+) -> Needs:
     """Bytes on one device, by part.
 
     Args:
         base: the frozen model, which all three components share.
-        memory: what is trained.
+        weaver: what is trained.
         work: a micro-batch.
         strategy: how state is shared out.
         ranks: N.
         item: bytes of a frozen weight, an activation and a cached number.
     """
-    trained = FLOAT32 * memory.trained(base)
+    trained = FLOAT32 * weaver.trained(base)
     shared = strategy in ("zero1", "zero2", "zero3")
     whole = item * base.weights
     layers = item * base.layers * base.layer_weights
@@ -225,29 +227,29 @@ def passes(insertions: int) -> tuple[int, int]:
     return 1, insertions + 1
 
 
-def gathered_weights(base: Decoder, memory: Memory, no_grad: int, grad: int, item: int = 2) -> float:
+def gathered_weights(base: Decoder, weaver: WeaverSize, no_grad: int, grad: int, item: int = 2) -> float:
     """Bytes that ZeRO-3 puts together in a training step: a pass with gradient gathers its layers twice.
 
     Args:
         base: the frozen model.
-        memory: what is trained.
+        weaver: what is trained.
         no_grad: passes without gradient.
         grad: passes with gradient.
         item: bytes of a frozen weight.
     """
     layers = item * base.layers * base.layer_weights
-    resident = item * base.other_weights + FLOAT32 * memory.trained(base)
+    resident = item * base.other_weights + FLOAT32 * weaver.trained(base)
     return (no_grad + 2 * grad) * layers + resident
 
 
 def traffic(
-    base: Decoder, memory: Memory, work: Work, strategy: Strategy, ranks: int, item: int = 2
+    base: Decoder, weaver: WeaverSize, work: Workload, strategy: Strategy, ranks: int, item: int = 2
 ) -> Traffic:
     """Messages of a step of weaver GRPO with one micro-batch.
 
     Args:
         base: the frozen model.
-        memory: what is trained.
+        weaver: what is trained.
         work: the micro-batch and its rollout.
         strategy: how state is shared out.
         ranks: N.
@@ -256,11 +258,11 @@ def traffic(
     if ranks == 1 or strategy == "single":
         return Traffic(0.0, 0.0, 0.0)
     part = (ranks - 1) / ranks
-    gradients = 2 * part * FLOAT32 * memory.trained(base)
+    gradients = 2 * part * FLOAT32 * weaver.trained(base)
     if strategy != "zero3":
         return Traffic(gradients, 0.0, 0.0)
     # The updated weights come back with the next step's gather.
-    weights = part * gathered_weights(base, memory, *passes(work.insertions), item)
+    weights = part * gathered_weights(base, weaver, *passes(work.insertions), item)
     return Traffic(gradients / 2, weights, part * item * base.weights / work.iterations)
 
 
@@ -299,8 +301,8 @@ class Times:
 
 def times(
     base: Decoder,
-    memory: Memory,
-    work: Work,
+    weaver: WeaverSize,
+    work: Workload,
     strategy: Strategy,
     ranks: int,
     device: Device = H100,
@@ -321,5 +323,5 @@ def times(
     prefill = 2 * 2 * wide * work.rows * (work.length - work.new_tokens) / device.flops
     decoding = work.new_tokens * per_step + weaving + prefill
     update = work.iterations * 2 * 6 * wide * work.positions / device.flops
-    moved = traffic(base, memory, work, strategy, ranks, item)
+    moved = traffic(base, weaver, work, strategy, ranks, item)
     return Times(decoding, update, work.iterations * moved.total / device.network)

@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from memgen.bench import scale_report, scale_runs
-from memgen.bench.scale import (
+from benchmarks import scale_report, scale_runs
+from benchmarks.scale import (
     BACKBONES,
     FLOAT32,
     STRATEGIES,
-    Memory,
-    Work,
+    WeaverSize,
+    Workload,
     gathered_weights,
-    memory,
+    memory_needs,
     times,
     traffic,
 )
@@ -56,7 +56,7 @@ def test_the_weights_of_a_shape_are_those_of_the_module(tied):
 
 @pytest.mark.parametrize(
     "shape",
-    [Memory(), Memory(rank=4, targets=("q_proj", "k_proj", "o_proj", "down_proj"), prompt_latents=0)],
+    [WeaverSize(), WeaverSize(rank=4, targets=("q_proj", "k_proj", "o_proj", "down_proj"), prompt_latents=0)],
     ids=["two projections", "one bank"],
 )
 def test_the_trained_weights_are_those_of_a_weaver(shape):
@@ -72,7 +72,7 @@ def test_the_trained_weights_are_those_of_a_weaver(shape):
 def test_more_ranks_never_need_more_memory_and_only_zero_3_spares_the_base(name):
     base = BACKBONES[name]
     for strategy in STRATEGIES[1:]:
-        needs = [memory(base, Memory(), Work(), strategy, ranks) for ranks in (2, 8, 64, 512)]
+        needs = [memory_needs(base, WeaverSize(), Workload(), strategy, ranks) for ranks in (2, 8, 64, 512)]
         assert all(a.update >= b.update for a, b in pairwise(needs))
         assert (needs[-1].frozen < 2 * base.weights) == (strategy == "zero3")
         assert needs[0].frozen + needs[0].rollout >= 2 * base.weights
@@ -80,17 +80,17 @@ def test_more_ranks_never_need_more_memory_and_only_zero_3_spares_the_base(name)
 
 def test_a_single_rank_sends_nothing_and_only_zero_3_sends_weights():
     base = BACKBONES["7B"]
-    assert traffic(base, Memory(), Work(), "zero3", 1).total == 0
+    assert traffic(base, WeaverSize(), Workload(), "zero3", 1).total == 0
     for strategy in ("ddp", "zero1", "zero2"):
-        moved = traffic(base, Memory(), Work(), strategy, 8)
+        moved = traffic(base, WeaverSize(), Workload(), strategy, 8)
         assert moved.weights == moved.rollout == 0
-        assert moved.gradients == pytest.approx(2 * 7 / 8 * FLOAT32 * Memory().trained(base))
-    assert traffic(base, Memory(), Work(), "zero3", 8).weights > 2 * base.weights
+        assert moved.gradients == pytest.approx(2 * 7 / 8 * FLOAT32 * WeaverSize().trained(base))
+    assert traffic(base, WeaverSize(), Workload(), "zero3", 8).weights > 2 * base.weights
 
 
 def test_a_rollout_takes_less_of_a_cycle_the_more_updates_it_serves():
     shares = [
-        times(BACKBONES["7B"], Memory(), Work(iterations=count), "ddp", 8).rollout_share
+        times(BACKBONES["7B"], WeaverSize(), Workload(iterations=count), "ddp", 8).rollout_share
         for count in (1, 2, 4)
     ]
     assert shares == sorted(shares, reverse=True)
@@ -111,7 +111,7 @@ def test_recorded_runs_held_and_gathered_what_the_formulas_say(content):
         strategy = case["strategy"]
         if case["stage"] != "weaver SFT" or strategy == scale_runs.NUDGED:
             continue
-        needs = memory(base, weaver, Work(), strategy, case["ranks"], FLOAT32)
+        needs = memory_needs(base, weaver, Workload(), strategy, case["ranks"], FLOAT32)
         for held in case["held_bytes"]:
             assert held["frozen"] == pytest.approx(needs.frozen, rel=1e-3), strategy
             assert held["optimizer"] == pytest.approx(needs.optimizer, rel=1e-3), strategy
@@ -132,11 +132,6 @@ def test_recorded_runs_agree_with_one_process_and_resume_as_if_nothing_had_happe
         assert case["largest_loss_difference"] <= limit * max(1.0, scale), (case["strategy"], case["stage"])
         assert case["resumed_loss_difference"] == 0.0
         assert case["resumed_weight_difference"] == 0.0
-
-
-def test_the_document_holds_what_the_figures_say(content):
-    document = (ROOT / "docs" / "scale.md").read_text()
-    assert scale_report.fill(document, content) == document
 
 
 def test_every_tensor_that_a_rank_holds_is_counted_once():

@@ -1,4 +1,4 @@
-"""Tables and curves of docs/performance.md from the recorded figures: `python -m memgen.bench.report`.
+"""Tables and curves of docs/performance.md from the recorded figures: `python -m benchmarks.performance_report`.
 
 The document is text around tables. A table stands between `<!-- NAME -->` and `<!-- end -->`; this fills those places
 from the JSON files that `make bench-performance` writes, and draws the curves beside them.
@@ -16,25 +16,47 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memgen.bench.scaling import SWEEPS
-from memgen.bench.tables import (
-    Rows,
-    generation_rows,
-    kernel_rows,
-    markdown,
-    memory_rows,
-    notes,
-    sweep_rows,
-    training_rows,
-    work_rows,
-)
+from benchmarks.sweeps import SWEEPS, sweep_rows
+from memgen.bench.tables import Rows, generation_rows, kernel_rows, memory_rows, notes, training_rows
 
 logger = logging.getLogger(__name__)
+
+PARTS = ("reasoner", "weaver", "trigger")
+UNITS = ("forwards", "positions")
 
 RESULTS = Path("docs/results/performance")
 DOCUMENT = Path("docs/performance.md")
 
 PLACE = re.compile(r"(<!-- (?P<name>[a-z_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def work_rows(cases: Sequence[Mapping[str, Any]]) -> Rows:
+    """Exact work of decoding cases."""
+    header = ["model", "batch", "memory", "prompt reads"]
+    header += [f"{part} {unit}" for part in PARTS for unit in UNITS]
+    header += ["insertions", "x plain's positions"]
+    rows = [
+        [
+            case["model"],
+            str(case["batch"]),
+            case["memory"],
+            f"{case['prefills']:g}",
+            *(f"{case[f'{part}_{unit}']:,}" for part in PARTS for unit in UNITS),
+            str(case["insertions"]),
+            f"{case['floor_position_ratio']:.2f}",
+        ]
+        for case in cases
+    ]
+    return header, rows
+
+
+def markdown(rows: Rows) -> str:
+    """For a document."""
+    header, lines = rows
+    written = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    written += ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join(written)
+
 
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Mapping[str, Any]]], Rows]]] = {
     "generation": (("generation_small", "generation_medium"), generation_rows),
@@ -63,7 +85,7 @@ def load(results: Path, name: str) -> dict[str, Any]:
 
 
 def provenance(content: Mapping[str, Any]) -> str:
-    """The command beside the number: what was typed, where, when."""
+    """Command, machine, date and seed of recorded figures, as one sentence."""
     machine = content["machine"]
     seeds = sorted({case["seed"] for case in content["cases"] if "seed" in case})
     repeats = sorted({case["repeats"] for case in content["cases"] if "repeats" in case})
@@ -78,7 +100,7 @@ def provenance(content: Mapping[str, Any]) -> str:
 
 
 def command(content: Mapping[str, Any]) -> str:
-    """What was typed, without where the figures went."""
+    """The command, without `--json FILE`."""
     return re.sub(r" --json \S+", "", content["command"])
 
 
@@ -105,7 +127,7 @@ def fill(document: str, results: Path) -> str:
 
 
 def fill_places(document: str, name: Path, bodies: Mapping[str, Callable[[], str]]) -> str:
-    """A document with what stands in its places made anew.
+    """A document with the text in its places replaced.
 
     Args:
         document: text with places.
@@ -141,7 +163,7 @@ def prices(content: Mapping[str, Any]) -> str:
             "",
             f"Other rows' insertions: {1000 * others['cpu_seconds_per_insertion']:.2f} CPU ms each (a line through the "
             f"8 points, R2 {others['r_squared']:.3f}); with {others['most_insertions']} insertions in the other rows, a "
-            f"step in which nobody inserts changes by {100 * others['quiet_step_growth_at_most_insertions']:+.1f} % "
+            f"step in which no row inserts changes by {100 * others['quiet_step_growth_at_most_insertions']:+.1f} % "
             "against none.",
         ]
     return "\n".join(lines)
@@ -151,7 +173,7 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
     """Draws the sweeps: measured CPU seconds of both sides, and the fit.
 
     Args:
-        content: figures of `memgen bench generation --sweep all`.
+        content: figures of `python -m benchmarks.sweeps all`.
         path: SVG file.
     """
     import matplotlib as mpl
@@ -202,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m memgen.bench.report", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.performance_report", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="the document to fill")

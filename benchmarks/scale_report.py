@@ -1,4 +1,4 @@
-"""Tables of docs/scale.md from the recorded figures and the formulas: `python -m memgen.bench.scale_report`."""
+"""Tables of docs/scale.md from the recorded figures and the formulas: `python -m benchmarks.scale_report`."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memgen.bench.report import fill_places, provenance
-from memgen.bench.scale import (
+from benchmarks.performance_report import fill_places, markdown, provenance
+from benchmarks.scale import (
     BACKBONES,
     FLOAT32,
     GIB,
     H100,
     STRATEGIES,
     Decoder,
-    Memory,
     Strategy,
-    Work,
+    WeaverSize,
+    Workload,
     gathered_weights,
-    memory,
+    memory_needs,
     times,
     traffic,
 )
-from memgen.bench.tables import Rows, markdown
+from memgen.bench.tables import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +64,10 @@ def _difference(value: float) -> str:
     return "0" if value == 0 else f"{value:.0e}"
 
 
-def shape_of(content: Mapping[str, Any]) -> tuple[Decoder, Memory]:
+def shape_of(content: Mapping[str, Any]) -> tuple[Decoder, WeaverSize]:
     """The base and the weaver that were measured."""
     saved = content["memory"]
-    return Decoder(**content["base"]), Memory(**{**saved, "targets": tuple(saved["targets"])})
+    return Decoder(**content["base"]), WeaverSize(**{**saved, "targets": tuple(saved["targets"])})
 
 
 def held_rows(content: Mapping[str, Any]) -> Rows:
@@ -78,7 +78,7 @@ def held_rows(content: Mapping[str, Any]) -> Rows:
     for case in content["cases"]:
         if case["stage"] != "weaver SFT" or case["strategy"] not in STRATEGIES:
             continue
-        needs = memory(base, weaver, Work(), case["strategy"], case["ranks"], FLOAT32)
+        needs = memory_needs(base, weaver, Workload(), case["strategy"], case["ranks"], FLOAT32)
         held = case["held_bytes"][0]
         rows += [
             [case["strategy"], "base between steps", f"{held['frozen']:,}", f"{needs.frozen:,.0f}"],
@@ -100,14 +100,14 @@ def held_rows(content: Mapping[str, Any]) -> Rows:
 
 def memory_rows() -> Rows:
     """GiB on one device, by part."""
-    work, weaver = Work(), Memory()
+    work, weaver = Workload(), WeaverSize()
     header = ["base", "strategy", "devices", "base", "+ pass", "+ rollout", "trained", "gradients"]
     header += ["moments", "activations", "caches", "update", "rollout", "fits 80 GB"]
     rows = []
     for name, base in BACKBONES.items():
         for strategy in ON_PAPER:
             for ranks in RANKS:
-                needs = memory(base, weaver, work, strategy, ranks)
+                needs = memory_needs(base, weaver, work, strategy, ranks)
                 parts = [needs.frozen, needs.gathered, needs.rollout, needs.trained, needs.gradients]
                 parts += [needs.optimizer, needs.activations, needs.cache, needs.update, needs.decoding]
                 fits = [
@@ -125,7 +125,7 @@ def memory_rows() -> Rows:
 
 def traffic_rows() -> Rows:
     """Messages and seconds of a cycle of weaver GRPO."""
-    work, weaver = Work(), Memory()
+    work, weaver = Workload(), WeaverSize()
     header = ["base", "strategy", "devices", "gradients, GB", "passes, GB", "rollout, GB"]
     header += ["decoding, s", "update, s", "messages, s", "rollout's share"]
     rows = []
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m memgen.bench.scale_report", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.scale_report", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the figures")
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="the document to fill")

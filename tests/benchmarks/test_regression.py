@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memgen.bench.regression import fit_line, fit_prices
+from benchmarks.regression import fit_line, fit_prices
 
 NAMES = ("steps", "positions", "pairs")
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from dataclasses import replace
 
-from memgen.bench.generation import Work
-from memgen.bench.scaling import (
+import pytest
+import torch
+
+from benchmarks import sweeps
+from benchmarks.sweeps import (
     PRICED,
     SWEEPS,
     Point,
+    attention_pairs,
     find_sweep,
     measure_point,
     points,
-    runs_of,
     summarise,
     warm_up,
 )
+from memgen.bench.generation import Decoding, DecodingWorkload
 from memgen.bench.shapes import ModelSettings
+from memgen.types import InsertionPlan
 
 SETTINGS = ModelSettings(model="tiny", latents=2, cap=3, spacing=4)
 
@@ -26,36 +32,50 @@ def test_an_unknown_sweep_names_the_known_ones():
         find_sweep("rows")
 
 
-def test_sweeps_cover_what_is_asked_of_them():
-    assert SWEEPS["batch"].values[0] == 1
-    assert SWEEPS["batch"].values[-1] == 64
-    assert SWEEPS["new"].values[-1] == 2048
-    assert (SWEEPS["insertions"].values[0], SWEEPS["insertions"].values[-1]) == (0, 32)
-    for sweep in SWEEPS.values():
-        assert [point.x for point in points(sweep, SETTINGS)] == list(sweep.values)
-
-
 def test_the_insertion_sweep_sets_the_cap_without_the_prompt_end():
     made = {point.x: point for point in points(SWEEPS["insertions"], SETTINGS)}
-    assert made[0].memory == "never"
-    assert (made[1].memory, made[1].settings.cap) == ("always", 0)
+    assert made[0].mode == "never"
+    assert (made[1].mode, made[1].settings.cap) == ("always", 0)
     assert made[32].settings.cap == 31
 
 
 @pytest.mark.parametrize("inserting", [0, 1, 3])
 def test_a_row_that_never_inserts_is_fed_the_same_whatever_the_others_do(inserting, meter):
-    point = Point("others", inserting, SETTINGS, Work(batch=4, prompt=6, new=24), "always", inserting)
-    ticks = []
-    case = measure_point(point, 1, meter, lambda: ticks.append(1))
+    point = Point(
+        "others", inserting, SETTINGS, DecodingWorkload(batch=4, prompt=6, new=24), "always", inserting
+    )
+    case = measure_point(point, 1, meter)
     assert case["positions_of_a_row_that_never_inserts"] == 6 + 23
     assert case["rows_inserting"] == inserting
-    assert case["counts_match_formula"]
     assert (case["insertions"] > inserting) == (inserting > 0)
     assert 0 < case["quiet_steps"] <= 23
-    assert len(ticks) == runs_of(point, 1)
     if not inserting:
         assert case["quiet_steps"] == 23
         assert case["same_text_as_plain"] == 1.0
+
+
+def test_attention_pairs_of_one_row_by_hand():
+    # 4 prompt tokens and 6 new ones; K = 2 before token 4 and before token 7.
+    decoding = Decoding(SETTINGS)
+    made = decoding.ours(DecodingWorkload(batch=1, prompt=4, new=6), decoding.models["never"])
+    made = replace(made, plan=InsertionPlan.from_rows([[4, 7]], [[0, 1]]))
+    reasoner = 13 * 14 // 2
+    weaver = 9 * 10 // 2 + (2 * 4 + 3) + (2 * 9 + 3)
+    assert attention_pairs(made, 2) == reasoner + weaver
+
+
+def test_the_command_ends_in_a_sentence_about_other_rows(tmp_path, capsys, monkeypatch, meter):
+    path = tmp_path / "sweeps.json"
+    monkeypatch.setattr(sweeps, "ProcessMeter", lambda device: meter)
+    monkeypatch.setattr(sweeps, "SWEEP_WORK", DecodingWorkload(batch=8, prompt=4, new=32))
+    monkeypatch.setitem(SWEEPS, "others", replace(SWEEPS["others"], values=(0, 3, 7)))
+    threads = torch.get_num_threads()
+    arguments = ["others", "--model", "tiny", "--repeats", "1", "--latents", "2", "--threads", str(threads)]
+    assert sweeps.main([*arguments, "--json", str(path)]) == 0
+    assert "another row's insertion costs" in capsys.readouterr().out
+    content = json.loads(path.read_text())
+    assert [case["x"] for case in content["cases"]] == [0, 3, 7]
+    assert content["scaling"]["tiny"]["others"]["most_insertions"] == content["cases"][-1]["insertions"]
 
 
 def case_of(sweep, x, insertions, seconds, quiet=None):

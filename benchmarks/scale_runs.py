@@ -1,4 +1,4 @@
-"""Every stage under every strategy on small models: `python -m memgen.bench.scale_runs` (`make bench-scale`).
+"""Every stage under every strategy on small models: `python -m benchmarks.scale_runs` (`make bench-scale`).
 
 One process, DDP on two, ZeRO 1, 2 and 3 on two take 12 steps on the same items; the reinforcement stages on the
 rollouts that the single process recorded. Compared are losses and the trained weights; measured are the bytes of each
@@ -35,8 +35,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from typing_extensions import override
 
+from benchmarks.scale import STRATEGIES, Decoder, WeaverSize
 from memgen.bench.record import Recorder
-from memgen.bench.scale import STRATEGIES, Decoder, Memory
 from memgen.bench.timing import ProcessMeter
 from memgen.data import EnvironmentData
 from memgen.distributed.collectives import over_ranks
@@ -69,7 +69,7 @@ STAGES = ("weaver SFT", "weaver GRPO", "trigger RL")
 Stage = Literal["weaver SFT", "weaver GRPO", "trigger RL"]
 BASE = Decoder(256, 4, 4, 2, 64, 704, 260, tied=True)
 """3 million frozen weights."""
-MEMORY = Memory(rank=8, targets=("q_proj", "v_proj"), prompt_latents=4, inference_latents=4)
+WEAVER = WeaverSize(rank=8, targets=("q_proj", "v_proj"), prompt_latents=4, inference_latents=4)
 ITEMS = 24
 GROUP = 2
 BATCH = {"weaver SFT": 8, "weaver GRPO": 4, "trigger RL": 4}
@@ -141,13 +141,13 @@ def write_base(directory: Path) -> None:
 def make_stage(kind: Stage, base: Path) -> LightningModule:
     """A stage whose new tensors are the same in every process."""
     torch.manual_seed(0)
-    lora = LoraSettings(r=MEMORY.rank, alpha=2 * MEMORY.rank, dropout=0.0, target_modules=MEMORY.targets)
+    lora = LoraSettings(r=WEAVER.rank, alpha=2 * WEAVER.rank, dropout=0.0, target_modules=WEAVER.targets)
     config = MemGenConfig(
         backbone=BackboneConfig(name=str(base)),
         weaver=WeaverConfig(
             lora=lora,
-            prompt_latents=MEMORY.prompt_latents,
-            inference_latents=MEMORY.inference_latents,
+            prompt_latents=WEAVER.prompt_latents,
+            inference_latents=WEAVER.inference_latents,
         ),
         trigger=TriggerConfig(kind="tokens" if kind == "trigger RL" else "always", lora=lora),
         boundaries=BoundaryConfig(
@@ -590,7 +590,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m memgen.bench.scale_runs", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.scale_runs", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the figures go")
     parser.add_argument("--together", action="store_true", help="strategies side by side, on many cores")
@@ -598,7 +598,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     prepare()
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    typed = "python -m memgen.bench.scale_runs" + " --together" * options.together
+    typed = "python -m benchmarks.scale_runs" + " --together" * options.together
     recorder = Recorder(options.json, typed)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
@@ -615,7 +615,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     case["largest_loss_difference"],
                     case["resumed_loss_difference"],
                 )
-    recorder.finish(base=asdict(BASE), memory=asdict(MEMORY), frozen_type="float32")
+    recorder.finish(base=asdict(BASE), memory=asdict(WEAVER), frozen_type="float32")
     return 0
 
 

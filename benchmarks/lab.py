@@ -12,21 +12,21 @@ import dataclasses
 import json
 import logging
 import resource
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lab_report import machine, write_report
+from benchmarks.lora import train_lora
 from memgen.chat import load_tokenizer, prompt_ids
+from memgen.files import write_whole
 from memgen.generation.rollout import Actor, EpisodeSettings, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.lab.assets import RECIPE_VERSION, resolve_asset
 from memgen.lab.environment import Lab
-from memgen.lab.lora import train_lora
 from memgen.lab.report import OTHERS, base_hash
-from memgen.lab.tables import machine, write_report
 from memgen.lab.text_world import TextWorld
 from memgen.lab.trained import base_name, conf_file, fit, stage_file, stopping_at
 from memgen.model.adapters import LoraSettings
@@ -191,10 +191,7 @@ class Bench:
             return kept
         logger.info("base %d, seed %d: %s", self.base_seed, self.seed, name)
         result = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".new", delete=False) as file:
-            json.dump(result, file)
-        Path(file.name).replace(path)
+        write_whole(path, json.dumps(result))
         return result
 
     # Scoring
