@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from memgen.chat import CHATML, ConversationTokens, Turn, conversation_ids, load_tokenizer, prompt_ids
 from memgen.environments.base import Environment, Example, InteractiveEnvironment, Split
 from memgen.environments.trajectories import Trajectories
+from memgen.run_context import run_context
 from memgen.types import TokenBatch
 
 log = logging.getLogger(__name__)
@@ -522,20 +523,6 @@ class _RowBuilder:
         )
 
 
-def no_assets(name: str) -> str:
-    """Resolves names of the hub and directories only, which stand for themselves.
-
-    Raises:
-        ValueError: if the name asks for an asset that has to be built.
-    """
-    if name.startswith(("lab:", "tiny:")):
-        raise ValueError(
-            f"{name!r} is an asset that is built on first use; outside the `memgen` command, set resolve_asset to "
-            "a function that returns its directory, or give a directory"
-        )
-    return name
-
-
 @final
 class EnvironmentData(LightningDataModule):
     """Batches of an environment's splits.
@@ -639,12 +626,15 @@ class EnvironmentData(LightningDataModule):
         self.bucket = bucket
         self.num_workers = num_workers
         self.seed = seed
-        self.resolve_asset: Callable[[str], str] = no_assets
         self.items: dict[Split, list[Item]] = {}
         """Tokenised items of each split that was set up, without the dropped ones."""
         self.dropped: dict[Split, int] = {}
         """Items of each split that were too long."""
         self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def resolve_asset(self, name: str) -> str:
+        """The directory of an asset, by the Trainer's `RunContext`; other names pass through."""
+        return run_context(self.trainer).resolve_asset(name)
 
     @property
     def tokenizer_object(self) -> PreTrainedTokenizerBase:
