@@ -8,7 +8,7 @@ from memgen.lab.world import ITEMS, ROOMS, random_problem, split_of
 
 SOLVED = ("open", "shop", "bill", "add", "rev", "walk")
 WORLDS = ("shop", "bill", "text_world")
-"""Kinds whose facts a document draws for itself."""
+"""Kinds whose facts every document samples."""
 
 
 def texts(kind, rng, count=200, **settings):
@@ -24,8 +24,8 @@ def test_shares_add_up_to_one():
 
 
 def test_every_kind_occurs(rng):
-    drawn = {DocumentMix().random_kind(rng) for _ in range(500)}
-    assert drawn == set(KINDS)
+    found = {DocumentMix().random_kind(rng) for _ in range(500)}
+    assert found == set(KINDS)
 
 
 def test_the_same_seed_draws_the_same_documents():
