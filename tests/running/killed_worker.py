@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-import memgen.running.resume
+import memgen.files
 import memgen.training.cycle
 from memgen.objectives.grpo import PolicySettings
 from memgen.running.resume import ResumeCheckpoint, StepSeeds, last_checkpoint
@@ -89,8 +89,7 @@ def train(order: dict, base: Path) -> None:
     elif phase == "save":
         trainer.save_checkpoint = die_within(trainer.save_checkpoint, when, order["seed"])
     elif phase == "rename":
-        place = memgen.running.resume.publish
-        memgen.running.resume.publish = die_within(place, when, order["seed"])
+        memgen.files._replace = die_within(memgen.files._replace, when, order["seed"])
     trainer.fit(stage, data, ckpt_path=ckpt, weights_only=None if ckpt is None else True)
     trained = {name: p.detach() for name, p in stage.named_parameters() if p.requires_grad}
     torch.save(trained, run / "trained")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
-from PIL import Image
 
 import memgen
 from memgen.environments.base import Example
@@ -25,8 +23,6 @@ from memgen.tracking.mlflow import (
     RunDescription,
     RunLogger,
     RunRecord,
-    Sample,
-    Segment,
     open_parent,
     pause_runs,
     recorded_run,
@@ -47,9 +43,6 @@ RESOLVED = {
     },
     "trainer": {"callbacks": [{"class_path": "A", "init_args": {"x": 1}}, "B"], "plugins": []},
 }
-_buffer = io.BytesIO()
-Image.new("RGB", (4, 4)).save(_buffer, "png")
-PNG = _buffer.getvalue()
 DESCRIPTION = RunDescription(
     command="fit",
     arguments=("--config", "conf/a.yaml", "--x", "a b"),
@@ -176,20 +169,14 @@ def test_a_resumed_run_first_sends_what_was_left_of_it(logger, tmp_path, monkeyp
     monkeypatch.setattr(logger.store, "send", down)
     for step in range(5):
         logger.log_metrics({"train/loss": float(step)}, step)
-    logger.log_image(PNG, "val/episodes", 3)
-    assert logger.outbox.flush(0.1) == 6
+    assert logger.outbox.flush(0.1) == 5
     logger.outbox.stop()
 
     again = go_on(logger, tmp_path / "run")
     again.log_metrics({"train/loss": 5.0}, 5)
     again.finalize()
     assert history(again, "train/loss") == [(step, float(step)) for step in range(6)]
-    assert len([path for path in listing(again, "images") if path.endswith(".png")]) == 1
     assert not list(logger.folder.glob("*"))
-
-
-def listing(logger: RunLogger, folder: str) -> list[str]:
-    return [item.path for item in logger.experiment.list_artifacts(logger.run_id, folder)]
 
 
 def test_a_checkpoint_names_its_run(logger, tmp_path):
@@ -330,13 +317,6 @@ def test_models_are_registered_only_if_that_is_wanted(root, tmp_path):
     assert silent.experiment.search_registered_models() == []
 
 
-def test_samples_become_a_page_of_the_run(logger):
-    tracking.log_samples([logger], [Sample("2 < 3?", [Segment("yes,"), Segment("8", True)])], "val_step_10")
-    pages = artifacts(logger, "samples")
-    assert list(pages) == ["val_step_10.html"]
-    assert "<pre>2 &lt; 3?</pre><pre>yes,<mark>8</mark></pre>" in pages["val_step_10.html"]
-
-
 def test_a_table_is_written_once_though_it_is_sent_twice(logger):
     columns = {"example": ["a", "b"], "reward": [0.0, 1.0]}
     for _ in range(2):
@@ -410,15 +390,7 @@ def test_a_job_of_slurm_is_named_in_the_tags(monkeypatch):
     assert (tags["slurm.job_id"], tags["slurm.array_task_id"]) == ("12", "3")
 
 
-def test_a_page_shows_text_as_text():
-    page = tracking.samples_html([Sample("<b>", [Segment("</pre><script>"), Segment("<8>", True)], "a & b")])
-    assert "<script>" not in page
-    assert "<h2>a &amp; b</h2>" in page
-    assert "<mark>&lt;8&gt;</mark>" in page
-
-
 def test_other_loggers_are_left_alone(tmp_path):
-    tracking.log_samples([], [Sample("", [])], "x")
     tracking.log_checkpoint([], tmp_path)
 
 

@@ -213,10 +213,14 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
         (lambda header: header.pop("format_version"), "has format version None"),
         (lambda header: header.pop("config"), "it has no config"),
         (lambda header: header.pop("backbones"), "it has no backbones"),
-        (lambda header: header["config"].update(colour=1), "unknown keys colour in MemGenConfig"),
+        (lambda header: header["config"].update(colour=1), "colour is not a key of MemGenConfig"),
         (
             lambda header: header["config"]["weaver"]["lora"].update(rank=1),
-            "unknown keys rank in LoraSettings; known: .*'r'",
+            r"weaver\.lora\.rank is not a key of LoraSettings; known: .*'r'",
+        ),
+        (
+            lambda header: header["config"]["weaver"].update(prompt_latents="3"),
+            r"weaver\.prompt_latents must be a valid integer, got '3'",
         ),
     ],
     ids=[
@@ -226,6 +230,7 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
         "no fingerprints",
         "unknown key",
         "unknown inner key",
+        "wrong type",
     ],
 )
 def test_a_header_that_this_version_cannot_read_is_refused(saved, change, message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,6 +65,5 @@ def _deliver(path: Path) -> int:
         print(f"{path}: the other records are in run {run_id}; the file is kept")
         return 1
     path.unlink()
-    shutil.rmtree(path.with_suffix(".files"), ignore_errors=True)
     print(f"{path}: {len(records)} records are in run {run_id} now")
     return 0

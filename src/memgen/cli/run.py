@@ -159,7 +159,7 @@ class TrainerCommand(LightningCLI):
         command: fit, validate, test or predict.
         request: what was asked for; None only to print help.
         layers: the sources of the configuration.
-        document: the resolved configuration, in tidy form; None only to print help.
+        document: the resolved configuration, without `init_args`; None only to print help.
         records: folder of a test's records, or None for the usual one.
         instead: called in the place of the Trainer's `predict`.
         without_trainer: build everything but the Trainer, and run nothing.
@@ -217,7 +217,7 @@ class TrainerCommand(LightningCLI):
             return
         try:
             self.config = parser.parse_object(
-                {"subcommand": self._command, self._command: config.to_lightning(self._document)}
+                {"subcommand": self._command, self._command: config.with_init_args(self._document)}
             )
         except ArgumentError as error:
             raise UsageError(self._explain(error)) from error
@@ -346,10 +346,10 @@ class TrainerCommand(LightningCLI):
         print(f"predictions: {path}")
 
     def resolved(self) -> Document:
-        """The complete configuration in tidy form, defaults included."""
+        """The complete configuration, without `init_args`, defaults included."""
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_link_targets=False))
         values = {key: value for key, value in dumped[self._command].items() if key != "config"}
-        return config.to_tidy(values)
+        return cast(Document, config.without_init_args(values))
 
     def resolved_yaml(self) -> str:
         """The complete configuration as YAML that `--config` reads back as the same."""
@@ -373,7 +373,7 @@ class TrainerCommand(LightningCLI):
         skipped = {"self", *LightningCLI.subcommands()[self._command]}
         top_level: dict[str, Any] = {"seed_everything": bool | int}
         top_level |= {name: item.annotation for name, item in method.items() if name not in skipped}
-        return explain.find_problem(self._document, top_level, {"trainer": Trainer, **SECTION_CLASSES})
+        return explain.find_problem(self._document, {**SECTION_CLASSES, **top_level}, {"trainer": Trainer})
 
     def _explain(self, error: ArgumentError) -> str:
         problem = self._find_problem()

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader, Dataset
@@ -23,9 +23,8 @@ from memgen.chat import conversation_ids
 from memgen.data import EnvironmentData, EvalBatch, Item
 from memgen.distributed.collectives import objects_of_all_ranks
 from memgen.environments.base import Message
-from memgen.generation.rollout import Actor, EpisodeSettings
+from memgen.generation.rollout import Actor, EpisodeSettings, rollout
 from memgen.generation.sampling import GenerationSettings
-from memgen.generation.transcript import Transcript, rollout_with_text
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.results.controls import without_memory
 from memgen.results.ledger import Entry, Ledger, read_journal
@@ -309,21 +308,15 @@ class Collector(LightningModule):
             for index in batch.indices
             for sample in range(size)
         ]
-        rollouts, transcripts = rollout_with_text(actor, batch.examples, seeds)
+        trajectories = rollout(actor, batch.examples, seeds).trajectories
         entries = []
         for number, index in enumerate(batch.indices):
             part = slice(number * size, (number + 1) * size)
-            entries.append(self._entry(index, rollouts.trajectories[part], transcripts[part], seeds[part]))
+            entries.append(self._entry(index, trajectories[part], seeds[part]))
         return entries
 
-    def _entry(
-        self,
-        index: int,
-        trajectories: Sequence[Trajectory],
-        transcripts: Sequence[Transcript],
-        seeds: Sequence[int],
-    ) -> Entry:
-        candidates = [self._candidate(t, script) for t, script in zip(trajectories, transcripts, strict=True)]
+    def _entry(self, index: int, trajectories: Sequence[Trajectory], seeds: Sequence[int]) -> Entry:
+        candidates = [self._candidate(trajectory) for trajectory in trajectories]
         chosen, reasons = select(candidates, self.keep)
         lines = [
             {
@@ -334,7 +327,7 @@ class Collector(LightningModule):
                 "seed": seeds[sample],
                 "reward": trajectories[sample].reward,
                 "parts": dict(trajectories[sample].parts),
-                "messages": _marked(transcripts[sample]),
+                "messages": _marked(trajectories[sample]),
             }
             for sample in chosen
         ]
@@ -347,9 +340,9 @@ class Collector(LightningModule):
         }
         return Entry(index, {self.out.name: lines}, note)
 
-    def _candidate(self, trajectory: Trajectory, transcript: Transcript) -> Candidate:
+    def _candidate(self, trajectory: Trajectory) -> Candidate:
         candidate = Candidate(
-            text=transcript.answers,
+            text=tuple(turn.text for turn in trajectory.turns),
             reward=trajectory.reward,
             # An episode may be cut at its last turn; a turn may not.
             cut=any(not turn.finished for turn in trajectory.turns),
@@ -358,7 +351,9 @@ class Collector(LightningModule):
         if _against(candidate, self.keep) is not None:
             return candidate
         try:
-            conversation_ids(self.data.tokenizer_object, transcript.messages(), self.data.template)
+            conversation_ids(
+                self.data.tokenizer_object, cast(list[Message], trajectory.messages()), self.data.template
+            )
         except ValueError as error:
             return dataclasses.replace(candidate, flaw=str(error))
         return candidate
@@ -382,17 +377,13 @@ class Collector(LightningModule):
         return Collected.of(journal.notes, len(self.items))
 
 
-def _marked(transcript: Transcript) -> list[dict[str, Any]]:
+def _marked(trajectory: Trajectory) -> list[dict[str, Any]]:
     """The conversation, the agent's own turns marked and with their insertion points."""
-    messages: list[dict[str, Any]] = [dict(message) for message in transcript.messages()]
-    turns = [index for index in range(len(transcript.prompt), len(messages)) if _is_answer(messages[index])]
-    for index, points in zip(turns, transcript.insertions, strict=True):
-        messages[index] |= {"agent": True, "insertion_points": list(points)}
+    messages = trajectory.messages()
+    # From the end of the prompt on, every other message is the agent's.
+    for message, turn in zip(messages[len(trajectory.prompt) :: 2], trajectory.turns, strict=True):
+        message |= {"agent": True, "insertion_points": turn.insertion_points}
     return messages
-
-
-def _is_answer(message: Message | Mapping[str, Any]) -> bool:
-    return message["role"] == "assistant"
 
 
 @final

@@ -13,7 +13,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import threading
 import time
 from collections import deque
@@ -81,7 +80,6 @@ class Outbox:
         self._failure: str | None = None
         self._gave_up = False
         self._stopping = False
-        self._spooled = itertools.count()
 
     # The side that logs
 
@@ -104,17 +102,6 @@ class Outbox:
             self._gave_up = False
             self._start()
             self._change.notify_all()
-
-    def spool(self, ending: str) -> Path:
-        """A path for a file that a record refers to. Whoever delivers it deletes it."""
-        folder = self.spool_folder
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{next(self._spooled):06d}{ending}"
-
-    @property
-    def spool_folder(self) -> Path:
-        """Where files wait that records refer to."""
-        return self.path.with_suffix(".files")
 
     def opened(self, seconds: float) -> bool:
         """Whether the recipient is open; waits until it is, or its first try has failed, or the time is over."""
@@ -315,7 +302,6 @@ class Outbox:
             self._file.close()
             self._file = None
             self.path.unlink(missing_ok=True)
-        shutil.rmtree(self.spool_folder, ignore_errors=True)
 
 
 def read_outbox(path: Path) -> tuple[Mapping[str, Any], list[Record]]:

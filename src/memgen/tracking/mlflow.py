@@ -8,7 +8,6 @@ import takes seconds.
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import logging
 import os
@@ -82,34 +81,6 @@ class RunDescription:
     raw: Mapping[str, str] = field(default_factory=dict)
     resolved_yaml: str = ""
     resolved: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of an answer.
-
-    Attributes:
-        text: the text; of a mark, what to write at the place ("8" for eight latents).
-        is_insertion: True where memory was woven in, False for text.
-    """
-
-    text: str
-    is_insertion: bool = False
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One answer to look at.
-
-    Attributes:
-        prompt: what was asked.
-        segments: the answer, cut at its insertion points.
-        title: one line above it, such as the item's name and its reward.
-    """
-
-    prompt: str
-    segments: Sequence[Segment]
-    title: str = ""
 
 
 def run_logger(
@@ -380,13 +351,6 @@ class RunLogger(Logger):
     def log_directory(self, directory: Path, path: str) -> None:
         """Copies a directory into the artifacts, as it is when it is delivered."""
         self._put("directory", directory=str(directory.absolute()), path=path)
-
-    @rank_zero_only
-    def log_image(self, png: bytes, key: str, step: int) -> None:
-        """Adds an image to a series that MLflow shows with a slider over the steps."""
-        file = self.outbox.spool(".png")
-        file.write_bytes(png)
-        self._put("image", file=str(file.absolute()), key=key, step=step)
 
     @rank_zero_only
     def log_table(self, columns: Mapping[str, Sequence[Any]], path: str) -> None:
@@ -772,34 +736,6 @@ def log_best(loggers: Iterable[Logger], monitor: str, mode: str, value: float, s
     for found in run_loggers(loggers):
         found.log_tags({MONITOR_TAG: monitor, MODE_TAG: mode})
         found.log_metrics({best_key(monitor): value}, step)
-
-
-def log_samples(loggers: Iterable[Logger], samples: Sequence[Sample], name: str) -> None:
-    """Writes answers with their insertion points as a page `samples/<name>.html` of the run."""
-    for found in run_loggers(loggers):
-        found.log_text(samples_html(samples), f"samples/{name}.html")
-
-
-def samples_html(samples: Sequence[Sample]) -> str:
-    """A page of answers; a mark stands where memory was woven in."""
-    parts = [
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Sample generations</title><style>'
-        "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-        "pre{white-space:pre-wrap;background:#f6f6f6;padding:.7em;border-radius:4px}"
-        "mark{background:#ffd75e;border-radius:3px;padding:0 .25em;font-size:.8em}"
-        "h2{font-size:1em}</style>"
-        "<p>A <mark>mark</mark> stands where memory was woven in.</p>"
-    ]
-    for index, sample in enumerate(samples):
-        answer = "".join(
-            f"<mark>{html.escape(segment.text)}</mark>" if segment.is_insertion else html.escape(segment.text)
-            for segment in sample.segments
-        )
-        title = html.escape(sample.title or f"Sample {index + 1}")
-        parts.append(
-            f"<section><h2>{title}</h2><pre>{html.escape(sample.prompt)}</pre><pre>{answer}</pre></section>"
-        )
-    return "\n".join([*parts, "</html>\n"])
 
 
 def _write_configuration(found: RunLogger, description: RunDescription) -> None:

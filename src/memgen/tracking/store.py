@@ -225,25 +225,6 @@ class RunStore:
                 raise FileNotFoundError(2, "gone", record["directory"])
             self.client.log_artifacts(self.run_id, record["directory"], artifact_path=record["path"])
 
-    def _send_file(self, records: Sequence[Record]) -> None:
-        for record in records:
-            local = Path(record["file"])
-            if local.exists():  # Else an earlier try has delivered it.
-                self.client.log_artifact(self.run_id, str(local), artifact_path=record["path"])
-                _forget(local)
-
-    def _send_image(self, records: Sequence[Record]) -> None:
-        from PIL import Image
-
-        for record in records:
-            local = Path(record["file"])
-            if local.exists():
-                with Image.open(local) as image:
-                    self.client.log_image(
-                        self.run_id, image, key=record["key"], step=record["step"], synchronous=True
-                    )
-                _forget(local)
-
     def _send_table(self, records: Sequence[Record]) -> None:
         # MLflow's own log_table asks pandas; it appends, and so would double what is sent again.
         for record in records:
@@ -314,12 +295,6 @@ class RunStore:
             self.client.update_run(self.run_id, status=status)
         else:
             self.client.set_terminated(self.run_id, status)
-
-
-def _forget(spooled: Path) -> None:
-    spooled.unlink()
-    with contextlib.suppress(OSError):
-        spooled.parent.rmdir()
 
 
 def client_of(uri: str) -> MlflowClient:

@@ -15,10 +15,9 @@ import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +32,7 @@ from memgen.model.boundary import BoundaryConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.trigger import TokenTrigger, TriggerConfig, TriggerKind
 from memgen.model.weaver import WeaverConfig
+from memgen.parsing import parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,8 +100,11 @@ def read_config(directory: Path) -> MemGenConfig:
         CheckpointError: if it is not a checkpoint directory, or of another format version.
     """
     directory = current(directory)
-    config: MemGenConfig = _parse(MemGenConfig, _header(directory)["config"], str(directory / CONFIG_FILE))
-    return config
+    values = _header(directory)["config"]
+    try:
+        return parse(MemGenConfig, values)
+    except ValueError as error:
+        raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from error
 
 
 def load_checkpoint(model: MemGenModel, directory: Path) -> LoadReport:
@@ -269,25 +272,6 @@ def _replacing(directory: Path, known_by: str) -> Iterator[Path]:
         )
     with new_folder(directory) as temporary:
         yield temporary
-
-
-def _parse(kind: Any, value: Any, where: str) -> Any:
-    """Builds a configuration record from JSON, refusing unknown keys."""
-    origin = get_origin(kind)
-    if origin in (Union, UnionType):
-        if value is None:
-            return None
-        return _parse(next(arg for arg in get_args(kind) if arg is not type(None)), value, where)
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-        known = {field.name for field in fields(kind)}
-        unknown = sorted(set(value) - known)
-        if unknown:
-            raise CheckpointError(
-                f"{where}: unknown keys {', '.join(unknown)} in {kind.__name__}; known: {sorted(known)}"
-            )
-        hints = get_type_hints(kind)
-        return kind(**{name: _parse(hints[name], inner, where) for name, inner in value.items()})
-    return tuple(value) if isinstance(value, list) else value
 
 
 # The released code's format

@@ -33,8 +33,8 @@ from memgen.objectives.grpo import (
     policy_loss,
     read_stats,
 )
-from memgen.tracking.mlflow import log_samples
-from memgen.tracking.samples import marked_trajectory
+from memgen.tracking.episodes import marked_trajectory
+from memgen.tracking.page import log_samples
 from memgen.tracking.signals import (
     Advice,
     latent_metrics,

@@ -8,15 +8,8 @@ import pytest
 
 from memgen.environments.base import Example
 from memgen.results.comparison import compare
-from memgen.results.records import (
-    Answered,
-    Recorded,
-    Records,
-    data_hash,
-    item_score,
-    read_records,
-    summarise,
-)
+from memgen.results.score_files import Answered, Recorded, Records, data_hash, read_records
+from memgen.results.summary import item_score, summarise
 
 SETTINGS = {
     "data": {"environment": "maths", "split": "test", "items": 4, "hash": "h"},
@@ -151,7 +144,7 @@ def test_a_part_is_averaged_over_the_answers_that_have_it():
     rows = [row(0, 0, format=1.0), row(0, 1), row(1, 0)]
     assert summarise(rows).parts["format"].mean == 1.0
     assert item_score(rows[:2], "format") == 1.0
-    with pytest.raises(ValueError, match="has no part 'format'"):
+    with pytest.raises(ValueError, match="has no reward component 'format'"):
         item_score(rows[2:], "format")
 
 
