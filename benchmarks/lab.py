@@ -91,7 +91,7 @@ TRAININGS = {
     "trigger": Training("trigger_rl", start="weaver"),
     "trigger_free": Training("trigger_rl", start="weaver", settings={"model.objective.penalty": 0.0}),
     "trigger_target": Training(
-        "trigger_rl", start="weaver", settings={"data.environment.init_args.tasks": f"[{TARGET}]"}
+        "trigger_rl", start="weaver", settings={"data.environment.tasks": f"[{TARGET}]"}
     ),
     "bill": Training("weaver_sft", ("data/lab_bill.yaml", "curriculum/mostly_all.yaml")),
     "bill_end": Training(
@@ -148,7 +148,7 @@ class Bench:
                 "seed_everything": self.seed,
                 "model.seed": self.seed,
                 "data.seed": self.seed,
-                "trainer.callbacks.0.init_args.root": self.folder / name,
+                "trainer.callbacks.0.root": self.folder / name,
                 **training.settings,
             }
             if start is not None:

@@ -104,7 +104,7 @@ def _train(
             "data.seed": seed,
             "trainer.logger": "false",
             "trainer.default_root_dir": root,
-            "trainer.callbacks.0.init_args.root": root / "runs",
+            "trainer.callbacks.0.root": root / "runs",
         }
         if start is not None:
             overrides["model.init_from"] = start
@@ -121,10 +121,10 @@ def stopping_at(score: float, monitor: str = "val/exact_match") -> dict[str, obj
     return {
         "trainer.val_check_interval": 4,
         "trainer.callbacks.2.class_path": "lightning.pytorch.callbacks.EarlyStopping",
-        "trainer.callbacks.2.init_args.monitor": monitor,
-        "trainer.callbacks.2.init_args.mode": "max",
-        "trainer.callbacks.2.init_args.patience": 1_000_000,
-        "trainer.callbacks.2.init_args.stopping_threshold": score,
+        "trainer.callbacks.2.monitor": monitor,
+        "trainer.callbacks.2.mode": "max",
+        "trainer.callbacks.2.patience": 1_000_000,
+        "trainer.callbacks.2.stopping_threshold": score,
     }
 
 
