@@ -16,6 +16,7 @@ Needs `trainer.use_distributed_sampler=false`: the loaders share the items out b
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from memgen.chat import CHATML, ConversationTokens, Turn, conversation_ids, load_tokenizer, prompt_ids
-from memgen.environments.base import Environment, Example, InteractiveEnvironment, Split
+from memgen.environments.base import Environment, Example, InteractiveEnvironment, Message, Split
 from memgen.environments.trajectories import Trajectories
 from memgen.run_context import run_context
 from memgen.types import TokenBatch
@@ -782,9 +783,11 @@ class EnvironmentData(LightningDataModule):
             self.dropped[split] = 0
             return []
         items, excess = [], []
+        learned = split != "test" and self.learn_from == "answers"
+        conversations = source.conversations(examples) if learned else itertools.repeat(None)
         for example in examples:
             try:
-                item, over = self._item(source, example, split)
+                item, over = self._item(source, example, next(conversations))
             except ValueError as error:
                 raise ValueError(f"{name}, {split} item {example.id}: {error}") from error
             if over > 0:
@@ -831,13 +834,15 @@ class EnvironmentData(LightningDataModule):
             )
         return source
 
-    def _item(self, environment: Environment, example: Example, split: Split) -> tuple[Item, int]:
+    def _item(
+        self, environment: Environment, example: Example, messages: list[Message] | None
+    ) -> tuple[Item, int]:
         """An item's tokens, and how many there are beyond a limit."""
         tokenizer = self.tokenizer_object
         prompt: list[int] = []
         conversation = None
-        if split != "test" and self.learn_from == "answers":
-            conversation = conversation_ids(tokenizer, environment.conversation(example), self.template)
+        if messages is not None:
+            conversation = conversation_ids(tokenizer, messages, self.template)
             # Answers that the prompt shows as examples are read, not learned.
             shown = sum(message["role"] == "assistant" for message in environment.messages(example))
             # What follows the last turn teaches nothing.

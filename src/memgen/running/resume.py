@@ -25,11 +25,8 @@ from typing_extensions import override
 
 from memgen.distributed.collectives import over_ranks, world_size
 from memgen.files import new_file, point_to, remove, remove_leftovers, write_whole
-<<<<<<< HEAD
-from memgen.run_context import run_context
-=======
 from memgen.lightning_internals import log_step_metrics, validation_is_due
->>>>>>> track
+from memgen.run_context import run_context
 from memgen.running.interrupt import LISTENER, Agreement, Interrupted, Limit, Wish
 from memgen.tracking.run_logger import pause_runs
 from memgen.training.callbacks import RESUME, AdapterCheckpoint
