@@ -76,7 +76,7 @@ def _collect(command: Any, options: argparse.Namespace) -> None:
         out=Path(options.out),
         init_from=stage.init_from,
         environment=resolved["data"]["environment"],
-        resolve_asset=stage.resolve_asset,
+        resolve_asset=data.resolve_asset,
     )
     try:
         trainer.predict(collector, return_predictions=False)

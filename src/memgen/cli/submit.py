@@ -213,7 +213,7 @@ def _root(resolved: Mapping[str, Any]) -> Path:
     """The folder of the stage's runs."""
     for callback in (resolved.get("trainer") or {}).get("callbacks") or []:
         if isinstance(callback, dict) and callback.get("class_path", "").endswith(".AdapterCheckpoint"):
-            return Path(callback["init_args"]["root"])
+            return Path(callback["root"])
     return Path("runs")
 
 
@@ -323,7 +323,7 @@ def _logger(resolved: Mapping[str, Any]) -> RunLogger | None:
     if isinstance(chosen, dict):
         if chosen.get("class_path") != RUN_LOGGER:
             return None
-        settings = dict(chosen.get("init_args") or {})
+        settings = {key: value for key, value in chosen.items() if key != "class_path"}
     elif chosen not in (None, True):
         return None
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
