@@ -14,6 +14,7 @@ import yaml
 
 from memgen.cli import config
 from memgen.cli import main as front_end
+from memgen.run_context import run_context
 
 CONFIG = ("--config", "stage.yaml")
 DRY = ("--trainer.fast_dev_run", "true")
@@ -60,7 +61,7 @@ def test_assets_are_made_once_and_before_the_trainer_starts(folder, monkeypatch)
     monkeypatch.setattr(names, "resolve_asset", lambda name: events.append(name) or f"/made/{name}")
 
     def setup(self, stage):
-        events.append(f"setup with {self.resolve_asset(self.init_from)}")
+        events.append(f"setup with {run_context(self.trainer).resolve_asset(self.init_from)}")
 
     monkeypatch.setattr(Stage, "setup", setup)
     assert front_end.main(["fit", *CONFIG, *DRY, "--model.init_from", "lab:weaver_sft"]) == 0

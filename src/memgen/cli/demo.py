@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     from memgen.lab.trained import asset_query
     from memgen.model.backbone import BackboneConfig, load_backbone
     from memgen.tracking.family import PARENT_VARIABLE
-    from memgen.tracking.mlflow import open_parent
+    from memgen.tracking.run_logger import open_parent
 
     logging.getLogger("memgen").setLevel(logging.WARNING)
     begin = time.perf_counter()
