@@ -1,8 +1,8 @@
 """`make bench-lab`: every stage on the lab with its controls, over several weaver and base seeds.
 
-Settings were chosen on the validation split; what is measured here is from the test split. Each training run is the
-command `memgen fit` in a process of its own, with its seeds. What is done is kept below `--root`, so an interrupted
-bench goes on where it stopped. `lab.tables` makes `docs/results/lab.md` of the figures.
+Settings were chosen on the validation split; all figures here are from the test split. Each training run is the
+command `memgen fit` in a process of its own, with its seeds. Finished parts are kept below `--root`, so an interrupted
+benchmark goes on where it stopped. `benchmarks.lab_report` makes `docs/results/lab.md` of the figures.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ TRAININGS = {
     "trigger": Training("trigger_rl", start="weaver"),
     "trigger_free": Training("trigger_rl", start="weaver", settings={"model.objective.penalty": 0.0}),
     "trigger_target": Training(
-        "trigger_rl", start="weaver", settings={"data.environment.init_args.tasks": f"[{TARGET}]"}
+        "trigger_rl", start="weaver", settings={"data.environment.tasks": f"[{TARGET}]"}
     ),
     "bill": Training("weaver_sft", ("data/lab_bill.yaml", "curriculum/mostly_all.yaml")),
     "bill_end": Training(
@@ -119,12 +119,12 @@ TRAININGS = {
 
 
 class Bench:
-    """One weaver seed on one reasoner: trains what is asked for, once, and scores it.
+    """One weaver seed on one reasoner: trains and scores, each once.
 
     Args:
-        root: folder of everything that is kept.
+        root: folder of the results.
         base_seed: which reasoner.
-        seed: of initial weights, data order, curriculum and draws.
+        seed: of initial weights, data order, curriculum and sampling.
     """
 
     def __init__(self, root: Path, base_seed: int, seed: int) -> None:
@@ -148,7 +148,7 @@ class Bench:
                 "seed_everything": self.seed,
                 "model.seed": self.seed,
                 "data.seed": self.seed,
-                "trainer.callbacks.0.init_args.root": self.folder / name,
+                "trainer.callbacks.0.root": self.folder / name,
                 **training.settings,
             }
             if start is not None:
@@ -184,7 +184,7 @@ class Bench:
         return directory
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A result that is made if it is not kept already."""
+        """A result, computed unless it is kept already."""
         path = self.folder / "results" / f"{name}.json"
         if path.is_file():
             kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -260,10 +260,10 @@ class Bench:
 
         return self.once(name, make)
 
-    # What is measured
+    # Measurements
 
     def shop(self) -> None:
-        """Weaver SFT and GRPO on the shop, with the controls that show whose work it is."""
+        """Weaver SFT and GRPO on the shop, with their controls."""
         tasks = (TARGET,)
         weaver = self.train("weaver")
         self.score("untrained latents", lambda: self.untrained(weaver), tasks)
@@ -309,7 +309,7 @@ class Bench:
         self.score("LoRA-SFT with replay", lambda: self.bare(replay), tasks)
 
     def bills(self) -> None:
-        """The task whose memory is needed again and again."""
+        """The task that needs latents after the prompt, too."""
         tasks = ("bill",)
         bill = self.train("bill")
         self.score("bill: reasoner alone", lambda: without_memory(self.opened(bill)), tasks)
@@ -357,7 +357,7 @@ def _children_cpu() -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is missing and writes the report.
+    """Runs the missing parts and writes the report.
 
     Args:
         argv: arguments; default: those of the process.
@@ -365,7 +365,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(prog="make bench-lab", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.lab", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--weaver-seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--base-seeds", type=int, nargs="+", default=[0, 1], metavar="N")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The report of `make bench-lab`: what was measured, as JSON, and tables of it for people."""
+"""The report of `make bench-lab`: figures as JSON, and tables of them as Markdown."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Run:
-    """All that was measured on one reasoner with one seed."""
+    """All results of one reasoner and one seed."""
 
     base_seed: int
     seed: int

@@ -1,6 +1,6 @@
-"""What a backbone needs on many devices, on paper: memory by part, messages of a step, the rollout's share.
+"""Formulas of what a backbone needs on many devices: memory by part, messages of a step, the rollout's share.
 
-Formulas only; `benchmarks.scale_runs` measures the same numbers on small models, and tests hold the two together.
+`benchmarks.scale_runs` measures the same numbers on small models, and tests compare the two.
 
 Axis letters: N ranks, P weights of the base, T positions of a micro-batch on a rank.
 """
@@ -86,7 +86,7 @@ BACKBONES = {
 
 @dataclass(frozen=True)
 class WeaverSize:
-    """A weaver, as far as its size goes."""
+    """Size of a weaver."""
 
     rank: int = 16
     targets: tuple[str, ...] = ("q_proj", "v_proj")
@@ -106,7 +106,7 @@ class WeaverSize:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a rank does in a micro-batch."""
+    """Workload of a rank in a micro-batch."""
 
     rows: int = 8
     """Rows of a micro-batch, or episodes of a rollout, on one rank."""
@@ -131,8 +131,8 @@ class Needs:
 
     Attributes:
         frozen: the base between steps.
-        gathered: what a pass of a training step adds to it: of ZeRO-3, two layers at most, embeddings and head.
-        rollout: what a rollout adds to `frozen` in weights: of ZeRO-3, the rest of the base.
+        gathered: weights that a pass of a training step adds: of ZeRO-3, two layers at most, embeddings and head.
+        rollout: weights that a rollout adds: of ZeRO-3, the rest of the base.
         trained: trained weights, with DeepSpeed's second copy.
         gradients: of trained weights, at the end of a backward pass.
         optimizer: AdamW's two moments.
@@ -167,9 +167,9 @@ def memory_needs(
 
     Args:
         base: the frozen model, which all three components share.
-        weaver: what is trained.
+        weaver: the trained weights.
         work: a micro-batch.
-        strategy: how state is shared out.
+        strategy: how state is partitioned.
         ranks: N.
         item: bytes of a frozen weight, an activation and a cached number.
     """
@@ -208,7 +208,7 @@ class Traffic:
 
     Attributes:
         gradients: reduced, and the updated weights back.
-        weights: layers that passes gather (ZeRO-3), and what is gathered once per step.
+        weights: layers that passes gather (ZeRO-3), and the rest of the base, gathered once per step.
         rollout: the base, gathered once for a rollout (ZeRO-3), per update that it serves.
     """
 
@@ -228,11 +228,11 @@ def passes(insertions: int) -> tuple[int, int]:
 
 
 def gathered_weights(base: Decoder, weaver: WeaverSize, no_grad: int, grad: int, item: int = 2) -> float:
-    """Bytes that ZeRO-3 puts together in a training step: a pass with gradient gathers its layers twice.
+    """Bytes that ZeRO-3 gathers in a training step: a pass with gradient gathers its layers twice.
 
     Args:
         base: the frozen model.
-        weaver: what is trained.
+        weaver: the trained weights.
         no_grad: passes without gradient.
         grad: passes with gradient.
         item: bytes of a frozen weight.
@@ -249,9 +249,9 @@ def traffic(
 
     Args:
         base: the frozen model.
-        weaver: what is trained.
+        weaver: the trained weights.
         work: the micro-batch and its rollout.
-        strategy: how state is shared out.
+        strategy: how state is partitioned.
         ranks: N.
         item: bytes of a frozen weight.
     """
@@ -268,7 +268,7 @@ def traffic(
 
 @dataclass(frozen=True)
 class Device:
-    """What a device does in a second."""
+    """Speed and size of a device."""
 
     name: str
     memory: float

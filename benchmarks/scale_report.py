@@ -71,7 +71,7 @@ def shape_of(content: Mapping[str, Any]) -> tuple[Decoder, WeaverSize]:
 
 
 def held_rows(content: Mapping[str, Any]) -> Rows:
-    """Bytes that a rank held in weaver SFT, and what the formulas say."""
+    """Bytes that a rank held in weaver SFT, measured and by formula."""
     base, weaver = shape_of(content)
     header = ["strategy", "kind", "measured", "by formula"]
     rows = []

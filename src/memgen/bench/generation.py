@@ -1,4 +1,4 @@
-"""`memgen bench generation`: decoding with and without memory against Hugging Face's `generate` on the same weights."""
+"""`memgen bench generation`: decoding with and without latents against Hugging Face's `generate` on the same weights."""
 
 from __future__ import annotations
 

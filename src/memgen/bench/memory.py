@@ -20,7 +20,7 @@ DECODING_SIDES = ("plain", "never", "always")
 def live_cache_bytes() -> int:
     """Bytes of all tensors of four axes that exist now.
 
-    Between two steps of decoding these are the caches: weights have at most two axes, and activations are gone.
+    Between two steps of decoding these are the KV caches: weights have at most two axes, and activations are freed.
     """
     storages = {
         found.untyped_storage().data_ptr(): found.untyped_storage().nbytes()
@@ -31,7 +31,7 @@ def live_cache_bytes() -> int:
 
 
 def decoding_cache(decoding: Decoding, work: DecodingWorkload, side: str) -> dict[str, int]:
-    """Bytes of keys and values at the last step: what the kept positions need, and what is held.
+    """Bytes of keys and values at the last step: needed for the kept positions, and allocated.
 
     Args:
         decoding: the model.

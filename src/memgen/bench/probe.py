@@ -1,8 +1,8 @@
-"""Peak memory of one piece of work, in a process of its own: `python -m memgen.bench.probe REQUEST`.
+"""Peak memory of one workload, in a process of its own: `python -m memgen.bench.probe REQUEST`.
 
-What a process held before, and what its allocator keeps of it, would hide part of a peak. So each side of a comparison
-has a fresh process: it makes the model, warms up on something tiny (libraries allocate on first use), and then does the
-work once. Reported is the peak over what was held before the work, which is the weights.
+Memory that a process held before, and that its allocator kept, would hide part of a peak. So each side of a comparison
+has a fresh process: it makes the model, warms up on a tiny workload (libraries allocate on first use), and then runs
+once. Reported is the peak above the memory that was held before, which is the weights.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 
 
 def _return_free_memory() -> None:
-    """Gives what the C library keeps for later back to the system, where the library can (glibc)."""
+    """Returns free memory that the C library keeps to the system, where the library can (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

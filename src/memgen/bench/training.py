@@ -33,21 +33,21 @@ from memgen.types import InsertionPlan, TokenBatch, WorkCount
 # B rows, L tokens per row, V vocabulary
 
 Stage = Literal["sft", "grpo"]
-"""What is learnt from: reference answers, or answers of the model's own with advantages."""
+"""Training stage: sft learns from reference answers, grpo from the model's own answers with advantages."""
 
 STAGES: tuple[Stage, ...] = ("sft", "grpo")
 
 
 @dataclass(frozen=True)
 class TrainingWorkload:
-    """One batch of a training step."""
+    """Size of a training batch."""
 
     batch: int = 8
     """Rows."""
     length: int = 512
     """Tokens per row, prompt included."""
     prompt: int = 128
-    """Tokens of each row's prompt, which are no targets."""
+    """Tokens of each row's prompt, which are not supervised."""
     points: int = 6
     """Insertions per row, the one at the prompt's end included."""
     group: int = 1
@@ -65,7 +65,7 @@ class TrainingWorkload:
 
     @property
     def labels(self) -> int:
-        """Targets in the batch."""
+        """Supervised tokens in the batch."""
         return self.batch * (self.length - self.prompt)
 
 
@@ -91,7 +91,7 @@ def training_batch(settings: ModelSettings, work: TrainingWorkload) -> TokenBatc
 
 
 def policy_gradient(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """The gradient of a GRPO update's first step: ratio to what was sampled, times advantage."""
+    """The loss of a GRPO update's first step: ratio to the sampling policy, times advantage."""
     return -((logprobs - logprobs.detach()).exp() * advantages).mean()
 
 
@@ -283,7 +283,7 @@ def work_floor(done: WorkCount, free: int, plain_positions: int) -> float:
     A frozen matrix needs no weight gradient, so its backward costs one forward and not two, on both sides.
 
     Args:
-        done: our work.
+        done: our work counts.
         free: positions without gradient among the reasoner's.
         plain_positions: of the plain step.
     """
@@ -292,10 +292,10 @@ def work_floor(done: WorkCount, free: int, plain_positions: int) -> float:
 
 
 def peak_in_own_process(request: dict[str, Any]) -> dict[str, Any]:
-    """Peak memory of one side, measured where nothing else has run.
+    """Peak memory of one side, measured in a new process.
 
     Args:
-        request: what `memgen.bench.probe` understands.
+        request: arguments of `memgen.bench.probe`.
 
     Raises:
         RuntimeError: if the process fails.

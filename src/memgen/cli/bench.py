@@ -1,4 +1,4 @@
-"""`memgen bench`: what memory costs in time and space, against plain work measured in the same process."""
+"""`memgen bench`: cost of latent memory in time and space, against plain work measured in the same process."""
 
 from __future__ import annotations
 

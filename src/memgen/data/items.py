@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from dataclasses import dataclass
 from typing import final
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memgen.chat import ConversationTokens, conversation_ids, prompt_ids
 from memgen.data.batches import Item
-from memgen.environments.base import Environment, Example, InteractiveEnvironment, Split
+from memgen.environments.base import Environment, Example, InteractiveEnvironment, Message, Split
 from memgen.environments.trajectories import Trajectories
 
 log = logging.getLogger(__name__)
@@ -97,9 +98,11 @@ class SplitReader:
             log.warning("%s has no validation items%s: nothing is validated", name, place)
             return [], 0
         items, excess = [], []
+        learned = split != "test" and self.with_answers
+        conversations = source.conversations(examples) if learned else itertools.repeat(None)
         for example in examples:
             try:
-                item, over = self._tokenize(source, example, split)
+                item, over = self._tokenize(source, example, next(conversations))
             except ValueError as error:
                 raise ValueError(f"{name}, {split} item {example.id}: {error}") from error
             if over > 0:
@@ -132,12 +135,14 @@ class SplitReader:
             log.warning("%s was collected on %s, not on %s", trajectories, named, self.environment.name)
         return source
 
-    def _tokenize(self, environment: Environment, example: Example, split: Split) -> tuple[Item, int]:
+    def _tokenize(
+        self, environment: Environment, example: Example, messages: list[Message] | None
+    ) -> tuple[Item, int]:
         """An item's tokens, and by how many it is longer than a limit (not positive if it fits)."""
         prompt: list[int] = []
         conversation = None
-        if split != "test" and self.with_answers:
-            conversation = conversation_ids(self.tokenizer, environment.conversation(example), self.template)
+        if messages is not None:
+            conversation = conversation_ids(self.tokenizer, messages, self.template)
             # Assistant messages that the prompt shows as examples are no targets.
             shown = sum(message["role"] == "assistant" for message in environment.messages(example))
             # What follows the last turn is no target and no context of one.

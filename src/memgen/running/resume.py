@@ -25,9 +25,10 @@ from typing_extensions import override
 
 from memgen.distributed.collectives import over_ranks, world_size
 from memgen.files import new_file, point_to, remove, remove_leftovers, write_whole
+from memgen.lightning_internals import log_step_metrics, validation_is_due
 from memgen.run_context import run_context
 from memgen.running.interrupt import LISTENER, Agreement, Interrupted, Limit, Wish
-from memgen.tracking.mlflow import pause_runs
+from memgen.tracking.run_logger import pause_runs
 from memgen.training.callbacks import RESUME, AdapterCheckpoint
 from memgen.training.checkpoint import CheckpointError
 from memgen.training.stage import seed_of
@@ -172,10 +173,7 @@ class ResumeCheckpoint(Checkpoint):
             return
         assert self._agreement is not None, "training has started"
         self._step = trainer.global_step
-        loop = trainer.fit_loop
-        fetcher = loop._data_fetcher
-        assert fetcher is not None, "it has fetched this batch"
-        self._validation_due = loop.epoch_loop._should_check_val_fx(fetcher)
+        self._validation_due = validation_is_due(trainer)
         minutes = (time.monotonic() - self._saved_at) / 60
         due = trainer.is_global_zero and self.every_minutes is not None and minutes >= self.every_minutes
         verdict = self._agreement.after_step(due, self._save_seconds)
@@ -187,7 +185,7 @@ class ResumeCheckpoint(Checkpoint):
         if verdict.wish and trainer.global_step != trainer.max_steps:
             LISTENER.forget()
             # Lightning would send this step's metrics to the loggers behind this hook.
-            trainer._logger_connector.update_train_step_metrics()
+            log_step_metrics(trainer)
             if verdict.wish is Wish.REQUEUE:
                 pause_runs(trainer.loggers)
             raise Interrupted(

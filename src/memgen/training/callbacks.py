@@ -15,7 +15,7 @@ from memgen.distributed.zero import whole_weights
 from memgen.files import point_to
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.run_context import run_context
-from memgen.tracking.mlflow import log_best, log_checkpoint, run_loggers
+from memgen.tracking.run_logger import log_best, log_checkpoint, run_loggers
 from memgen.training.checkpoint import save_checkpoint
 
 logger = logging.getLogger(__name__)
