@@ -22,12 +22,22 @@ import subprocess
 import sys
 import threading
 import weakref
+from abc import ABC
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, final
 
-from memgen.environments.base import Reward
+from typing_extensions import override
+
+from memgen.environments.base import Example, Reward
+from memgen.environments.questions import QuestionEnvironment, Questions
 from memgen.environments.signals import stay
+
+PROMPT = (
+    "Solve the math problem with proper reasoning, and make sure to put the FINAL ANSWER inside \\boxed{}."
+    "Question: {question}\n"
+)
+"""The released code's user message for mathematics."""
 
 _READY = "ready"
 _START_LIMIT_S = 120.0
@@ -281,6 +291,34 @@ def _collect(pipe: IO[str], lines: list[str]) -> None:
     for line in pipe:
         lines.append(line)
         del lines[:-20]
+
+
+class MathsEnvironment(QuestionEnvironment, ABC):
+    """A benchmark whose answers are compared by a `MathsVerifier`; reward 1 for the right answer, else 0."""
+
+    def __init__(self, questions: Questions, timeout_s: float, workers: int) -> None:
+        """Starts nothing yet.
+
+        Args:
+            questions: the items; `Example.answer` is the reference.
+            timeout_s: seconds the comparison of one answer may take; beyond, the answer is wrong.
+            workers: processes that compare answers.
+
+        Raises:
+            ValueError: if an argument is not positive.
+        """
+        super().__init__(questions)
+        self._verifier = MathsVerifier(timeout_s, workers)
+
+    @override
+    def reward(self, example: Example, answer: str) -> Reward:
+        """1 if the answer marked as final equals the reference, else 0."""
+        return self._verifier.reward(example.answer, answer)
+
+    @override
+    def rewards(self, examples: Sequence[Example], answers: Sequence[str]) -> list[Reward]:
+        """Compares in `reward_workers` processes at once."""
+        return self._verifier.rewards([example.answer for example in examples], answers)
 
 
 # What follows runs in the worker process.
