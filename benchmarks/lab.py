@@ -1,8 +1,8 @@
 """`make bench-lab`: every stage on the lab with its controls, over several weaver and base seeds.
 
-Settings were chosen on the validation split; what is measured here is from the test split. Each training run is the
-command `memgen fit` in a process of its own, with its seeds. What is done is kept below `--root`, so an interrupted
-bench goes on where it stopped. `lab.tables` makes `docs/results/lab.md` of the figures.
+Settings were chosen on the validation split; all figures here are from the test split. Each training run is the
+command `memgen fit` in a process of its own, with its seeds. Finished parts are kept below `--root`, so an interrupted
+benchmark goes on where it stopped. `benchmarks.lab_report` makes `docs/results/lab.md` of the figures.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 
 from benchmarks.lab_report import machine, write_report
 from benchmarks.lora import train_lora
-from memgen.chat import load_tokenizer, prompt_ids
+from memgen.chat import load_tokenizer
 from memgen.files import write_whole
 from memgen.generation.rollout import Actor, EpisodeSettings, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.lab.assets import RECIPE_VERSION, resolve_asset
 from memgen.lab.environment import Lab
-from memgen.lab.report import OTHERS, base_hash
+from memgen.lab.report import MAX_NEW_TOKENS, OTHERS, base_hash, held_out
 from memgen.lab.text_world import TextWorld
 from memgen.lab.trained import base_name, conf_file, fit, stage_file, stopping_at
 from memgen.model.adapters import LoraSettings
@@ -52,7 +52,7 @@ TARGET = "shop"
 ITEMS = 600
 """Held-out items of each task."""
 NEW_TOKENS = {"bill": 32}
-"""Limits of an answer, where twice the longest reference answer is more than 24."""
+"""Limits of an answer where `MAX_NEW_TOKENS` is less than twice the longest reference answer."""
 
 LORA = LoraSettings(
     r=16,
@@ -91,7 +91,7 @@ TRAININGS = {
     "trigger": Training("trigger_rl", start="weaver"),
     "trigger_free": Training("trigger_rl", start="weaver", settings={"model.objective.penalty": 0.0}),
     "trigger_target": Training(
-        "trigger_rl", start="weaver", settings={"data.environment.init_args.tasks": f"[{TARGET}]"}
+        "trigger_rl", start="weaver", settings={"data.environment.tasks": f"[{TARGET}]"}
     ),
     "bill": Training("weaver_sft", ("data/lab_bill.yaml", "curriculum/mostly_all.yaml")),
     "bill_end": Training(
@@ -119,12 +119,12 @@ TRAININGS = {
 
 
 class Bench:
-    """One weaver seed on one reasoner: trains what is asked for, once, and scores it.
+    """One weaver seed on one reasoner: trains and scores, each once.
 
     Args:
-        root: folder of everything that is kept.
+        root: folder of the results.
         base_seed: which reasoner.
-        seed: of initial weights, data order, curriculum and draws.
+        seed: of initial weights, data order, curriculum and sampling.
     """
 
     def __init__(self, root: Path, base_seed: int, seed: int) -> None:
@@ -148,7 +148,7 @@ class Bench:
                 "seed_everything": self.seed,
                 "model.seed": self.seed,
                 "data.seed": self.seed,
-                "trainer.callbacks.0.init_args.root": self.folder / name,
+                "trainer.callbacks.0.root": self.folder / name,
                 **training.settings,
             }
             if start is not None:
@@ -184,7 +184,7 @@ class Bench:
         return directory
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A result that is made if it is not kept already."""
+        """A result, computed unless it is kept already."""
         path = self.folder / "results" / f"{name}.json"
         if path.is_file():
             kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -209,14 +209,8 @@ class Bench:
     def task(self, name: str) -> Task:
         """The held-out items of a task."""
         environment = Lab((name,), test_size=ITEMS)
-        examples = environment.examples("test")
-        return Task(
-            environment=environment,
-            examples=examples,
-            prompts=[prompt_ids(self.tokenizer, environment.messages(example)) for example in examples],
-            tokenizer=self.tokenizer,
-            settings=GenerationSettings(max_new_tokens=NEW_TOKENS.get(name, 24)),
-            batch_size=100,
+        return held_out(
+            environment, "test", self.tokenizer, NEW_TOKENS.get(name, MAX_NEW_TOKENS), batch_size=100
         )
 
     def opened(self, checkpoint: Path) -> MemGenModel:
@@ -260,10 +254,10 @@ class Bench:
 
         return self.once(name, make)
 
-    # What is measured
+    # Measurements
 
     def shop(self) -> None:
-        """Weaver SFT and GRPO on the shop, with the controls that show whose work it is."""
+        """Weaver SFT and GRPO on the shop, with their controls."""
         tasks = (TARGET,)
         weaver = self.train("weaver")
         self.score("untrained latents", lambda: self.untrained(weaver), tasks)
@@ -309,7 +303,7 @@ class Bench:
         self.score("LoRA-SFT with replay", lambda: self.bare(replay), tasks)
 
     def bills(self) -> None:
-        """The task whose memory is needed again and again."""
+        """The task that needs latents after the prompt, too."""
         tasks = ("bill",)
         bill = self.train("bill")
         self.score("bill: reasoner alone", lambda: without_memory(self.opened(bill)), tasks)
@@ -357,7 +351,7 @@ def _children_cpu() -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is missing and writes the report.
+    """Runs the missing parts and writes the report.
 
     Args:
         argv: arguments; default: those of the process.
@@ -365,7 +359,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(prog="make bench-lab", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.lab", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--weaver-seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--base-seeds", type=int, nargs="+", default=[0, 1], metavar="N")
     parser.add_argument(

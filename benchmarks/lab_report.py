@@ -1,4 +1,4 @@
-"""The report of `make bench-lab`: what was measured, as JSON, and tables of it for people."""
+"""The report of `make bench-lab`: figures as JSON, and tables of them as Markdown."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from memgen.bench.record import processor
 from memgen.lab.report import OTHERS
 from memgen.results.statistics import mean_interval
 
@@ -37,7 +38,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Run:
-    """All that was measured on one reasoner with one seed."""
+    """All results of one reasoner and one seed."""
 
     base_seed: int
     seed: int
@@ -306,11 +307,5 @@ def _seconds(seconds: float | None) -> str:
 
 def machine() -> str:
     """Processor, versions and threads."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        found = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        model = found[0] if found else model
-    return f"{model}, Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{processor()}, Python {platform.python_version()}, torch {torch.__version__}, {threads} threads"

@@ -1,7 +1,7 @@
-"""The control that has no memory: LoRA on the reasoner itself, trained on the same solved problems as the weaver.
+"""Control without latents: LoRA on the reasoner itself, trained on the same solved problems as the weaver.
 
-It answers two questions that a table of weavers leaves open: what plain fine-tuning makes of the same experience, and
-what it costs the other tasks, with and without replaying them.
+It measures what plain fine-tuning gains from the same data, and loses on the other tasks, with and without replaying
+them.
 """
 
 from __future__ import annotations

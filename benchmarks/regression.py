@@ -1,4 +1,4 @@
-"""What a position costs: measured seconds as a sum of prices times exact counts."""
+"""Prices of work: measured seconds fitted as a sum of prices times exact counts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fit_prices(cases: Sequence[Mapping[str, float]], seconds: Sequence[float], n
 
     Args:
         cases: counts of each case.
-        seconds: what each took.
+        seconds: of each case.
         names: the counts to price.
 
     Raises:

@@ -1,6 +1,6 @@
-"""What a backbone needs on many devices, on paper: memory by part, messages of a step, the rollout's share.
+"""Formulas of what a backbone needs on many devices: memory by part, messages of a step, the rollout's share.
 
-Formulas only; `benchmarks.scale_runs` measures the same numbers on small models, and tests hold the two together.
+`benchmarks.scale_runs` measures the same numbers on small models, and tests compare the two.
 
 Axis letters: N ranks, P weights of the base, T positions of a micro-batch on a rank.
 """
@@ -86,7 +86,7 @@ BACKBONES = {
 
 @dataclass(frozen=True)
 class WeaverSize:
-    """A weaver, as far as its size goes."""
+    """Size of a weaver."""
 
     rank: int = 16
     targets: tuple[str, ...] = ("q_proj", "v_proj")
@@ -106,7 +106,7 @@ class WeaverSize:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a rank does in a micro-batch."""
+    """Workload of a rank in a micro-batch."""
 
     rows: int = 8
     """Rows of a micro-batch, or episodes of a rollout, on one rank."""
@@ -131,8 +131,8 @@ class Needs:
 
     Attributes:
         frozen: the base between steps.
-        gathered: what a pass of a training step adds to it: of ZeRO-3, two layers at most, embeddings and head.
-        rollout: what a rollout adds to `frozen` in weights: of ZeRO-3, the rest of the base.
+        gathered: weights that a pass of a training step adds: of ZeRO-3, two layers at most, embeddings and head.
+        rollout: weights that a rollout adds: of ZeRO-3, the rest of the base.
         trained: trained weights, with DeepSpeed's second copy.
         gradients: of trained weights, at the end of a backward pass.
         optimizer: AdamW's two moments.
@@ -161,15 +161,15 @@ class Needs:
 
 
 def memory_needs(
-    base: Decoder, weaver: WeaverSize, work: Workload, strategy: Strategy, ranks: int, item: int = 2
+    base: Decoder, weaver: WeaverSize, workload: Workload, strategy: Strategy, ranks: int, item: int = 2
 ) -> Needs:
     """Bytes on one device, by part.
 
     Args:
         base: the frozen model, which all three components share.
-        weaver: what is trained.
-        work: a micro-batch.
-        strategy: how state is shared out.
+        weaver: the trained weights.
+        workload: a micro-batch.
+        strategy: how state is partitioned.
         ranks: N.
         item: bytes of a frozen weight, an activation and a cached number.
     """
@@ -197,8 +197,8 @@ def memory_needs(
         trained=copies,
         gradients=trained + (trained / ranks if shared else 0.0),
         optimizer=2 * trained / (ranks if shared else 1),
-        activations=item * work.positions * (passes * base.layers * base.hidden + inside),
-        cache=2 * work.positions * base.cache_bytes(item),
+        activations=item * workload.positions * (passes * base.layers * base.hidden + inside),
+        cache=2 * workload.positions * base.cache_bytes(item),
     )
 
 
@@ -208,7 +208,7 @@ class Traffic:
 
     Attributes:
         gradients: reduced, and the updated weights back.
-        weights: layers that passes gather (ZeRO-3), and what is gathered once per step.
+        weights: layers that passes gather (ZeRO-3), and the rest of the base, gathered once per step.
         rollout: the base, gathered once for a rollout (ZeRO-3), per update that it serves.
     """
 
@@ -228,11 +228,11 @@ def passes(insertions: int) -> tuple[int, int]:
 
 
 def gathered_weights(base: Decoder, weaver: WeaverSize, no_grad: int, grad: int, item: int = 2) -> float:
-    """Bytes that ZeRO-3 puts together in a training step: a pass with gradient gathers its layers twice.
+    """Bytes that ZeRO-3 gathers in a training step: a pass with gradient gathers its layers twice.
 
     Args:
         base: the frozen model.
-        weaver: what is trained.
+        weaver: the trained weights.
         no_grad: passes without gradient.
         grad: passes with gradient.
         item: bytes of a frozen weight.
@@ -243,15 +243,15 @@ def gathered_weights(base: Decoder, weaver: WeaverSize, no_grad: int, grad: int,
 
 
 def traffic(
-    base: Decoder, weaver: WeaverSize, work: Workload, strategy: Strategy, ranks: int, item: int = 2
+    base: Decoder, weaver: WeaverSize, workload: Workload, strategy: Strategy, ranks: int, item: int = 2
 ) -> Traffic:
     """Messages of a step of weaver GRPO with one micro-batch.
 
     Args:
         base: the frozen model.
-        weaver: what is trained.
-        work: the micro-batch and its rollout.
-        strategy: how state is shared out.
+        weaver: the trained weights.
+        workload: the micro-batch and its rollout.
+        strategy: how state is partitioned.
         ranks: N.
         item: bytes of a frozen weight.
     """
@@ -262,13 +262,13 @@ def traffic(
     if strategy != "zero3":
         return Traffic(gradients, 0.0, 0.0)
     # The updated weights come back with the next step's gather.
-    weights = part * gathered_weights(base, weaver, *passes(work.insertions), item)
-    return Traffic(gradients / 2, weights, part * item * base.weights / work.iterations)
+    weights = part * gathered_weights(base, weaver, *passes(workload.insertions), item)
+    return Traffic(gradients / 2, weights, part * item * base.weights / workload.iterations)
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a device does in a second."""
+    """Speed and size of a device."""
 
     name: str
     memory: float
@@ -302,7 +302,7 @@ class Times:
 def times(
     base: Decoder,
     weaver: WeaverSize,
-    work: Workload,
+    workload: Workload,
     strategy: Strategy,
     ranks: int,
     device: Device = H100,
@@ -316,12 +316,12 @@ def times(
     """
     wide = base.weights - (0 if base.tied else base.vocabulary * base.hidden)
     per_step = max(
-        (item * wide + work.positions / 2 * 2 * base.cache_bytes(item)) / device.bandwidth,
-        2 * wide * work.rows / device.flops,
+        (item * wide + workload.positions / 2 * 2 * base.cache_bytes(item)) / device.bandwidth,
+        2 * wide * workload.rows / device.flops,
     )
-    weaving = work.insertions * item * wide / device.bandwidth
-    prefill = 2 * 2 * wide * work.rows * (work.length - work.new_tokens) / device.flops
-    decoding = work.new_tokens * per_step + weaving + prefill
-    update = work.iterations * 2 * 6 * wide * work.positions / device.flops
-    moved = traffic(base, weaver, work, strategy, ranks, item)
-    return Times(decoding, update, work.iterations * moved.total / device.network)
+    weaving = workload.insertions * item * wide / device.bandwidth
+    prefill = 2 * 2 * wide * workload.rows * (workload.length - workload.new_tokens) / device.flops
+    decoding = workload.new_tokens * per_step + weaving + prefill
+    update = workload.iterations * 2 * 6 * wide * workload.positions / device.flops
+    moved = traffic(base, weaver, workload, strategy, ranks, item)
+    return Times(decoding, update, workload.iterations * moved.total / device.network)

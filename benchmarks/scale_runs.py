@@ -139,7 +139,7 @@ def write_base(directory: Path) -> None:
 
 
 def make_stage(kind: Stage, base: Path) -> LightningModule:
-    """A stage whose new tensors are the same in every process."""
+    """A stage whose initial weights are the same in every process."""
     torch.manual_seed(0)
     lora = LoraSettings(r=WEAVER.rank, alpha=2 * WEAVER.rank, dropout=0.0, target_modules=WEAVER.targets)
     config = MemGenConfig(
@@ -184,12 +184,12 @@ def make_stage(kind: Stage, base: Path) -> LightningModule:
             )
 
 
-# What is watched
+# Measurements
 
 
 @final
 class Watch(Callback):
-    """Losses over all ranks, and what a rank holds.
+    """Losses over all ranks, and bytes that a rank holds.
 
     Args:
         save: where to write a checkpoint behind step `SAVED`.
@@ -223,7 +223,7 @@ class Watch(Callback):
             base._layers[0].register_forward_pre_hook(count)
 
     def count_gathers(self) -> Callable[[], None]:
-        """From now on adds up what is gathered. Returns what ends it."""
+        """Counts gathered bytes from now on; returns a function that ends it."""
         from deepspeed import comm
 
         gather = comm.allgather_fn
@@ -267,10 +267,10 @@ class Watch(Callback):
 @torch.no_grad()
 def _nudge(module: LightningModule) -> None:
     """Multiplies every trained number by 1 plus or minus a float32 rounding unit."""
-    draws = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         if parameter.requires_grad:
-            signs = torch.randn(parameter.shape, generator=draws).sign()
+            signs = torch.randn(parameter.shape, generator=generator).sign()
             parameter.mul_(1 + torch.finfo(torch.float32).eps / 2 * signs)
 
 
@@ -301,11 +301,11 @@ def moments(trainer: Trainer) -> int:
 
 
 def recorded(path: Path, *, write: bool) -> Callable[[], None]:
-    """Lets stages play rollouts from a file, or write theirs into it. Returns what ends it.
+    """Replaces rollouts by those of a file, or records them into it; returns a function that ends it.
 
     Args:
         path: the file; an episode is known by its seed.
-        write: whether to play and record.
+        write: whether to roll out and record.
     """
     # The name under which the cycle looks it up.
     play = cycle.rollout  # type: ignore[attr-defined]
@@ -353,12 +353,12 @@ def make_strategy(name: str) -> Any:
 
 
 def run(task: dict[str, Any]) -> None:
-    """Takes the steps of one stage under one strategy and writes what this rank saw."""
+    """Trains one stage under one strategy and writes this rank's measurements."""
     kind, name, mode = task["stage"], task["strategy"], task["mode"]
     folder = Path(task["folder"])
     place = folder / f"{name}-{kind.replace(' ', '-')}"
     ranks = ranks_of(name)
-    # The first run of a single process records what all play.
+    # The first run of a single process records the rollouts of all.
     restore = [recorded(folder / f"{kind}.rollouts", write=name == "single" and mode == "whole")]
     gc.collect()
     meter = ProcessMeter()
@@ -435,11 +435,11 @@ def launch(tasks: list[dict[str, Any]], log: Path, *, killed: bool) -> None:
 
     Args:
         tasks: of one strategy.
-        log: what the processes say.
+        log: the processes' output.
         killed: whether the last task kills them.
 
     Raises:
-        RuntimeError: if they end otherwise, with the end of what they said.
+        RuntimeError: if they end otherwise, with the end of their output.
     """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -487,7 +487,7 @@ def _rank(tasks: list[dict[str, Any]], rank: int, ranks: int, port: int, log: Pa
 
 
 def prepare() -> None:
-    """Imports what the forks need, for a machine's CPU alone, and forgets what a launcher may have set."""
+    """Imports for the forks, on the CPU alone, and unsets a launcher's variables."""
     for variable in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"):
         os.environ.pop(variable, None)
     os.environ |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -512,7 +512,7 @@ def measured(names: Sequence[str], folder: Path) -> Iterator[dict[str, Any]]:
 
     Args:
         names: of the strategies.
-        folder: with the base; what runs write goes there.
+        folder: with the base; runs write into it.
 
     Raises:
         RuntimeError: if one of them fails.
@@ -526,7 +526,7 @@ def measured(names: Sequence[str], folder: Path) -> Iterator[dict[str, Any]]:
         if process.exitcode:
             for other in processes:
                 other.terminate()
-            raise RuntimeError(f"{name} failed; what it said is above")
+            raise RuntimeError(f"{name} failed; its output is above")
         yield from json.loads((folder / f"{name}.cases.json").read_text(encoding="utf-8"))
 
 
@@ -604,7 +604,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(directory)
         write_base(folder / "base")
         first, *others = RUNS
-        # The single process records what the others play.
+        # The single process records the rollouts of the others.
         for names in [[first], others] if options.together else [[name] for name in RUNS]:
             for case in measured(names, folder):
                 recorder.add(case)

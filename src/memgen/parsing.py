@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -45,7 +44,7 @@ def parse(kind: type[Record], values: Mapping[str, Any]) -> Record:
     _require_known(kind, values, "")
     try:
         # pydantic's JSON mode: an array is a tuple, and otherwise nothing is converted.
-        return _adapter(kind).validate_json(json.dumps(values), strict=True)
+        record: Record = TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raised = first.get("ctx", {}).get("error")
@@ -54,11 +53,7 @@ def parse(kind: type[Record], values: Mapping[str, Any]) -> Record:
         key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].replace("Input should be", "must be")
         raise ValueError(f"{key} {message}, got {first['input']!r}") from error
-
-
-@functools.cache
-def _adapter(kind: type[Record]) -> TypeAdapter[Record]:
-    return TypeAdapter(kind)
+    return record
 
 
 def _require_known(kind: Any, values: Any, prefix: str) -> None:

@@ -16,7 +16,6 @@ from memgen.bench.training import (
     policy_gradient,
 )
 from tolerance import assert_close
-from work_formula import stream_positions
 
 SETTINGS = ModelSettings(model="tiny", latents=2, spacing=4)
 WORK = TrainingWorkload(batch=4, length=40, prompt=8, points=3)
@@ -40,12 +39,13 @@ def test_a_step_of_either_side_leaves_gradients_on_what_it_trains_and_nowhere_el
 def test_a_step_does_the_work_of_the_formula(group):
     step = MemGenStep(SETTINGS, TrainingWorkload(batch=4, length=40, prompt=8, points=3, group=group))
     step.step("grpo")
-    assert [len(row) for row in step.plan.rows()] == [3] * 4
-    reasoner, weaver = stream_positions([40] * 4, step.plan.rows(), SETTINGS.latents)
-    # A group's prompt is read once, by the reasoner and by the weaver.
+    rows = step.plan.rows()
+    assert [len(row) for row in rows] == [3] * 4
+    # A group's prompt of 8 tokens is read once, by the reasoner and by the weaver; K is 2.
     spared = 8 * (4 - 4 // group)
-    assert step.done.reasoner_positions == reasoner - spared
-    assert step.done.weaver_positions == weaver - spared
+    assert step.done.reasoner_positions == 4 * (39 + 3 * 2) - spared
+    # Tokens up to the last insertion, latents of the earlier two, and the queries of all three.
+    assert step.done.weaver_positions == sum(row[-1][0] for row in rows) + 4 * (2 * 2 + 3 * 2) - spared
 
 
 def test_both_stages_have_the_same_loss_at_equal_advantages():

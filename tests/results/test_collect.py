@@ -124,7 +124,7 @@ def test_the_counts_add_up_and_items_without_a_trajectory_are_known(base, tmp_pa
     assert found.kept + sum(found.reasons.values()) == 44
     assert found.reasons["faulted"] == 4
     assert found.empty == 11 - len({line["index"] for line in lines}) >= 1
-    assert "failed by the environment" in "\n".join(found.lines(player.keep))
+    assert "with an environment error" in "\n".join(found.lines(player.keep))
 
 
 def test_a_line_says_how_to_draw_it_again(base, tmp_path):
@@ -179,7 +179,9 @@ def test_nothing_is_played_twice_and_other_settings_are_refused(base, tmp_path):
 
 def test_draws_that_would_all_be_equal_are_refused(base, tmp_path):
     greedy = GenerationSettings(max_new_tokens=8, group_size=4)
-    with pytest.raises(ValueError, match="4 answers to each item are to be drawn, but the temperature is 0"):
+    with pytest.raises(
+        ValueError, match="4 answers to each item are to be sampled, but the temperature is 0"
+    ):
         collected(tmp_path, collector(base, rollout=greedy))
 
 

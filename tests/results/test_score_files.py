@@ -137,7 +137,7 @@ def test_costs_are_per_item_over_all_of_its_answers():
 def test_a_run_that_failed_altogether_has_no_mean():
     found = summarise([row(0, fault="gone")])
     assert found.reward is None
-    assert found.lines() == ["no valid answer: the environment failed all 1"]
+    assert found.lines() == ["no valid answer: all 1 had an environment error"]
 
 
 def test_a_part_is_averaged_over_the_answers_that_have_it():

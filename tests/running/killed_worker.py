@@ -22,6 +22,7 @@ from lightning.pytorch import Callback
 import memgen.files
 import memgen.training.cycle
 from memgen.objectives.grpo import PolicySettings
+from memgen.run_context import RunContext
 from memgen.running.resume import ResumeCheckpoint, StepSeeds, last_checkpoint
 from memgen.training.optimizer import OptimizerSettings
 from memgen.training.rollouts import UpdateSettings
@@ -76,9 +77,9 @@ def train(order: dict, base: Path) -> None:
     stage, data = stage_and_data(order["kind"], base)
     resume = ResumeCheckpoint(every_n_steps=2, every_minutes=None)
     ckpt = last_checkpoint(run)
-    resume.run, resume.resumed_from = run, None if ckpt is None else str(ckpt)
+    context = RunContext(folder=run, resumed_from=ckpt)
     trainer = make_trainer(
-        run, max_steps=STEPS, callbacks=[Losses(run), StepSeeds(), resume], enable_checkpointing=True
+        run, max_steps=STEPS, callbacks=[Losses(run), StepSeeds(), context, resume], enable_checkpointing=True
     )
     phase = order.get("phase")
     when = lambda: trainer.global_step >= order["step"]  # noqa: E731

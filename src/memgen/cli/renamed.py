@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from importlib.util import find_spec
 from typing import Any
 
 from memgen.cli.errors import UsageError
@@ -31,11 +30,9 @@ MOVED = {
     "memgen.environments.workers": "memgen.environments.worlds.workers",
     "memgen.training.resume": "memgen.running.resume",
     "memgen.training.strategy": "memgen.distributed.zero",
+    "memgen.tracking.mlflow.run_logger": "memgen.tracking.run_logger.run_logger",
 }
 """Old module (every class in it moved), or old full name of one class or function -> the new one."""
-
-if find_spec("memgen.tracking.run_logger") is not None:
-    MOVED["memgen.tracking.mlflow.run_logger"] = "memgen.tracking.run_logger.run_logger"
 
 KEYS: dict[str, str] = {}
 """Old key -> new key, both in full and without `init_args`; `*` stands for any item of a list:

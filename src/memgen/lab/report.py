@@ -1,4 +1,4 @@
-"""What memory is worth on the lab: one table of every stage's result against its controls."""
+"""The table of `memgen demo`: accuracy of every stage on the lab, against its controls."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from memgen.chat import load_tokenizer, prompt_ids
 from memgen.environments.base import Split
@@ -37,7 +38,7 @@ OTHERS = ("open", "add", "rev", "walk")
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What the stages left behind.
+    """The stages' checkpoints.
 
     Attributes:
         weaver: of weaver SFT.
@@ -54,11 +55,11 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Condition:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
         outcome: on the target's held-out items.
-        others: on those of the tasks that need no memory; None where it says nothing.
+        others: on those of the tasks that need no memory; None: not scored.
     """
 
     outcome: Outcome
@@ -74,7 +75,7 @@ class LabReport:
         items: how many of the target.
         constant: the best constant answer of the split.
         conditions: in the order of the table.
-        base_hash: SHA-256 of all frozen tensors after everything.
+        base_hash: SHA-256 of all frozen tensors after the last condition.
     """
 
     split: Split
@@ -130,35 +131,53 @@ class LabReport:
         return table
 
 
+def held_out(
+    environment: Lab,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> Task:
+    """The items of a split, answered greedily.
+
+    Args:
+        environment: the lab's tasks.
+        split: which items.
+        tokenizer: the reasoner's.
+        max_new_tokens: limit of an answer.
+        batch_size: rows that are decoded together.
+    """
+    examples = environment.examples(split)
+    return Task(
+        environment=environment,
+        examples=examples,
+        prompts=[prompt_ids(tokenizer, environment.messages(example)) for example in examples],
+        tokenizer=tokenizer,
+        settings=GenerationSettings(max_new_tokens=max_new_tokens),
+        batch_size=batch_size,
+    )
+
+
 def report_on_stages(
     checkpoints: Checkpoints,
     split: Split = "test",
     items: int = 600,
     progress: Callable[[str], None] = lambda name: None,
 ) -> LabReport:
-    """Scores what the stages left behind, and the controls.
+    """Scores the stages' checkpoints, and the controls.
 
     Args:
         checkpoints: of all stages, of one reasoner, trained on the lab of the default world.
         split: which items to answer: val to choose settings, test to report.
         items: how many of the target, and of the other tasks together.
-        progress: told of each condition before it is scored.
+        progress: called with the name of each condition before it is scored.
     """
     environment = Lab(val_size=items, test_size=items)
     config = read_config(checkpoints.weaver)
     tokenizer = load_tokenizer(resolve_asset(config.backbone.name))
 
-    def task(lab: Lab) -> Task:
-        examples = lab.examples(split)
-        return Task(
-            environment=lab,
-            examples=examples,
-            prompts=[prompt_ids(tokenizer, lab.messages(example)) for example in examples],
-            tokenizer=tokenizer,
-            settings=GenerationSettings(max_new_tokens=MAX_NEW_TOKENS),
-        )
-
-    target, others = task(environment), task(Lab(OTHERS, val_size=items, test_size=items))
+    target = held_out(environment, split, tokenizer, MAX_NEW_TOKENS)
+    others = held_out(Lab(OTHERS, val_size=items, test_size=items), split, tokenizer, MAX_NEW_TOKENS)
     torch.manual_seed(0)  # of the untrained weaver
     model = MemGenModel.build(config, tokenizer, resolve_asset).eval()
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, final
 
 from memgen.environments.base import Example
-from memgen.files import take_place, temporary_beside
+from memgen.files import write_whole
 from memgen.results.ledger import Entry, Journal, Ledger, differences, read_journal, read_lines
 from memgen.results.summary import Row, Summary
 
@@ -103,11 +103,8 @@ class Records:
 
     def write_summary(self, summary: Summary) -> None:
         """Writes `summary.json`, which appears whole or not at all."""
-        path = self.folder / SUMMARY
-        temporary = temporary_beside(path)
         text = json.dumps({**summary.as_dict(), "about": self.about}, indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        take_place(temporary, path)
+        write_whole(self.folder / SUMMARY, text + "\n")
 
     def close(self) -> None:
         """Closes the files. It can be called twice."""

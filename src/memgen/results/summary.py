@@ -50,10 +50,10 @@ class Summary:
     def lines(self) -> list[str]:
         """The summary as lines of text."""
         if self.reward is None:
-            return [f"no valid answer: the environment failed all {self.faulted}"]
+            return [f"no valid answer: all {self.faulted} had an environment error"]
         lines = [f"reward {self.reward} of {self.items} items"]
         if self.faulted:
-            lines.append(f"{self.faulted} answers are not counted: the environment failed them")
+            lines.append(f"{self.faulted} answers with an environment error are not counted")
         lines += [f"pass@{k} {interval}" for k, interval in self.pass_at_k.items()]
         cost = ", ".join(f"{value:,.4g} {name.replace('_', ' ')}" for name, value in self.per_item.items())
         return [*lines, f"per item: {cost}"]

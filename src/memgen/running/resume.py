@@ -25,8 +25,10 @@ from typing_extensions import override
 
 from memgen.distributed.collectives import over_ranks, world_size
 from memgen.files import new_file, point_to, remove, remove_leftovers, write_whole
+from memgen.lightning_internals import log_step_metrics, validation_is_due
+from memgen.run_context import run_context
 from memgen.running.interrupt import LISTENER, Agreement, Interrupted, Limit, Wish
-from memgen.tracking.mlflow import pause_runs
+from memgen.tracking.run_logger import pause_runs
 from memgen.training.callbacks import RESUME, AdapterCheckpoint
 from memgen.training.checkpoint import CheckpointError
 from memgen.training.stage import seed_of
@@ -114,9 +116,7 @@ class ResumeCheckpoint(Checkpoint):
         self.keep = keep
         self.limit = Limit.find(time_limit, 60 * save_by_minutes)
         self.run: Path | None = None
-        """The run's folder. AdapterCheckpoint decides where it is; without one, the command line or the Trainer."""
-        self.resumed_from: str | None = None
-        """The .ckpt that the run goes on from. The Trainer knows it only after set-up, so the command line says it."""
+        """The run's folder, from set-up on: AdapterCheckpoint's; without one, the RunContext's or the Trainer's."""
         self._agreement: Agreement | None = None
         self._step = self._saved_step = -1
         self._saved_at = self._told_at = time.monotonic()
@@ -132,10 +132,11 @@ class ResumeCheckpoint(Checkpoint):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, AdapterCheckpoint):
                 self.run = callback.run
+        context = run_context(trainer)
         if self.run is None:
-            self.run = Path(trainer.default_root_dir)
-        if self.resumed_from is not None:
-            require_ranks(Path(self.resumed_from), trainer.world_size)
+            self.run = context.folder or Path(trainer.default_root_dir)
+        if context.resumed_from is not None:
+            require_ranks(context.resumed_from, trainer.world_size)
         if trainer.is_global_zero and (self.run / RESUME).is_dir():
             for path in remove_leftovers(self.run / RESUME):
                 logger.info("%s was left behind by a process that was killed: removed", path)
@@ -172,10 +173,7 @@ class ResumeCheckpoint(Checkpoint):
             return
         assert self._agreement is not None, "training has started"
         self._step = trainer.global_step
-        loop = trainer.fit_loop
-        fetcher = loop._data_fetcher
-        assert fetcher is not None, "it has fetched this batch"
-        self._validation_due = loop.epoch_loop._should_check_val_fx(fetcher)
+        self._validation_due = validation_is_due(trainer)
         minutes = (time.monotonic() - self._saved_at) / 60
         due = trainer.is_global_zero and self.every_minutes is not None and minutes >= self.every_minutes
         verdict = self._agreement.after_step(due, self._save_seconds)
@@ -187,7 +185,7 @@ class ResumeCheckpoint(Checkpoint):
         if verdict.wish and trainer.global_step != trainer.max_steps:
             LISTENER.forget()
             # Lightning would send this step's metrics to the loggers behind this hook.
-            trainer._logger_connector.update_train_step_metrics()
+            log_step_metrics(trainer)
             if verdict.wish is Wish.REQUEUE:
                 pause_runs(trainer.loggers)
             raise Interrupted(

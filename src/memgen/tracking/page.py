@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from lightning.pytorch.loggers import Logger
 
 from memgen.tracking.episodes import Sample
-from memgen.tracking.mlflow import run_loggers
+from memgen.tracking.run_logger import run_loggers
 
 
 def log_samples(loggers: Iterable[Logger], samples: Sequence[Sample], name: str) -> None:

@@ -17,8 +17,8 @@ from memgen.generation.rollout import Actor, Rollouts, rollout
 from memgen.model.weaver import WeaverConfig
 from memgen.tracking.episodes import Sample, episode_row, episode_trace, marked_trajectory
 from memgen.tracking.metrics import AnswerMetrics, Measured
-from memgen.tracking.mlflow import run_loggers
 from memgen.tracking.page import log_samples
+from memgen.tracking.run_logger import run_loggers
 from memgen.tracking.traces import Trace
 from memgen.types import Trajectory
 

@@ -9,7 +9,6 @@ divergence from the reference is exact, both outcomes of a decision being known.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from memgen.data import EnvironmentData, EvalBatch, PromptBatch, no_assets
+from memgen.data import EnvironmentData, EvalBatch, PromptBatch
 from memgen.generation.rollout import Actor, EpisodeSettings, Replay
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel
@@ -106,7 +105,6 @@ class TriggerRL(LightningModule):
         self.init_from = init_from
         self.allow_untrained_weaver = allow_untrained_weaver
         self.recompute = checkpointing
-        self.resolve_asset: Callable[[str], str] = no_assets
         # A .ckpt holds what is trained; the frozen base is loaded from where it came.
         self.strict_loading = False
         self.memgen: MemGenModel
@@ -119,7 +117,7 @@ class TriggerRL(LightningModule):
     def setup(self, stage: str) -> None:
         if not hasattr(self, "memgen"):
             data = stage_data(self, "rollouts" if stage == "fit" else None)
-            self.memgen = build_model(self.config, data, self.resolve_asset, self.init_from)
+            self.memgen = build_model(self.config, data, data.resolve_asset, self.init_from)
             if stage == "fit":
                 self._require_trained_weaver()
         self.memgen.train_only(self.memgen.trigger)

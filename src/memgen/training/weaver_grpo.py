@@ -9,7 +9,6 @@ micro-batches and ranks; (5) episodes of several turns are trained like answers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any, final
 
 from lightning.pytorch import LightningModule
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from memgen.data import EnvironmentData, EvalBatch, PromptBatch, no_assets
+from memgen.data import EnvironmentData, EvalBatch, PromptBatch
 from memgen.generation.rollout import Actor, EpisodeSettings, Replay
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel
@@ -80,7 +79,6 @@ class WeaverGRPO(LightningModule):
         self.episodes = episodes
         self.init_from = init_from
         self.recompute = checkpointing
-        self.resolve_asset: Callable[[str], str] = no_assets
         # A .ckpt holds what is trained; the frozen base is loaded from where it came.
         self.strict_loading = False
         self.memgen: MemGenModel
@@ -98,7 +96,7 @@ class WeaverGRPO(LightningModule):
                     "no checkpoint was given: the weaver starts untrained, and most likely finds no reward to learn "
                     "from (--checkpoint DIR of weaver SFT)"
                 )
-            self.memgen = build_model(self.config, data, self.resolve_asset, self.init_from)
+            self.memgen = build_model(self.config, data, data.resolve_asset, self.init_from)
         self.memgen.train_only(self.memgen.weaver)
         self.memgen.use_checkpointing(self.recompute)
         self.data.steps_per_rollout = self.cycle.update.steps(self.trainer.accumulate_grad_batches)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -19,7 +18,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from memgen.data import EnvironmentData, EvalBatch, SFTBatch, no_assets
+from memgen.data import EnvironmentData, EvalBatch, SFTBatch
 from memgen.generation.rollout import Actor, EpisodeSettings
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel, Woven
@@ -68,7 +67,6 @@ class WeaverSFT(LightningModule):
         self.init_from = init_from
         self.recompute = checkpointing
         self.seed = seed
-        self.resolve_asset: Callable[[str], str] = no_assets
         # A .ckpt holds what is trained; the frozen base is loaded from where it came.
         self.strict_loading = False
         self.memgen: MemGenModel
@@ -89,7 +87,7 @@ class WeaverSFT(LightningModule):
             )
         if not hasattr(self, "memgen"):
             data = stage_data(self, "answers" if stage == "fit" else None)
-            self.memgen = build_model(self.config, data, self.resolve_asset, self.init_from)
+            self.memgen = build_model(self.config, data, data.resolve_asset, self.init_from)
         self.memgen.train_only(self.memgen.weaver)
         self.memgen.use_checkpointing(self.recompute)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,42 +15,17 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-import memgen
 from memgen.environments.base import Example
-from memgen.tracking import mlflow as tracking
+from memgen.tracking import run_logger as tracking
 from memgen.tracking.artifacts import fetch_checkpoint
+from memgen.tracking.datasets import dataset_record
 from memgen.tracking.delivery import read_outbox
-from memgen.tracking.mlflow import (
-    RunDescription,
-    RunLogger,
-    RunRecord,
-    open_parent,
-    pause_runs,
-    recorded_run,
-    resumed_logger,
-    run_logger,
-)
+from memgen.tracking.run_file import recorded_run
+from memgen.tracking.run_logger import RunLogger, open_parent, pause_runs, resumed_logger, run_logger
+from memgen.tracking.run_record import RunRecord
 from memgen.tracking.store import deliver
 from sft_runs import Letters
-
-RESOLVED = {
-    "seed_everything": 7,
-    "model": {
-        "class_path": "memgen.training.weaver_sft.WeaverSFT",
-        "memgen": {"backbone": {"name": "lab:reasoner"}, "boundaries": {"delimiters": [",", "."]}},
-    },
-    "data": {
-        "environment": {"class_path": "memgen.environments.qa.gsm8k.GSM8K", "init_args": {"path": "x" * 900}}
-    },
-    "trainer": {"callbacks": [{"class_path": "A", "init_args": {"x": 1}}, "B"], "plugins": []},
-}
-DESCRIPTION = RunDescription(
-    command="fit",
-    arguments=("--config", "conf/a.yaml", "--x", "a b"),
-    raw={"conf/a.yaml": "x: ${y} # kept\n", "conf/data/b.yaml": "y: 1\n"},
-    resolved_yaml="x: 1\ny: 1\n",
-    resolved=RESOLVED,
-)
+from tracking.described import DESCRIPTION
 
 
 def artifacts(logger, folder="") -> dict[str, str]:
@@ -204,7 +180,7 @@ def test_a_run_in_another_store_goes_on_as_a_new_one(logger, tmp_path, caplog):
     logger.log_run_folder(tmp_path / "run")
     other = run_logger(tracking_uri="http://127.0.0.1:9", root=str(tmp_path / "other"))
     assert resumed_logger(other, tmp_path / "run" / "last.ckpt") is other
-    assert "goes on as a new run in http://127.0.0.1:9" in caplog.text
+    assert "continues as a new run in http://127.0.0.1:9" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -327,9 +303,9 @@ def test_a_table_is_written_once_though_it_is_sent_twice(logger):
 
 def test_the_data_of_a_run_is_recorded_with_a_digest_of_its_items(logger):
     items = [Example(str(n), f"q{n}", "t", "a") for n in range(3)]
-    record = tracking.dataset_record(Letters(), "/data/x", "train", items)
-    assert record.digest == tracking.dataset_record(Letters(), "/data/x", "train", list(items)).digest
-    assert record.digest != tracking.dataset_record(Letters(), "/data/x", "train", items[:2]).digest
+    record = dataset_record(Letters(), "/data/x", "train", items)
+    assert record.digest == dataset_record(Letters(), "/data/x", "train", list(items)).digest
+    assert record.digest != dataset_record(Letters(), "/data/x", "train", items[:2]).digest
     logger.log_dataset(record)
     logger.log_dataset(record)
     (found,) = read(logger).inputs.dataset_inputs
@@ -383,13 +359,6 @@ def test_a_sweep_shows_its_best_point(root, monkeypatch, mode, best):
     assert run.data.tags["points"] == "3"
 
 
-def test_a_job_of_slurm_is_named_in_the_tags(monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "12")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    tags = tracking.run_tags(DESCRIPTION)
-    assert (tags["slurm.job_id"], tags["slurm.array_task_id"]) == ("12", "3")
-
-
 def test_other_loggers_are_left_alone(tmp_path):
     tracking.log_checkpoint([], tmp_path)
 
@@ -406,74 +375,10 @@ def test_telemetry_is_off_unless_asked_for(monkeypatch, tmp_path):
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert run_logger().store.address.uri == "http://127.0.0.1:9"
-    assert tracking.os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
-
-
-def test_parameters_are_flat_text_of_at_most_500_characters():
-    flat = tracking.flatten_parameters(RESOLVED)
-    assert flat["seed_everything"] == "7"
-    assert flat["model.memgen.boundaries.delimiters"] == "[',', '.']"
-    assert flat["trainer.callbacks.1"] == "B"
-    assert flat["trainer.plugins"] == "[]"
-    long = flat["data.environment.init_args.path"]
-    assert len(long) == 500
-    assert long.endswith("x...")
-
-
-def test_tags_say_what_a_person_filters_by():
-    tags = tracking.run_tags(DESCRIPTION)
-    expected = {
-        "command": "fit",
-        "stage": "weaver_sft",
-        "backbone": "lab:reasoner",
-        "environment": "GSM8K",
-        "seed": "7",
-        "memgen.version": memgen.__version__,
-    }
-    assert expected.items() <= tags.items()
-
-
-def test_tags_leave_out_what_is_not_known():
-    tags = tracking.run_tags(RunDescription(command="test"))
-    assert not {"stage", "backbone", "environment", "seed"} & set(tags)
-
-
-def repository(folder: Path, *, tracked: bool) -> Path:
-    """A git repository around a copy of the package's first file."""
-
-    def git(*arguments: str) -> None:
-        subprocess.run(
-            ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", str(folder), *arguments],
-            check=True,
-            capture_output=True,
-        )
-
-    source = folder / "memgen" / "__init__.py"
-    source.parent.mkdir()
-    source.write_text("a = 1\n")
-    (folder / "other").write_text("")
-    git("init", "-q")
-    git("add", "." if tracked else "other")
-    git("commit", "-q", "-m", "first")
-    return source
-
-
-def test_the_revision_of_the_source_is_recorded_with_its_changes(tmp_path, monkeypatch):
-    source = repository(tmp_path, tracked=True)
-    monkeypatch.setattr(memgen, "__file__", str(source))
-    clean = tracking.git_revision()
-    assert len(clean["git.revision"]) == 40
-    assert clean["git.dirty"] == "false"
-    source.write_text("a = 2\n")
-    assert tracking.git_revision() == {**clean, "git.dirty": "true"}
-
-
-def test_an_installed_package_inside_a_foreign_repository_has_no_revision(tmp_path, monkeypatch):
-    monkeypatch.setattr(memgen, "__file__", str(repository(tmp_path, tracked=False)))
-    assert tracking.git_revision() == {}
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
 def test_mlflow_is_imported_only_when_a_run_is_recorded():
-    code = "import sys, memgen.tracking.mlflow; print('mlflow' in sys.modules)"
+    code = "import sys, memgen.tracking.run_record; print('mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "False"
