@@ -102,7 +102,7 @@ def test_ctrl_c_loses_nothing_that_was_played(folder):
     assert process.returncode == 130, error
     assert error.endswith("memgen collect: interrupted\n")
     assert "Traceback" not in error
-    assert "t.jsonl is not complete; the same command goes on with it" in out
+    assert "t.jsonl is not complete; the same command continues it" in out
     items = [json.loads(line) for line in (folder / "t.jsonl.journal").read_text().splitlines()[1:]]
     kept = (folder / "t.jsonl").read_text().splitlines()
     assert sum(item["note"]["kept"] for item in items) == len(kept)

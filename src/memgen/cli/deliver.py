@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from memgen.cli.errors import UsageError
-
-DEFAULT_FOLDER = Path("runs/outbox")
+from memgen.tracking.address import DEFAULT_OUTBOX
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,14 +27,14 @@ def main(argv: Sequence[str]) -> int:
         "outbox",
         nargs="*",
         type=Path,
-        help=f"files named in a run's warning; default: all in {DEFAULT_FOLDER}",
+        help=f"files named in a run's warning; default: all in {DEFAULT_OUTBOX}",
     )
     given: list[Path] = parser.parse_args(argv).outbox
     paths = given or sorted(
-        path for path in DEFAULT_FOLDER.glob("*.jsonl") if not path.name.endswith(".refused.jsonl")
+        path for path in DEFAULT_OUTBOX.glob("*.jsonl") if not path.name.endswith(".refused.jsonl")
     )
     if not paths:
-        print(f"no undelivered records in {DEFAULT_FOLDER}")
+        print(f"no undelivered records in {DEFAULT_OUTBOX}")
         return 0
     missing = [path for path in paths if not path.is_file()]
     if missing:

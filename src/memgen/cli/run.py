@@ -31,8 +31,9 @@ from memgen.results.recorded_test import RecordedTest
 from memgen.run_context import RunContext, run_context
 from memgen.running.interrupt import Interrupted
 from memgen.running.resume import LAST, ResumeCheckpoint, StepSeeds, last_checkpoint
+from memgen.tracking.address import DEFAULT_ROOT
 from memgen.tracking.run_description import RunDescription
-from memgen.tracking.run_logger import DEFAULT_ROOT, RunLogger, resumed_logger, run_id_of, run_logger
+from memgen.tracking.run_logger import RunLogger, resumed_logger, run_id_of, run_logger
 from memgen.tracking.run_record import RunRecord
 from memgen.training.callbacks import RESUME
 from memgen.training.checkpoint import CONFIG_FILE

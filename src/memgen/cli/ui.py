@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 
 from memgen.cli.errors import UsageError
-from memgen.tracking.address import DEFAULT_STORE, STORE_VARIABLE, is_missing
-
-OUTBOX = Path("runs/outbox")
+from memgen.tracking.address import DEFAULT_OUTBOX, DEFAULT_STORE, STORE_VARIABLE, is_missing
 
 
 def main(argv: list[str]) -> int:
@@ -52,8 +50,8 @@ def main(argv: list[str]) -> int:
         print(shlex.join(["mlflow", *command[3:]]))
         return 0
     print(f"MLflow on http://{options.host}:{options.port} in about 20 seconds (Ctrl-C stops it)")
-    if list(OUTBOX.glob("*.jsonl")):
-        print(f"{OUTBOX} holds undelivered records: `memgen deliver` sends them")
+    if list(DEFAULT_OUTBOX.glob("*.jsonl")):
+        print(f"{DEFAULT_OUTBOX} holds undelivered records: `memgen deliver` sends them")
     # MLflow's jobs (judges, prompt optimisation) would take seven more processes and a minute to start.
     environment = {
         "MLFLOW_DISABLE_TELEMETRY": "true",

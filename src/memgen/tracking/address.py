@@ -8,8 +8,12 @@ STORE_VARIABLE = "MLFLOW_TRACKING_URI"
 """Environment variable with the store's URI."""
 SQLITE = "sqlite:///"
 """Prefix of the URI of a sqlite store."""
-DEFAULT_STORE = f"{SQLITE}runs/mlflow.db"
+DEFAULT_ROOT = "runs"
+"""Default folder of runs and their records."""
+DEFAULT_STORE = f"{SQLITE}{DEFAULT_ROOT}/mlflow.db"
 """Store that is used by default."""
+DEFAULT_OUTBOX = Path(DEFAULT_ROOT) / "outbox"
+"""Folder of undelivered records by default."""
 
 
 def absolute_uri(uri: str) -> str:

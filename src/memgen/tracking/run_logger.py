@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from memgen.tracking.address import SQLITE, STORE_VARIABLE
+from memgen.tracking.address import DEFAULT_ROOT, SQLITE, STORE_VARIABLE
 from memgen.tracking.datasets import DatasetRecord
 from memgen.tracking.delivery import Outbox, new_outbox_path, read_outbox
 from memgen.tracking.family import (
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXPERIMENT = "memgen"
-DEFAULT_ROOT = "runs"
 START_SECONDS = 60.0
 """Longest time that a run waits for its id. A new sqlite store takes ten seconds; a store that does not answer ends it."""
 
