@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +37,15 @@ from typing_extensions import override
 
 from memgen.distributed import zero_state
 from memgen.distributed.collectives import over_ranks
+from memgen.distributed.deepspeed_internals import (
+    gather,
+    is_sharded,
+    missing,
+    release,
+    remove_fetch_hooks,
+    skip_shared_memory_kernel,
+)
+from memgen.distributed.torch_internals import set_group_timeouts
 from memgen.model.backbone import Backbone
 from memgen.model.cache import PackedStore, Segment
 from memgen.model.memgen import MemGenModel
@@ -66,7 +75,7 @@ def require_whole(model: nn.Module) -> None:
         RuntimeError: naming the first such tensor.
     """
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") or parameter.numel() == 0:
+        if is_sharded(parameter) or parameter.numel() == 0:
             raise RuntimeError(
                 f"the model was built inside deepspeed.zero.Init: {name} holds {parameter.numel()} numbers, so its "
                 "initialisation is lost; build it outside (in LightningModule.setup, not in configure_model)"
@@ -160,18 +169,16 @@ class ZeroStrategy(DeepSpeedStrategy):
         if not isinstance(self.accelerator, CPUAccelerator):
             super().setup_environment()
             return
-        import deepspeed
         from deepspeed.accelerator import get_accelerator
 
-        if get_accelerator()._name != "cpu":
+        if get_accelerator().device_name() != "cpu":
             raise RuntimeError(
-                f"trainer.accelerator is cpu, but DeepSpeed has chosen {get_accelerator()._name}; set the environment "
+                f"trainer.accelerator is cpu, but DeepSpeed has chosen {get_accelerator().device_name()}; set the environment "
                 "variable DS_ACCELERATOR=cpu"
             )
         os.environ.setdefault("LOCAL_SIZE", str(self.num_processes))
         if shutil.which("g++") is None or shutil.which("ninja") is None:
-            # An operation for inference over shared memory, which would be compiled and which nobody calls here.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            skip_shared_memory_kernel()
         super(DeepSpeedStrategy, self).setup_environment()
 
     # Set-up
@@ -194,22 +201,15 @@ class ZeroStrategy(DeepSpeedStrategy):
             Init(module=module, config_dict_or_path=self.config)
             module.to(self.root_device)
         super().init_deepspeed()
-        self._limit_waiting()
+        # DeepSpeed makes its groups with torch's default, half an hour.
+        set_group_timeouts(self.timeout)
         if self.stage == 3:
-            optimizer = self.deepspeed_engine.optimizer
             # DeepSpeed's own schedule gathers submodule by submodule, and waits for ranks that make no such pass.
-            getattr(optimizer, "parameter_offload", optimizer)._remove_module_hooks()
+            remove_fetch_hooks(self.deepspeed_engine.optimizer)
             self._shards = LayerShards(module, model)
             self._shards.install()
         with self.whole_weights():
             _require_equal(before, _checksums(module))
-
-    def _limit_waiting(self) -> None:
-        """Gives DeepSpeed's groups of ranks our timeout: it makes them with torch's own, half an hour."""
-        from torch.distributed import distributed_c10d
-
-        for group in list(distributed_c10d._world.pg_map):
-            distributed_c10d._set_pg_timeout(self.timeout, group)
 
     @override
     def _init_optimizers(self) -> Any:
@@ -429,9 +429,9 @@ class LayerShards:
         self.remove()
         with ExitStack() as stack:
             for parameters in (self._resident, *self._layers.values()):
-                missing = _missing(parameters)
-                if missing:
-                    stack.enter_context(GatheredParameters(missing))
+                absent = missing(parameters)
+                if absent:
+                    stack.enter_context(GatheredParameters(absent))
             try:
                 yield
             finally:
@@ -442,14 +442,14 @@ class LayerShards:
         """What is trained gathered, and with it what is no layer's."""
         from deepspeed.runtime.zero import GatheredParameters
 
-        missing = _missing(self._resident)
-        with GatheredParameters(missing) if missing else nullcontext():
+        absent = missing(self._resident)
+        with GatheredParameters(absent) if absent else nullcontext():
             yield
 
     # A training step
 
     def _begin_step(self, module: Module, args: Any) -> None:
-        _gather(self._resident)
+        gather(self._resident)
         self._outputs = []
         self._stepping = True
 
@@ -521,14 +521,14 @@ class LayerShards:
 
     def _fetch(self, layer: Module) -> None:
         parameters = self._layers[layer]
-        _gather(parameters)
+        gather(parameters)
         self._whole |= {p.untyped_storage().data_ptr(): p for p in parameters}
 
     def _release(self, layer: Module) -> None:
         parameters = self._layers[layer]
         for parameter in parameters:
             self._whole.pop(parameter.untyped_storage().data_ptr(), None)
-        cast(Any, parameters[0]).partition(param_list=parameters)
+        release(parameters)
 
     def _pack(self, tensor: Tensor) -> Tensor | _Part:
         """What autograd keeps of a layer: activations as they are, but of a weight only which part it was.
@@ -574,15 +574,3 @@ class _Nothing(torch.autograd.Function):
 def _agree(code: int) -> int:
     """The pass that is next: the least that any rank wants."""
     return int(over_ranks(torch.tensor([code]), "min"))
-
-
-def _missing(parameters: Sequence[nn.Parameter]) -> list[Any]:
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    return [p for p in parameters if cast(Any, p).ds_status == ZeroParamStatus.NOT_AVAILABLE]
-
-
-def _gather(parameters: Sequence[nn.Parameter]) -> None:
-    missing = _missing(parameters)
-    if missing:
-        missing[0].all_gather_coalesced(missing).wait()
