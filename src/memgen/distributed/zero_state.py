@@ -24,7 +24,7 @@ def optimizer_state(zero: Any, parameters: Sequence[nn.Parameter]) -> dict[str, 
 
     Args:
         zero: DeepSpeed's optimizer.
-        parameters: what is trained, in the order in which the optimizer was given it.
+        parameters: the trained ones, in the order in which the optimizer was given them.
     """
     base: torch.optim.Optimizer = zero.optimizer
     steps = [float(state["step"]) for state in base.state.values() if "step" in state]
@@ -64,8 +64,8 @@ def load(
 
     Args:
         zero: DeepSpeed's optimizer.
-        parameters: what is trained, in the order in which the optimizer was given it.
-        weights: of each; None leaves them.
+        parameters: the trained ones, in the order in which the optimizer was given them.
+        weights: the whole weight of each; None leaves them.
         state: None leaves it.
 
     Raises:
