@@ -219,17 +219,14 @@ def _check(value: Any, annotation: Any, key: str) -> Problem | None:
 
 def _check_mapping(value: Document, members: list[Any], key: str) -> Problem | None:
     """A mapping that stands for a record, or for a class with its arguments."""
-    classes = [member for member in members if inspect.isclass(member) and member is not type(None)]
+    members = [member for member in members if member is not type(None)]
+    classes = [member for member in members if inspect.isclass(member)]
     if "class_path" in value:
         return _check_class(value, classes[0] if classes else object, key)
     records = [member for member in members if dataclasses.is_dataclass(member)]
     if len(records) == 1:
         return _check_arguments(value, records[0], key, complete=True)
-    if (
-        classes
-        and not any(issubclass(member, Mapping) for member in classes)
-        and len(classes) == len(members)
-    ):
+    if len(classes) == len(members) and not any(issubclass(member, Mapping) for member in classes):
         return Problem(key, f"has no class_path, which names the {describe(classes[0])} to build")
     return None
 
