@@ -218,7 +218,7 @@ def _check(value: Any, annotation: Any, key: str) -> Problem | None:
 
 
 def _check_mapping(value: Document, members: list[Any], key: str) -> Problem | None:
-    """A mapping that stands for a record, or for a class with its arguments."""
+    """A mapping for a record, or for a class with its arguments."""
     members = [member for member in members if member is not type(None)]
     classes = [member for member in members if inspect.isclass(member)]
     if "class_path" in value:
@@ -256,7 +256,7 @@ def load_class(path: Any, base: Any) -> tuple[Any, str | None]:
         base: what it must be a subclass of.
 
     Returns:
-        The class or function (None if that cannot be told from here), and why it cannot be used (None if it can).
+        The class or function (None if it is not known), and why it cannot be used (None if it can).
     """
     if not isinstance(path, str):
         return None, f"must be the dotted name of a class, got {path!r}"

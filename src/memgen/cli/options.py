@@ -11,7 +11,7 @@ def take_options(
     """Splits a command line in two, each in its order.
 
     Args:
-        argv: the arguments behind the command.
+        argv: the arguments after the command.
         valued: options that take a value, as they are typed (`--out`).
         flags: options that take none.
 

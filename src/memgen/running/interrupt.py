@@ -48,7 +48,7 @@ class Interrupted(Exception):
     """A run has saved itself and stops before its end, on all ranks at the same step.
 
     Attributes:
-        wish: what was asked for.
+        wish: the request.
     """
 
     def __init__(self, wish: Wish, message: str) -> None:

@@ -371,11 +371,11 @@ def export_released(model: MemGenModel, config: MemGenConfig, directory: Path) -
     Args:
         model: with a trigger of kind `tokens`: the format has no place for the others.
         config: the model's configuration.
-        directory: where; it is written whole or not at all.
+        directory: the target; it is written whole or not at all.
 
     Raises:
         ValueError: if the model has something that the format cannot hold.
-        FileExistsError: if something that is no such checkpoint stands there: it would be lost.
+        FileExistsError: if `directory` exists and is no such checkpoint: it would be lost.
     """
     if not isinstance(model.trigger, TokenTrigger):
         raise ValueError(  # noqa: TRY004 - a setting is wrong, not a type
