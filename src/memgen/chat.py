@@ -2,9 +2,9 @@ r"""Messages to token ids, and which of these ids the assistant wrote.
 
 A tokenizer's own chat template is used if it has one, else ChatML. An assistant's turn runs from the first token
 after its header to its end-of-turn token inclusive. Differs from the released code: (1) the line break that ChatML
-puts behind `<|im_end|>` is no target, since decoding stops at `<|im_end|>`; (2) turns are located by rendering
+puts after `<|im_end|>` is no target, since decoding stops at `<|im_end|>`; (2) turns are located by rendering
 the conversation up to them, never by searching for header ids or padding ids; (3) the tokenizer's own template is
-respected, not overwritten.
+used, not overwritten.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
-class Turn(NamedTuple):
+class TurnSpan(NamedTuple):
     """An assistant's turn as a span of token indices."""
 
     prompt_end: int
     """Tokens before the turn, its header included."""
     end: int
-    """Index behind the turn's end-of-turn token."""
+    """Index after the turn's end-of-turn token."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ConversationTokens:
     """
 
     ids: list[int]
-    turns: tuple[Turn, ...]
+    turns: tuple[TurnSpan, ...]
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -114,7 +114,7 @@ def conversation_ids(
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
-        raise ValueError("the conversation has no assistant message, so there is nothing to learn from it")
+        raise ValueError("the conversation has no assistant message, so nothing in it can be supervised")
     whole = _render(tokenizer, messages, template, header=False)
     ids = _tokenize(tokenizer, whole)
     specials = _special_ids(tokenizer)
@@ -144,7 +144,7 @@ def conversation_ids(
                 f"{messages[index]['content'][:8]!r}, so decoding would start from other tokens; remove the white space "
                 "there, or give another template (data.chat_template: chatml)"
             )
-        spans.append(Turn(start, _turn_end(tokenizer, ids, start, len(until_ids), specials, what)))
+        spans.append(TurnSpan(start, _turn_end(tokenizer, ids, start, len(until_ids), specials, what)))
     return ConversationTokens(ids=ids, turns=tuple(spans))
 
 
@@ -164,11 +164,11 @@ def observation_ids(
 ) -> list[int]:
     """Token ids between two turns of an agent: what follows its end-of-turn token, up to its next turn.
 
-    The agent's own tokens are never decoded and encoded again, so what it reads back is what it wrote.
+    The agent's own tokens are never decoded and encoded again: the context keeps the sampled tokens.
 
     Args:
         tokenizer: any tokenizer.
-        observation: what the environment answers; becomes a user message.
+        observation: the environment's text; becomes a user message.
         template: a chat template in place of the tokenizer's (`CHATML`, for instance).
 
     Raises:
@@ -235,14 +235,14 @@ def _turn_end(
     specials: frozenset[int],
     what: str,
 ) -> int:
-    """Index behind the end-of-turn token of the turn that lies in `ids[start:stop]`, white space after it."""
+    """Index after the end-of-turn token of the turn in `ids[start:stop]`, which white space may follow."""
     end = stop
     while end > start and ids[end - 1] not in specials and not tokenizer.decode([ids[end - 1]]).strip():
         end -= 1
     if end == start or ids[end - 1] not in specials:
         raise ValueError(
-            f"the chat template closes {what} without a special token, so decoding could not know where a turn "
-            "ends; give another template (data.chat_template: chatml)"
+            f"the chat template closes {what} without a special token, so decoding could not stop at the end "
+            "of a turn; give another template (data.chat_template: chatml)"
         )
     if ids[end - 1] in ids[start : end - 1]:
         token = tokenizer.convert_ids_to_tokens(ids[end - 1])

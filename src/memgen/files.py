@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all, whatever happens to the process that writes them.
 
 What is written goes to a temporary name beside the target, is forced to disk, and is renamed. The temporary name holds
-host and process, so the next writer of the same target removes what a killed one left behind.
+host and process, so the next writer of the same target removes what a killed one left.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
-    """Removes what killed writers left behind in a folder.
+    """Removes temporary files and folders of killed writers.
 
     Args:
         folder: where they wrote.

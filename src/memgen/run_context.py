@@ -29,7 +29,7 @@ class RunContext(Callback):
 
     Args:
         folder: the run's folder; None: AdapterCheckpoint chooses one.
-        resumed_from: the .ckpt that the run goes on from. The Trainer itself knows it only after set-up.
+        resumed_from: the .ckpt that the run is resumed from. The Trainer itself knows it only after set-up.
         resolve_asset: turns the name of an asset (`lab:reasoner`) into a directory; other names pass through.
     """
 

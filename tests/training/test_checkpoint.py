@@ -96,7 +96,6 @@ def test_what_was_saved_is_loaded_bit_for_bit(tmp_path, trigger, own_bases):
     report = load_checkpoint(other, tmp_path / "c")
     assert_same(trained_tensors(other), trained_tensors(model))
     assert len(report.matched) == len(before)
-    assert report.missing == report.unexpected == ()
     without_leftovers(tmp_path, "c")
 
 

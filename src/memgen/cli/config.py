@@ -34,10 +34,10 @@ Document = dict[str, Any]
 SECTIONS = ("model", "data")
 """Sections that are a class, so that `--model CLASS` names it."""
 VARIABLES = "vars"
-"""A section of a person's own, for values that several places refer to; it ends with the resolution."""
+"""A section for values that several places refer to; it is removed after the resolution."""
 CLASS_KEYS = ("class_path", "dict_kwargs")
 OPTIONS = ("config", "print_config", "checkpoint", "run", "help")
-"""What a Trainer command takes besides overrides."""
+"""Options of a Trainer command besides overrides."""
 
 COMMAND_LINE = "the command line"
 """The name of the layer of overrides."""
@@ -51,8 +51,8 @@ class Layer:
     """One source of configuration values.
 
     Attributes:
-        name: what to call it in a message: a file name, or "the command line".
-        text: as the person wrote it.
+        name: for messages: a file name, or "the command line".
+        text: as it was written.
         values: what it sets, without `init_args`, unresolved.
     """
 
@@ -63,14 +63,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Request:
-    """What a Trainer command was asked to do.
+    """The parsed command line of a Trainer command.
 
     Attributes:
         files: configuration files, in order.
         overrides: (key, value as typed), in order.
         print_config: print the configuration and stop.
         arguments: the command line as it was typed.
-        run: folder of the run, which goes on from its last checkpoint if it has one.
+        run: folder of the run, resumed from its last checkpoint if it has one.
     """
 
     files: tuple[Path, ...]
@@ -84,7 +84,7 @@ class Request:
         """Reads `--config FILE`, `--print_config`, `--checkpoint DIR`, `--run DIR`, `--a.b.c value`, `--a.b.c=value`.
 
         Args:
-            argv: the arguments behind the command.
+            argv: the arguments after the command.
 
         Raises:
             UsageError: if an argument is no option, an option lacks its value, or there is no `--config`.
@@ -164,7 +164,7 @@ def resolve(merged: DictConfig, layers: Sequence[Layer]) -> Document:
 
     Args:
         merged: the result of `merge`.
-        layers: what it was merged from, to say where a reference stands.
+        layers: what it was merged from, to name the file of a reference.
 
     Raises:
         UsageError: if a reference points nowhere or in a circle, or a value is marked `???`.
@@ -209,7 +209,7 @@ def to_yaml(document: Document) -> str:
 
 
 def source_of(key: str, layers: Sequence[Layer]) -> str | None:
-    """The name of the last layer that sets a key (or what stands above it), or None."""
+    """The name of the last layer that sets a key, or None."""
     parts = key.split(".")
     for layer in reversed(layers):
         node: Any = layer.values
@@ -277,7 +277,7 @@ def _read_layer(path: Path) -> Layer:
 
 
 def _missing_file(path: Path) -> str:
-    """Says which file is meant by a path that does not exist."""
+    """The message for a path that does not exist, with the nearest one that does."""
     if path.is_dir():
         return f"{path} is a folder; --config takes a YAML file"
     if not path.parent.is_dir():
@@ -308,7 +308,7 @@ def _nest_overrides(overrides: Sequence[tuple[str, str]]) -> Document:
 def _merge_values(base: Any, layer: Any) -> Any:
     """`layer` over `base`. A mapping whose keys are all numbers changes the items of a list.
 
-    An object with the number behind the last item is appended.
+    An object with the number after the last item is appended.
     """
     if isinstance(base, list) and isinstance(layer, dict) and layer and all(k.isdigit() for k in layer):
         items = list(base)
@@ -334,7 +334,7 @@ def _merge_values(base: Any, layer: Any) -> Any:
 
 
 def _escape(value: Any) -> Any:
-    """Resolved text that happens to hold `${` is marked, so that reading it back does not resolve it."""
+    """Escapes `${` in resolved text, so that reading it back does not resolve it."""
     if isinstance(value, dict):
         return {key: _escape(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -345,7 +345,7 @@ def _escape(value: Any) -> Any:
 
 
 def _resolve_into(target: Document, node: DictConfig, layers: Sequence[Layer], prefix: str = "") -> None:
-    """Resolves key by key, so that an error can name the key it stands at."""
+    """Resolves key by key, so that an error can name its key."""
     for name in node:
         key = str(name)
         target[key] = _resolve_key(node, key, f"{prefix}{key}", layers)
@@ -369,7 +369,7 @@ def _resolve_key(node: Any, key: Any, full: str, layers: Sequence[Layer]) -> Any
 def _unresolved(
     full: str, node: Any, key: Any, error: OmegaConfBaseException, layers: Sequence[Layer]
 ) -> str:
-    """Says which key has a reference that cannot be resolved, and what it refers to."""
+    """The message for a reference that cannot be resolved, with its key and target."""
     source = source_of(full, layers)
     at = f"{full} ({source})" if source else full
     if isinstance(error, MissingMandatoryValue):

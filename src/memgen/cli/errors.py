@@ -1,4 +1,4 @@
-"""What a command tells a person who gave it something it cannot use."""
+"""Errors of the command line that are shown as one line."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class UsageError(Exception):
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate most like `name`, or None if none is like it."""
+    """The most similar candidate, or None if none is similar."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return matches[0] if matches else None
 
 
 def refuses_input(error: BaseException, within: Path | None = PACKAGE) -> bool:
-    """Whether a value was refused on purpose, by a `raise` whose message says what to change.
+    """Whether an error was raised by a `raise` statement, whose message says what to change.
 
-    An error that comes out of an expression, or of a library, is a fault and keeps its traceback.
+    An error from any other expression, or from a library, is a bug and keeps its traceback.
 
     Args:
-        error: what was caught.
-        within: folder of the code that may refuse; None: any code.
+        error: the caught error.
+        within: folder whose `raise` statements count; None: any.
     """
     if not isinstance(error, (ValueError, OSError, RuntimeError)):
         return False

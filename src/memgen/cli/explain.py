@@ -1,7 +1,7 @@
-"""Says in one line what is wrong with a configuration that jsonargparse refused.
+"""Finds the key at fault in a configuration that jsonargparse refused, and the nearest valid key.
 
-jsonargparse decides what is valid. Its message lists every branch of every union that did not fit; this module walks the
-same document along the signatures and finds the one key, with its full name, and the valid key nearest to it.
+jsonargparse decides what is valid, but its message lists every branch of every union that did not fit. This module walks
+the same document along the signatures to the first key that does not fit.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Problem:
     """The first thing found wrong.
 
     Attributes:
-        key: the full key, in the form a person writes.
-        message: what is wrong with it, to stand behind the key.
+        key: the full key.
+        message: what is wrong with it; follows the key in the printed line.
     """
 
     key: str
@@ -74,7 +74,7 @@ def find_problem(
 
 
 def unknown_key(key: str, valid: list[str]) -> str:
-    """What to say behind the full name of a key that nothing takes.
+    """The message for a key that no signature has.
 
     Args:
         key: the full key.
@@ -117,7 +117,7 @@ def parameters(target: Callable[..., Any]) -> dict[str, Parameter]:
 
 
 def describe(annotation: Any) -> str:
-    """A type as a person would say it."""
+    """A type in words."""
     if annotation is None or annotation is type(None):
         return "null"
     if get_origin(annotation) in (Union, types.UnionType):
@@ -144,7 +144,7 @@ def _hints(target: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(inspect.unwrap(target))
     except (NameError, TypeError, AttributeError):
-        # An annotation that only a type checker can evaluate; jsonargparse's own message has to do then.
+        # An annotation that only a type checker can evaluate; jsonargparse's own message is shown then.
         return {}
 
 
@@ -218,18 +218,15 @@ def _check(value: Any, annotation: Any, key: str) -> Problem | None:
 
 
 def _check_mapping(value: Document, members: list[Any], key: str) -> Problem | None:
-    """A mapping that stands for a record, or for a class with its arguments."""
-    classes = [member for member in members if inspect.isclass(member) and member is not type(None)]
+    """A mapping for a record, or for a class with its arguments."""
+    members = [member for member in members if member is not type(None)]
+    classes = [member for member in members if inspect.isclass(member)]
     if "class_path" in value:
         return _check_class(value, classes[0] if classes else object, key)
     records = [member for member in members if dataclasses.is_dataclass(member)]
     if len(records) == 1:
         return _check_arguments(value, records[0], key, complete=True)
-    if (
-        classes
-        and not any(issubclass(member, Mapping) for member in classes)
-        and len(classes) == len(members)
-    ):
+    if len(classes) == len(members) and not any(issubclass(member, Mapping) for member in classes):
         return Problem(key, f"has no class_path, which names the {describe(classes[0])} to build")
     return None
 
@@ -259,7 +256,7 @@ def load_class(path: Any, base: Any) -> tuple[Any, str | None]:
         base: what it must be a subclass of.
 
     Returns:
-        The class or function (None if that cannot be told from here), and why it cannot be used (None if it can).
+        The class or function (None if it is not known), and why it cannot be used (None if it can).
     """
     if not isinstance(path, str):
         return None, f"must be the dotted name of a class, got {path!r}"

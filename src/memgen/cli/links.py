@@ -1,11 +1,11 @@
-"""What it looks like when a process of a run loses another."""
+"""Detects lost connections between the processes of a run (torch.distributed)."""
 
 from __future__ import annotations
 
 import re
 
 STATUS = 1
-"""Exit status of a process that has lost another."""
+"""Exit status of a process that has lost its connection to another."""
 
 
 _SIGNS = (
@@ -15,13 +15,13 @@ _SIGNS = (
     "Connection closed by peer",
     "Connection reset by peer",
 )
-"""What gloo writes into RuntimeErrors of its own."""
+"""Parts of the messages of gloo's RuntimeErrors."""
 
 
 def lost_link(error: BaseException) -> str | None:
-    """One line about a lost connection between the processes of a run; None if an error is something else.
+    """A message about a lost connection; None if the error is another one.
 
-    Gloo tells by plain RuntimeErrors. NCCL's watchdog ends the process itself, with a message of its own.
+    Gloo raises plain RuntimeErrors. NCCL's watchdog ends the process itself, with a message of its own.
     """
     import torch.distributed as dist
 
@@ -30,10 +30,10 @@ def lost_link(error: BaseException) -> str | None:
     told = isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
     if not isinstance(error, kinds) and not told:
         return None
-    # Without the path in torch's sources.
+    # Without the path of torch's source file.
     reason = re.sub(r"^\[\S+\]\s*", "", text.strip().splitlines()[0]).rstrip(".")
     return (
-        f"this process lost its connection to another process of this run ({reason}). How long one waits for "
-        "another is trainer.strategy.timeout; the run goes on from its last checkpoint by the same command "
+        f"this process lost its connection to another process of this run ({reason}). The timeout is "
+        "trainer.strategy.timeout; the run goes on from its last checkpoint by the same command "
         "with --run FOLDER, or with --ckpt_path FOLDER/resume/last.ckpt"
     )

@@ -19,11 +19,11 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Command:
-    """A command and where it lives.
+    """A command and its module.
 
     Attributes:
         summary: one line for the help.
-        module: holds `main(argv) -> int`; imported when the command runs.
+        module: has `main(argv) -> int`; imported when the command runs.
         trainer: True if the command is a method of the Trainer; its name then begins argv.
     """
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: the arguments behind `memgen`; default: those of the process.
+        argv: the arguments after `memgen`; default: those of the process.
 
     Returns:
         The exit status: 0, 2 for input that cannot be used, 130 after Ctrl-C, or what the command returns.
@@ -99,10 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _guarded(name: str, rest: list[str]) -> int:
-    """Runs a command and turns what it refuses into a message and an exit status."""
+    """Runs a command; refused input becomes a message and an exit status."""
     command = COMMANDS[name]
     if name == "fit":
-        # Before anything is imported that takes time: a signal that comes meanwhile would end the process.
+        # Before slow imports: a signal during them would end the process.
         LISTENER.listen()
     try:
         run = cast("Callable[[list[str]], int]", importlib.import_module(command.module).main)
@@ -111,7 +111,7 @@ def _guarded(name: str, rest: list[str]) -> int:
         print(f"memgen {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output (`| head`) has left. Point stdout elsewhere so that the interpreter's last flush is quiet.
+        # The reader of our output (`| head`) has exited. Redirect stdout so that the interpreter's last flush cannot fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UsageError, ValueError, OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Options of a command's own, among the configuration files and overrides that all Trainer commands take."""
+"""Separates a command's own options from the configuration files and overrides of all Trainer commands."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Collection, Sequence
 def take_options(
     argv: Sequence[str], valued: Collection[str], flags: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Parts a command line in two, each in its order.
+    """Splits a command line in two, each in its order.
 
     Args:
-        argv: the arguments behind the command.
+        argv: the arguments after the command.
         valued: options that take a value, as they are typed (`--out`).
         flags: options that take none.
 
@@ -28,7 +28,7 @@ def take_options(
             own.append(token)
         elif name in valued:
             own.append(token)
-            # A missing value is for the command's parser to tell.
+            # A missing value is reported by the command's parser.
             if not equals and remaining and not remaining[0].startswith("--"):
                 own.append(remaining.pop(0))
         else:

@@ -28,9 +28,9 @@ MOVED = {
     "memgen.environments.scienceworld": "memgen.environments.worlds.scienceworld",
     "memgen.environments.thought_action": "memgen.environments.worlds.thought_action",
     "memgen.environments.workers": "memgen.environments.worlds.workers",
+    "memgen.tracking.mlflow.run_logger": "memgen.tracking.run_logger.run_logger",
     "memgen.training.resume": "memgen.running.resume",
     "memgen.training.strategy": "memgen.distributed.zero",
-    "memgen.tracking.mlflow.run_logger": "memgen.tracking.run_logger.run_logger",
 }
 """Old module (every class in it moved), or old full name of one class or function -> the new one."""
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs a method of the Trainer.
 
     Args:
-        argv: the command (fit, validate, test or predict) and the arguments behind it.
+        argv: the command (fit, validate, test or predict) and the arguments after it.
 
     Returns:
         The exit status.
@@ -76,9 +76,9 @@ def execute(
 
     Args:
         command: fit, validate, test or predict.
-        request: what was asked for.
+        request: the command line.
         records: of `test`: the folder of its records, or None for the usual one.
-        instead: of `predict`: called in the place of the Trainer's method.
+        instead: of `predict`: called in place of the Trainer's method.
 
     Returns:
         The exit status.
@@ -96,7 +96,7 @@ def execute(
         last = last_checkpoint(request.run)
         document["ckpt_path"] = None if last is None else str(last)
     if document.get("ckpt_path") is not None:
-        # What a .ckpt of ours holds needs no unpickling of objects, so none is done.
+        # Our .ckpt files hold no pickled objects.
         document.setdefault("weights_only", True)
     _quieten()
     try:
@@ -109,7 +109,7 @@ def execute(
             instead=instead,
         )
     except Interrupted as stop:
-        # Lightning has torn down. One process speaks for all: a launcher would end the others if one failed.
+        # Lightning has torn down. Only rank 0 reports: a launcher would kill the others if one failed.
         if getattr(rank_zero_only, "rank", 0) not in (None, 0):
             return 0
         print(f"memgen {command}: {stop}", file=sys.stderr)
@@ -129,7 +129,7 @@ def execute(
 
 
 def describe(request: Request) -> RunDescription:
-    """Resolves the configuration of `fit` and builds all that it names but the Trainer, which needs the machine.
+    """Resolves the configuration of `fit` and builds everything but the Trainer, which needs the machine.
 
     Raises:
         UsageError: if the configuration is refused.
@@ -154,11 +154,11 @@ class TrainerCommand(LightningCLI):
 
     Args:
         command: fit, validate, test or predict.
-        request: what was asked for; None only to print help.
+        request: the command line; None only to print help.
         layers: the sources of the configuration.
         document: the resolved configuration, without `init_args`; None only to print help.
         records: folder of a test's records, or None for the usual one.
-        instead: called in the place of the Trainer's `predict`.
+        instead: called in place of the Trainer's `predict`.
         without_trainer: build everything but the Trainer, and run nothing.
         args: arguments for LightningCLI's own parser, to print help.
 
@@ -185,7 +185,7 @@ class TrainerCommand(LightningCLI):
         self._records = records
         self._instead = instead
         self._without_trainer = without_trainer
-        # Errors are raised, so that they can be told in one line.
+        # Errors are raised, so that they can be printed as one line.
         strict: dict[str, Any] = {"exit_on_error": document is None}
         super().__init__(
             LightningModule,
@@ -202,7 +202,7 @@ class TrainerCommand(LightningCLI):
 
     @override
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        # Only the parser of the command at hand: building one takes as long as all the rest of the parsing.
+        # Only this command's parser: building one takes as long as the rest of the parsing.
         everything = self.subcommands()
         self.subcommands = lambda: {self._command: everything[self._command]}  # type: ignore[method-assign]
         super()._add_subcommands(parser, **kwargs)
@@ -236,7 +236,7 @@ class TrainerCommand(LightningCLI):
             cause = _root_cause(error)
             if isinstance(cause, ValueError) and refuses_input(cause, within=None):
                 raise UsageError(str(cause)) from error
-            # What jsonargparse lets through to the constructor: a missing argument, a number where a record belongs.
+            # jsonargparse lets some errors through to the constructor: a missing argument, a number in place of a record.
             problem = None if self._document is None else self._find_problem()
             if problem is not None:
                 raise UsageError(_locate(problem, self._layers)) from error
@@ -279,7 +279,7 @@ class TrainerCommand(LightningCLI):
             raise UsageError(f"the Trainer refuses its settings: {_one_line(str(error))}") from error
         resumed = self._get(self.config_init, "ckpt_path") if self._command == "fit" else None
         if self._command == "fit" and resumed is None and self._request is not None and self._request.run:
-            # A run that was submitted, or stopped before its first checkpoint, has its record already.
+            # A run that was submitted, or stopped before its first checkpoint, already has a record.
             resumed = str(self._request.run / RESUME / LAST)
         if isinstance(resumed, str):
             trainer.loggers = [
@@ -309,7 +309,7 @@ class TrainerCommand(LightningCLI):
         return Path(self._get(self.config_init, "trainer").get("default_root_dir") or DEFAULT_ROOT)
 
     def test(self, **kwargs: Any) -> None:
-        """Calls the Trainer's `test`, as LightningCLI does, and tells what the records add up to."""
+        """Calls the Trainer's `test`, as LightningCLI does, and prints the summary."""
         self.trainer.test(**kwargs)
         callbacks: list[Any] = getattr(self.trainer, "callbacks")  # noqa: B009 - set later than it is typed
         for found in callbacks:
@@ -319,7 +319,7 @@ class TrainerCommand(LightningCLI):
                 print("\n".join([*found.summary.lines(), f"records: {found.records.folder}"]))
 
     def predict(self, **kwargs: Any) -> None:
-        """Calls the Trainer's `predict`, as LightningCLI does, and keeps what it returns: one JSON line per item."""
+        """Calls the Trainer's `predict`, as LightningCLI does, and writes the predictions: one JSON line per item."""
         if self._instead is not None:
             self._instead(self)
             return
@@ -348,7 +348,7 @@ class TrainerCommand(LightningCLI):
         return config.to_yaml(self.resolved())
 
     def description(self) -> RunDescription:
-        """How the run comes about, for its record."""
+        """Command and configuration, for the run's record."""
         assert self._request is not None, "a command that runs has a request"
         resolved = self.resolved()
         return RunDescription(
@@ -373,12 +373,12 @@ class TrainerCommand(LightningCLI):
 
 
 def _store_of(loggers: Any) -> str | None:
-    """Where the Trainer's runs are recorded, if they are."""
+    """URI of the store that records the Trainer's runs, if any."""
     return next((found.address.uri for found in _as_list(loggers) if isinstance(found, RunLogger)), None)
 
 
 def _records_folder(own: Sequence[str]) -> str | None:
-    """What `--records DIR` or `--records=DIR` says."""
+    """The value of `--records DIR` or `--records=DIR`."""
     if not own:
         return None
     value = own[-1].removeprefix(f"{RECORDS_OPTION}=")
@@ -397,9 +397,9 @@ def _print_help(command: str, arguments: list[str]) -> int:
 
 
 def _require_stage(merged: DictConfig, layers: Sequence[Layer]) -> None:
-    """Checks what everything else hangs on, before references into a class that was mistyped lead astray.
+    """Checks the class paths of model and data first, since errors elsewhere may follow from them.
 
-    A configuration without a stage is the commonest slip: only overlays were given.
+    The most frequent error is a configuration of overlays only, without a stage.
     """
     values = cast(Document, OmegaConf.to_container(merged, resolve=False))
     for section in ("trainer", *SECTION_CLASSES):
@@ -420,7 +420,7 @@ def _require_stage(merged: DictConfig, layers: Sequence[Layer]) -> None:
 
 
 def _require_checkpoints(document: Document) -> None:
-    """A checkpoint that is not there is told before anything is loaded."""
+    """Refuses a checkpoint that does not exist before anything is loaded."""
     start = document["model"].get("init_from")
     # A name with a colon, such as lab:weaver_sft, is resolved by the stage.
     if isinstance(start, str) and ":" not in start and not (current(Path(start)) / CONFIG_FILE).is_file():
@@ -433,13 +433,13 @@ def _require_checkpoints(document: Document) -> None:
 
 
 def _quieten() -> None:
-    """Keeps advertisements and warnings about Lightning's own code out of the terminal."""
+    """Filters Lightning's tips and the warnings about its own code."""
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
-    # A resumed run goes on in its folder.
+    # A resumed run continues in its folder.
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
     # The frozen base stays in evaluation mode by design.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
-    # On a cluster's login node; `memgen submit` is the way from there.
+    # Lightning's advice on a login node; `memgen submit` is how to run from there.
     warnings.filterwarnings("ignore", message=r"The `srun` command is available")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_not_advertisement)
@@ -450,7 +450,7 @@ def _is_not_advertisement(record: logging.LogRecord) -> bool:
 
 
 def _root_cause(error: Exception) -> Exception:
-    """What a constructor raised, below jsonargparse's report that no branch of a union fits."""
+    """The constructor's error below jsonargparse's report that no branch of a union fits."""
     cause = error
     while isinstance(cause.__cause__, Exception) and "Union subtypes" in str(cause):
         cause = cause.__cause__
@@ -469,7 +469,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _one_line(message: str) -> str:
-    """The message of jsonargparse, as far as it is about one key."""
+    """The part of jsonargparse's message that is about one key."""
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
     return " ".join(line for line in lines if not line.startswith(noise))

@@ -1,7 +1,7 @@
-"""SLURM as the command line sees it: what a site wants in a job script, the script itself, and the states of jobs.
+"""SLURM: a site's options, the job script, and the states of jobs.
 
-The script is plain bash that a person reads, keeps and may submit again by hand. `memgen.running.interrupt` is its
-other half: the exit status 75 of a run means "saved, to be continued".
+The script is plain bash that may be read and submitted again by hand. Its counterpart is `memgen.running.interrupt`:
+exit status 75 of a run means "saved, to be continued".
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from memgen.running.interrupt import CONTINUES, END_TIME, seconds_of
 
 DEFAULT_SITE = Path("conf/slurm/default.yaml")
 JOB_FOLDER = "slurm"
-"""Folder of a run that holds what belongs to the job: script, configuration files, job number, logs."""
+"""Folder of a run for its job: script, configuration files, job number, logs."""
 JOB_FILE = "job.json"
 SCRIPT = "job.sh"
 POINTS = "points"
-"""Folder of a sweep's run that holds the runs of its points."""
+"""Folder of a sweep's run for the runs of its points."""
 OVERRIDES = "overrides.txt"
 """In a point's folder: its overrides, one argument per line."""
 TIMEOUT_SECONDS = 60.0
@@ -40,13 +40,13 @@ OURS = (
     "nodes", "ntasks", "ntasks-per-node", "time", "array", "signal", "requeue", "no-requeue", "output", "open-mode",
     "export",
 )  # fmt: skip
-"""Options of sbatch that the script needs to be as it writes them."""
+"""Options of sbatch that the script sets itself."""
 SHORT = {"N": "nodes", "n": "ntasks", "t": "time", "a": "array", "o": "output"}
 
 
 @dataclass(frozen=True)
 class Site:
-    """What a cluster wants in its job scripts. One file of `conf/slurm/` each."""
+    """Options of a cluster for its job scripts; a file of `conf/slurm/`."""
 
     partition: str | None = None
     account: str | None = None
@@ -55,23 +55,23 @@ class Site:
     cpus_per_task: int | None = None
     """Cores of each process."""
     memory: str | None = None
-    """Of each node, as --mem takes it."""
+    """Memory of each node, as --mem takes it."""
     gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
-    """How GPUs are asked for: --gpus-per-node=8 or --gres=gpu:8."""
+    """How GPUs are requested: --gpus-per-node=8 or --gres=gpu:8."""
     gpu_type: str | None = None
     """Kind of GPU, if the cluster has several: --gpus-per-node=h200:8."""
     warn_seconds: int = 300
     """How long before the time limit SLURM warns the run. More than a step and a save take; SLURM's own clock is up to a
     minute off."""
     requeue: Literal["auto", "exit", "scontrol"] = "auto"
-    """How a run that asks to be continued is: by an exit status that the cluster requeues (RequeueExit), or by
-    `scontrol requeue` on the job's first node. auto: the first if `scontrol show config` says that there is one."""
+    """How a saved run is continued: by an exit status that the cluster requeues (RequeueExit), or by `scontrol requeue` on
+    the job's first node. auto: the first if `scontrol show config` has one."""
     requeue_exit: int | None = None
-    """That exit status; auto finds it."""
+    """The cluster's RequeueExit; auto finds it."""
     max_requeues: int = 100
-    """Then the job fails."""
+    """Requeues after which the job fails."""
     array_parallel: int | None = None
-    """Points of a sweep at a time; None: as many as there is room for."""
+    """Points of a sweep that run at a time; None: no limit."""
     sbatch: tuple[str, ...] = ()
     """More options of sbatch."""
     srun: tuple[str, ...] = ()
@@ -81,9 +81,9 @@ class Site:
     environment: Mapping[str, Annotated[str, BeforeValidator(str)]] = field(default_factory=dict)
     """Variables of the run."""
     container: tuple[str, ...] = ()
-    """Put before the command in every task: `apptainer exec --nv IMAGE`."""
+    """Prefix of the command in every task: `apptainer exec --nv IMAGE`."""
     command: tuple[str, ...] | None = None
-    """`memgen` as the nodes know it; None: the interpreter that submits."""
+    """How `memgen` is called on the nodes; None: by the interpreter that submits."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -129,7 +129,7 @@ def read_site(path: Path) -> Site:
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of SLURM.
+    """A job to submit.
 
     Attributes:
         name: of the job.
@@ -166,7 +166,7 @@ class Job:
 
 
 def require_free(options: Sequence[str]) -> None:
-    """Refuses options of sbatch that a job script of ours sets itself.
+    """Refuses options of sbatch that the job script sets itself.
 
     Raises:
         UsageError: which names the option.
@@ -188,7 +188,7 @@ def script(job: Job, site: Site, requeue_exit: int | None, command: Sequence[str
 
     Args:
         job: what to run.
-        site: what the cluster wants.
+        site: the cluster's options.
         requeue_exit: exit status that the cluster requeues; None: `scontrol requeue` on the first node.
         command: how `memgen` is called on a node.
     """
@@ -319,7 +319,7 @@ def read_sweep(path: Path) -> tuple[tuple[str, ...], ...]:
 
 
 def ask(command: Sequence[str]) -> str:
-    """What a program of SLURM's prints.
+    """The output of a SLURM program.
 
     Raises:
         UsageError: if it is not there, fails or does not answer.
@@ -365,8 +365,8 @@ def sbatch(path: Path) -> str:
 def states(jobs: Sequence[str]) -> dict[str, str]:
     """States of jobs, by number (and `number_index` for the points of a sweep).
 
-    From squeue for what waits or runs; from the accounting, or else the controller's memory, for what has ended. A job
-    that none of them knows is left out.
+    From squeue for jobs that wait or run; from sacct, or else scontrol, for those that have ended. Unknown jobs are
+    left out.
     """
     found: dict[str, str] = {}
     if not jobs:
@@ -402,12 +402,12 @@ def _ended(job: str) -> dict[str, str]:
     return found
 
 
-# What is kept about a job
+# The record of a submitted job
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What stands in a run's folder about its job."""
+    """The record of a job in its run's folder."""
 
     job: str
     name: str
@@ -419,12 +419,12 @@ class Submission:
     link: str | None = None
 
     def write(self, run: Path) -> None:
-        """Keeps it."""
+        """Writes the record."""
         (run / JOB_FOLDER / JOB_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, run: Path) -> Submission:
-        """What was kept.
+        """Reads the record.
 
         Raises:
             UsageError: if it cannot be read.

@@ -1,4 +1,4 @@
-"""`memgen status`: the runs that `memgen submit` has submitted, what SLURM says of them, and how far they are."""
+"""`memgen status`: submitted runs, their SLURM states and their progress."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METRICS = ("val/exact_match", "val/reward", "rollout/reward", "train/loss")
 
 @dataclass(frozen=True)
 class Line:
-    """One run, as it is shown."""
+    """One row of the table."""
 
     job: str
     state: str
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     """Lists the runs below a folder.
 
     Args:
-        argv: the arguments behind `memgen status`.
+        argv: the arguments after `memgen status`.
 
     Returns:
         The exit status.

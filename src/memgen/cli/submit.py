@@ -1,7 +1,7 @@
 """`memgen submit`: `memgen fit` as a SLURM job.
 
-The configuration is checked first. Script, configuration files and log lie in the run's folder, so that what runs is
-what was submitted, however long it waits. Everything that is not an option below goes to `memgen fit`.
+The configuration is checked first. Script, configuration files and log are kept in the run's folder, so later edits
+of the originals do not change a waiting job. Everything that is not an option below goes to `memgen fit`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     """Submits a job.
 
     Args:
-        argv: the arguments behind `memgen submit`.
+        argv: the arguments after `memgen submit`.
 
     Returns:
         The exit status.
@@ -170,7 +170,7 @@ def _count(least: int) -> Any:
 
 
 def _require_known(rest: list[str]) -> None:
-    """Options of the configuration have a dot or are few; anything else was meant for us."""
+    """Refuses unknown options: those of the configuration have a dot or are listed here."""
     for token in rest:
         name = token.partition("=")[0]
         plain = name.startswith("--") and "." not in name
@@ -235,7 +235,7 @@ def _copied(request: Request, rest: list[str], run: Path) -> list[str]:
 
 
 def _copies(request: Request, run: Path) -> dict[Path, Path]:
-    """Where each configuration file is kept."""
+    """The path of each configuration file's copy."""
     folder = run / JOB_FOLDER / "config"
     return {path: folder / f"{index:02d}_{path.name}" for index, path in enumerate(request.files)}
 
@@ -277,7 +277,7 @@ def _submit(job: Job, site: Site, request: Request, description: RunDescription)
 
 
 def _record(job: Job, description: RunDescription) -> tuple[str, str] | None:
-    """Makes the run's record in MLflow before it starts, so that there is something to look at.
+    """Makes the run's record in MLflow before it starts.
 
     Returns:
         The record's id and its address; None if the run has no record, or MLflow does not answer.

@@ -26,7 +26,7 @@ class EpochSampler(Sampler[Any], ABC):
     epoch: int = 0
     """The epoch whose steps come next."""
     start: int = 0
-    """The first step that comes."""
+    """The first step to yield."""
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer at the start of each epoch."""
@@ -39,7 +39,7 @@ class EpochSampler(Sampler[Any], ABC):
 
     @abstractmethod
     def order_key(self) -> dict[str, int | bool]:
-        """What an offset into the epoch depends on: it means the same step only where this is equal."""
+        """Settings that the epoch's order depends on: an offset means the same step only if they are equal."""
 
 
 @final
@@ -48,8 +48,8 @@ class WindowSampler(EpochSampler):
 
     A global batch is `world_size * batch_size` consecutive items of the epoch's order; rank r takes every
     `world_size`-th of them, from the r-th on. All ranks do the same number of steps, and no item is repeated: the
-    last, smaller global batch is shared out like the others if every rank gets at least one item of it, else its
-    items (fewer than `world_size`) sit this epoch out.
+    last, smaller global batch is divided like the others if every rank gets at least one item of it; otherwise its
+    items (fewer than `world_size`) are left out of this epoch.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class WindowSampler(EpochSampler):
             limit: the trainer's `limit_train_batches`: the epoch ends after so many steps, or after this share.
             seed: with the epoch, decides the order.
             bucket: whether a batch gathers items of like length.
-            whole_windows: leaves out the steps behind the last whole window, for strategies that count steps
-                themselves and would carry a shorter window into the next epoch (DeepSpeed).
+            whole_windows: leaves out the steps after the last whole window, for strategies that count steps
+                themselves and would continue a shorter window in the next epoch (DeepSpeed).
 
         Raises:
-            ValueError: if no step is left, or `limit` cuts a window that must be whole.
+            ValueError: if no step is left, or `limit` ends within a window that must be whole.
         """
         items, world_batch = len(lengths), world_size * batch_size
         whole, rest = divmod(items, world_batch)
@@ -156,7 +156,7 @@ class WindowSampler(EpochSampler):
         step_tokens = [int(targets[batch].sum()) for batch in batches]
         for step in range(self.start, self._steps):
             first = step - step % self._accumulate
-            # The trainer ends the last window of an epoch early; steps behind its limit are not taken.
+            # The trainer ends the last window of an epoch early; steps after its limit are not taken.
             end = min(first + self._accumulate, self._used if step < self._used else self._steps)
             yield BatchIndex(
                 indices=tuple(batches[step][self._rank :: self._world_size]),
@@ -167,11 +167,11 @@ class WindowSampler(EpochSampler):
 
 @final
 class PromptSampler(EpochSampler):
-    """The items that one rank plays, each batch of them for all steps that its rollout serves.
+    """The items that one rank rolls out, each batch of them for all steps that its rollout serves.
 
-    A rollout takes `world_size * batch_size` consecutive items of the epoch's order; rank r plays every
-    `world_size`-th of them, from the r-th on. What is left at the end of an epoch, too few for a whole rollout, sits
-    this epoch out.
+    A rollout takes `world_size * batch_size` consecutive items of the epoch's order; rank r takes every
+    `world_size`-th of them, from the r-th on. Items left at the end of an epoch, too few for a whole
+    rollout, are left out of it.
     """
 
     def __init__(
@@ -250,8 +250,8 @@ class PromptSampler(EpochSampler):
 class ResumableLoader(DataLoader[Any]):
     """A loader whose place within an epoch is part of a checkpoint.
 
-    The place is counted where a batch is handed to the trainer, not where the sampler is asked, so that workers
-    that read ahead do not shift it.
+    Batches are counted when the trainer receives them, not when the sampler yields, so workers that read ahead do
+    not shift the place.
     """
 
     def __init__(self, dataset: Dataset[Any], sampler: EpochSampler, num_workers: int = 0) -> None:
@@ -270,7 +270,7 @@ class ResumableLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """The next batch's place; the same on every rank."""
-        if self._resume is not None:  # Loaded, but no batch was asked for since.
+        if self._resume is not None:  # loaded, and no batch was requested since
             return dict(self._resume)
         return {"epoch": self._epoch, "offset": self._position, "order": self._order.order_key()}
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from memgen.chat import ConversationTokens, Turn
+from memgen.chat import ConversationTokens, TurnSpan
 from memgen.data.batches import BatchIndex, EvalBatch, Item, PromptBatch, PromptIndex, SFTBatch
 from memgen.types import TokenBatch
 
@@ -32,7 +32,7 @@ class RowBuilder:
         self._max_turns = max_turns
         self._seed = seed
 
-    def turns(self, index: int, epoch: int) -> tuple[Turn, ...]:
+    def turns(self, index: int, epoch: int) -> tuple[TurnSpan, ...]:
         """The turns of a conversation that are learned from in an epoch."""
         turns = self.conversations[index].turns
         if self._max_turns is None or len(turns) <= self._max_turns:

@@ -10,17 +10,22 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Processes that train together."""
+    """Number of processes that train together."""
     return torch.distributed.get_world_size() if _distributed() else 1
 
 
 def rank() -> int:
-    """This process among them."""
+    """Rank of this process among them."""
     return torch.distributed.get_rank() if _distributed() else 0
 
 
 def over_ranks(values: Tensor, how: str) -> Tensor:
-    """The sum, least or largest of each number over all ranks, on the host."""
+    """All-reduces each number over all ranks. The result is on the host.
+
+    Args:
+        values: any shape, equal on all ranks.
+        how: "sum", "min" or "max".
+    """
     if not _distributed():
         return values
     operation = {
@@ -34,7 +39,7 @@ def over_ranks(values: Tensor, how: str) -> Tensor:
 
 
 def of_all_ranks(values: Tensor) -> Tensor:
-    """The values of all ranks, one rank behind the other, on the host. Every rank has equally many."""
+    """All-gathers equally many values per rank, concatenated in rank order, on the host."""
     if not _distributed():
         return values
     moved = values.to(_collective_device()).contiguous()
@@ -44,16 +49,16 @@ def of_all_ranks(values: Tensor) -> Tensor:
 
 
 def ragged_of_all_ranks(values: Tensor) -> Tensor:
-    """As `of_all_ranks` for a line of numbers, of which ranks may have unequally many."""
+    """As `of_all_ranks` for one dimension of different lengths."""
     counts = of_all_ranks(torch.tensor([len(values)])).tolist()
     longest = max(counts)
     padded = torch.cat([values, values.new_zeros(longest - len(values))])
-    lines = of_all_ranks(padded).view(len(counts), longest)
-    return torch.cat([line[:count] for line, count in zip(lines, counts, strict=True)])
+    rows = of_all_ranks(padded).view(len(counts), longest)
+    return torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)])
 
 
 def objects_of_all_ranks(value: Any) -> list[Any]:
-    """One object of each rank, in their order."""
+    """All-gathers one picklable object per rank, in rank order."""
     if not _distributed():
         return [value]
     gathered: list[Any] = [None] * world_size()

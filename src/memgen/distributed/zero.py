@@ -1,21 +1,22 @@
-"""DeepSpeed's ZeRO for the three stages, on CUDA and, for tests, on CPU processes.
+"""DeepSpeed's ZeRO for the three training stages, on CUDA and, for tests, on CPU processes.
 
-What is trained is small and what is frozen is large, and ranks do not make the same passes: episodes differ in turns
-and rows in insertions. So three things differ from Lightning's strategy:
+The trained weights are few and the frozen ones many, and ranks do not make the same forward passes: episodes differ in
+turns, and rows in insertions. So three things differ from Lightning's strategy:
 
-1. *Frozen weights keep their type.* A base in bfloat16 stays so; what is trained is float32.
-2. *ZeRO-3 shares out the decoders' layers*, and a pass gathers one layer at a time, forward and backward. What is
-   trained, the embeddings and the head are whole from the beginning of a training step to the optimizer's. Whoever
-   decodes or evaluates gathers everything once for all of it (`whole_weights`) and is then free of the other ranks.
-3. *Ranks keep step.* Before each pass of a training step ranks agree which one is next; who does not need it makes an
-   empty one, whose gradient is 0. So a rank with one insertion does not leave a rank with three waiting.
+1. *Frozen weights keep their dtype.* A base in bfloat16 stays so; trained weights are float32.
+2. *ZeRO-3 shards the decoders' layers*, and a pass gathers one layer at a time, forward and backward. Trained weights,
+   embeddings and the head are whole from the beginning of a training step to the optimizer's. Decoding and evaluation
+   gather everything once (`whole_weights`) and then run without communication.
+3. *Ranks make the same passes in the same order.* Before each pass of a training step all ranks agree which one is next;
+   a rank that does not need it makes an empty pass with zero gradient. So a rank with one insertion does not leave a
+   rank with three waiting in a collective.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -37,36 +38,45 @@ from typing_extensions import override
 
 from memgen.distributed import zero_state
 from memgen.distributed.collectives import over_ranks
+from memgen.distributed.deepspeed_internals import (
+    gather,
+    is_sharded,
+    missing,
+    release,
+    remove_fetch_hooks,
+    skip_shared_memory_kernel,
+)
+from memgen.distributed.torch_internals import set_group_timeouts
 from memgen.model.backbone import Backbone
 from memgen.model.cache import PackedStore, Segment
 from memgen.model.memgen import MemGenModel
 
 ADAPTERS = ("weaver", "trigger", None)
-"""What a pass may apply, in the order in which ranks make such passes."""
+"""Adapters that a pass may apply, in the order in which ranks make such passes."""
 FINISHED = 1 << 30
-"""What a rank that needs no more passes says."""
+"""Sent by a rank that needs no more passes."""
 
 
 def whole_weights(trainer: Trainer) -> AbstractContextManager[None]:
-    """Every weight whole on every rank, as long as the block lasts. All ranks must enter and leave together.
+    """Gathers ZeRO-3 shards for the block. All ranks must enter and leave together.
 
     Args:
-        trainer: whose strategy may keep weights in shares; with any other this does nothing.
+        trainer: with any other strategy this does nothing.
     """
     strategy = trainer.strategy
     return strategy.whole_weights() if isinstance(strategy, ZeroStrategy) else nullcontext()
 
 
 def require_whole(model: nn.Module) -> None:
-    """Refuses a model that was built while weights are shared out.
+    """Refuses a model that was built inside `deepspeed.zero.Init`.
 
-    Its initialisation has then been written into nothing: LoRA's zeros become noise when the shares are put together.
+    Its initialisation was then written to empty tensors: LoRA's zeros become noise when the shards are gathered.
 
     Raises:
         RuntimeError: naming the first such tensor.
     """
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") or parameter.numel() == 0:
+        if is_sharded(parameter) or parameter.numel() == 0:
             raise RuntimeError(
                 f"the model was built inside deepspeed.zero.Init: {name} holds {parameter.numel()} numbers, so its "
                 "initialisation is lost; build it outside (in LightningModule.setup, not in configure_model)"
@@ -75,14 +85,14 @@ def require_whole(model: nn.Module) -> None:
 
 @final
 class ZeroStrategy(DeepSpeedStrategy):
-    """ZeRO 1 (optimizer state in shares), 2 (gradients too) or 3 (weights too).
+    """ZeRO level 1 (optimizer state in shards), 2 (gradients too) or 3 (weights too).
 
     Args:
-        stage: 1, 2 or 3.
-        offload_optimizer: keep the optimizer's state in host memory, and update there.
-        offload_parameters: with ZeRO-3, keep the shares of the weights in host memory.
-        bucket_size: gradients that are reduced in one message.
-        timeout: how long a process waits for another before it gives up, and all end.
+        stage: the ZeRO level, 1, 2 or 3 (DeepSpeed calls it stage).
+        offload_optimizer: keep the optimizer's state in host memory, and update it there.
+        offload_parameters: with ZeRO-3, keep the shards of the weights in host memory.
+        bucket_size: numbers that are reduced in one message.
+        timeout: how long a collective waits for another rank before the run ends.
     """
 
     def __init__(
@@ -97,7 +107,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             raise ValueError(f"strategy.stage must be 1, 2 or 3, got {stage}")
         if offload_parameters and stage != 3:
             raise ValueError(
-                f"strategy.offload_parameters needs weights in shares; set strategy.stage to 3, got {stage}"
+                f"strategy.offload_parameters needs sharded weights; set strategy.stage to 3, got {stage}"
             )
         if not torch.cuda.is_available():
             # DeepSpeed chooses its accelerator when it is imported.
@@ -113,9 +123,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
         assert isinstance(self.config, dict), "made from the arguments"
         if offload_optimizer:
-            # What is trained is small: torch's AdamW on the host does, and nothing needs to be compiled.
+            # Few weights are trained: torch's AdamW on the host suffices, and nothing needs to be compiled.
             self.config["zero_force_ds_cpu_optimizer"] = False
-        # What stays whole is decided by `LayerShards` and not by size, and so is what autograd keeps of a weight.
+        # `LayerShards` decides what stays whole and what autograd saves of a weight, not the size.
         self.config["zero_optimization"] |= {
             "stage3_param_persistence_threshold": 0,
             "memory_efficient_linear": False,
@@ -143,15 +153,15 @@ class ZeroStrategy(DeepSpeedStrategy):
     @property
     @override
     def precision_plugin(self) -> Precision:
-        """Leaves every tensor in the type it has."""
+        """Leaves every tensor's dtype as it is."""
         return super().precision_plugin
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if plugin is not None and plugin.precision != "32-true":
             raise ValueError(
-                f"trainer.precision {plugin.precision} would convert what is trained; set it to 32-true (the type of "
-                "the frozen weights is model.memgen.backbone.dtype)"
+                f"trainer.precision {plugin.precision} would convert the trained weights; set it to 32-true (the dtype "
+                "of the frozen ones is model.memgen.backbone.dtype)"
             )
         self._precision_plugin = None if plugin is None else _TypesAsTheyAre()
 
@@ -160,18 +170,16 @@ class ZeroStrategy(DeepSpeedStrategy):
         if not isinstance(self.accelerator, CPUAccelerator):
             super().setup_environment()
             return
-        import deepspeed
         from deepspeed.accelerator import get_accelerator
 
-        if get_accelerator()._name != "cpu":
+        if get_accelerator().device_name() != "cpu":
             raise RuntimeError(
-                f"trainer.accelerator is cpu, but DeepSpeed has chosen {get_accelerator()._name}; set the environment "
+                f"trainer.accelerator is cpu, but DeepSpeed has chosen {get_accelerator().device_name()}; set the environment "
                 "variable DS_ACCELERATOR=cpu"
             )
         os.environ.setdefault("LOCAL_SIZE", str(self.num_processes))
         if shutil.which("g++") is None or shutil.which("ninja") is None:
-            # An operation for inference over shared memory, which would be compiled and which nobody calls here.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            skip_shared_memory_kernel()
         super(DeepSpeedStrategy, self).setup_environment()
 
     # Set-up
@@ -185,36 +193,29 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self._shards is None:
             require_whole(model)
             before = _checksums(module)
-        else:  # A second run of this Trainer: the weights are in shares already.
+        else:  # A second run of this Trainer: the weights are sharded already.
             self._shards.remove()
         if self.stage == 3:
             from deepspeed.runtime.zero import Init
 
-            # Weight by weight: the engine would move the whole base to the device before it makes shares.
+            # Weight by weight: the engine would move the whole base to the device before it shards it.
             Init(module=module, config_dict_or_path=self.config)
             module.to(self.root_device)
         super().init_deepspeed()
-        self._limit_waiting()
+        # DeepSpeed makes its groups with torch's default, half an hour.
+        set_group_timeouts(self.timeout)
         if self.stage == 3:
-            optimizer = self.deepspeed_engine.optimizer
-            # DeepSpeed's own schedule gathers submodule by submodule, and waits for ranks that make no such pass.
-            getattr(optimizer, "parameter_offload", optimizer)._remove_module_hooks()
+            # DeepSpeed gathers by submodule, and would wait for ranks that make no such pass.
+            remove_fetch_hooks(self.deepspeed_engine.optimizer)
             self._shards = LayerShards(module, model)
             self._shards.install()
         with self.whole_weights():
             _require_equal(before, _checksums(module))
 
-    def _limit_waiting(self) -> None:
-        """Gives DeepSpeed's groups of ranks our timeout: it makes them with torch's own, half an hour."""
-        from torch.distributed import distributed_c10d
-
-        for group in list(distributed_c10d._world.pg_map):
-            distributed_c10d._set_pg_timeout(self.timeout, group)
-
     @override
     def _init_optimizers(self) -> Any:
         optimizer, schedule = super()._init_optimizers()
-        # DeepSpeed puts its own shares in their place.
+        # DeepSpeed replaces them by its shards.
         self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         return optimizer, schedule
 
@@ -248,7 +249,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     ) -> dict[str, Any]:
         if Path(checkpoint_path).is_dir():
             raise ValueError(
-                f"{checkpoint_path} is a folder of DeepSpeed's own shares; this strategy reads the files that it writes"
+                f"{checkpoint_path} is a folder of DeepSpeed's own shards; this strategy reads the files that it writes"
             )
         return super(DeepSpeedStrategy, self).load_checkpoint(checkpoint_path, weights_only)
 
@@ -268,11 +269,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         (state,) = checkpoint["optimizer_states"]
         zero_state.load(self.optimizers[0], self._trained, state=state)
 
-    # Evaluation: everything whole, once
+    # Evaluation: gathered once
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Every weight whole on every rank, as long as the block lasts. All ranks must enter and leave together."""
+        """Gathers ZeRO-3 shards for the block. All ranks must enter and leave together."""
         if self._shards is None:
             yield
             return
@@ -316,7 +317,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
 @final
 class _TypesAsTheyAre(DeepSpeedPrecision):
-    """Lightning's plugin would convert the frozen base to float32."""
+    """Converts nothing: Lightning's plugin would convert the frozen base to float32."""
 
     def __init__(self) -> None:
         super().__init__("32-true")
@@ -337,12 +338,12 @@ class _TypesAsTheyAre(DeepSpeedPrecision):
 def _memgen_of(module: LightningModule) -> MemGenModel:
     model = getattr(module, "memgen", None)
     if not isinstance(model, MemGenModel):
-        raise TypeError(f"ZeroStrategy serves the stages of memgen.training, got {type(module).__name__}")
+        raise TypeError(f"ZeroStrategy works with the stages of memgen.training, got {type(module).__name__}")
     return model
 
 
 def _checksums(module: nn.Module) -> dict[str, tuple[float, float]]:
-    """Sum and sum of squares of what is trained."""
+    """Sum and sum of squares of each trained parameter."""
     return {
         name: (float(parameter.detach().double().sum()), float(parameter.detach().double().square().sum()))
         for name, parameter in module.named_parameters()
@@ -359,7 +360,7 @@ def _require_equal(before: dict[str, tuple[float, float]], after: dict[str, tupl
     for name, sums in before.items():
         if after[name] != sums:
             raise RuntimeError(
-                f"{name} has other values than before the strategy shared it out (sum {sums[0]:g}, now "
+                f"{name} has other values than before the strategy sharded it (sum {sums[0]:g}, now "
                 f"{after[name][0]:g}): its initialisation is lost, or ranks began with different weights"
             )
 
@@ -369,11 +370,11 @@ def _require_equal(before: dict[str, tuple[float, float]], after: dict[str, tupl
 
 @final
 class LayerShards:
-    """Gathers the layers of all bases one at a time, and keeps ranks in step meanwhile.
+    """Gathers the layers of all bases one at a time, and keeps the ranks' passes in one order.
 
     Args:
-        module: the stage, after DeepSpeed has shared out its parameters.
-        model: what it trains.
+        module: the stage, after DeepSpeed has sharded its parameters.
+        model: the stage's model.
     """
 
     def __init__(self, module: LightningModule, model: MemGenModel) -> None:
@@ -388,13 +389,13 @@ class LayerShards:
         self._resident = [p for p in module.parameters() if id(p) not in shared]
         self._handles: list[RemovableHandle] = []
         self._whole: dict[int, nn.Parameter] = {}
-        """Weights of the layers that are gathered now, by the address of their storage."""
+        """Gathered weights of layers, by the address of their storage."""
         self._open: list[AbstractContextManager[None]] = []
         self._outputs: list[Tensor] = []
         self._stepping = False
 
     def install(self) -> None:
-        """From now on passes gather what they need."""
+        """Adds the hooks by which passes gather what they need."""
         assert not self._handles, "installed once"
         module = self._module
         self._handles = [
@@ -413,25 +414,25 @@ class LayerShards:
             ]
 
     def remove(self) -> None:
-        """From now on passes find what is there."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Everything gathered, layer by layer, so that no more than one layer is there twice meanwhile."""
+        """Gathers everything for the block, layer by layer, so that at most one layer is in memory twice."""
         from deepspeed.runtime.zero import GatheredParameters
 
-        if not self._handles:  # It is whole already.
+        if not self._handles:  # gathered already
             yield
             return
         self.remove()
         with ExitStack() as stack:
             for parameters in (self._resident, *self._layers.values()):
-                missing = _missing(parameters)
-                if missing:
-                    stack.enter_context(GatheredParameters(missing))
+                absent = missing(parameters)
+                if absent:
+                    stack.enter_context(GatheredParameters(absent))
             try:
                 yield
             finally:
@@ -439,27 +440,27 @@ class LayerShards:
 
     @contextmanager
     def resident(self) -> Iterator[None]:
-        """What is trained gathered, and with it what is no layer's."""
+        """Gathers everything outside of the layers for the block, with it all trained weights."""
         from deepspeed.runtime.zero import GatheredParameters
 
-        missing = _missing(self._resident)
-        with GatheredParameters(missing) if missing else nullcontext():
+        absent = missing(self._resident)
+        with GatheredParameters(absent) if absent else nullcontext():
             yield
 
     # A training step
 
     def _begin_step(self, module: Module, args: Any) -> None:
-        _gather(self._resident)
+        gather(self._resident)
         self._outputs = []
         self._stepping = True
 
     def _end_step(self, module: Module, args: Any, loss: Tensor) -> Tensor:
-        """Makes the passes that other ranks still need, and ties all of them to the loss."""
+        """Makes the passes that other ranks still need, and adds all passes to the loss, with weight 0."""
         while (code := _agree(FINISHED)) != FINISHED:
             self._empty_pass(code)
         self._stepping = False
         outputs, self._outputs = self._outputs, []
-        return loss + cast(Tensor, _Nothing.apply(*outputs)).to(loss.dtype) if outputs else loss
+        return loss + cast(Tensor, _ZeroTerm.apply(*outputs)).to(loss.dtype) if outputs else loss
 
     def _before_pass(self, base: Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         assert isinstance(base, Backbone), "registered on those"
@@ -474,7 +475,7 @@ class LayerShards:
         while (code := _agree(mine)) != mine:
             self._empty_pass(code)
         if grad and not embeddings.requires_grad:
-            # Layers are gathered again in the backward pass, which other ranks have.
+            # Layers are gathered again in the backward pass, which other ranks make.
             return (embeddings.detach().requires_grad_(), *args[1:]), kwargs
         return None
 
@@ -483,12 +484,12 @@ class LayerShards:
             self._outputs.append(output)
 
     def _code(self, base: Backbone, adapter: str | None, *, grad: bool) -> int:
-        """A number for a kind of pass. The lower one goes first: passes without gradient, then the weaver's."""
+        """A number for a kind of pass; the lowest goes first: without gradient, then with the weaver's adapter."""
         index = next(i for i, known in enumerate(self._bases) if known is base)
         return (int(grad) * len(self._bases) + index) * len(ADAPTERS) + ADAPTERS.index(adapter)
 
     def _empty_pass(self, code: int) -> None:
-        """A pass over one position that nobody looks at."""
+        """A pass over one position whose output is not used."""
         rest, adapter = divmod(code, len(ADAPTERS))
         grad, index = divmod(rest, len(self._bases))
         base = self._bases[index]
@@ -521,19 +522,19 @@ class LayerShards:
 
     def _fetch(self, layer: Module) -> None:
         parameters = self._layers[layer]
-        _gather(parameters)
+        gather(parameters)
         self._whole |= {p.untyped_storage().data_ptr(): p for p in parameters}
 
     def _release(self, layer: Module) -> None:
         parameters = self._layers[layer]
         for parameter in parameters:
             self._whole.pop(parameter.untyped_storage().data_ptr(), None)
-        cast(Any, parameters[0]).partition(param_list=parameters)
+        release(parameters)
 
     def _pack(self, tensor: Tensor) -> Tensor | _Part:
-        """What autograd keeps of a layer: activations as they are, but of a weight only which part it was.
+        """What autograd saves of a layer: activations as they are, of a weight only which view it was.
 
-        A linear layer keeps its weight, transposed, and with it the memory that was to be released.
+        A linear layer saves its weight, transposed, which would keep the gathered storage alive.
         """
         parameter = self._whole.get(tensor.untyped_storage().data_ptr())
         return tensor if parameter is None else _Part(parameter, tensor)
@@ -541,7 +542,7 @@ class LayerShards:
 
 @final
 class _Part:
-    """A view of a weight that is not there now."""
+    """A view of a weight whose storage has been released."""
 
     __slots__ = ("offset", "parameter", "shape", "strides")
 
@@ -558,8 +559,8 @@ def _unpack(kept: Tensor | _Part) -> Tensor:
     return whole.as_strided(kept.shape, kept.strides, whole.storage_offset() + kept.offset)
 
 
-class _Nothing(torch.autograd.Function):
-    """0, with a gradient of 0 to everything: so every pass has a backward pass, on every rank and in the same order."""
+class _ZeroTerm(torch.autograd.Function):
+    """Zero loss term with zero gradient to every pass, so every rank runs every backward pass, in the same order."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Float[Tensor, ""]:
@@ -572,17 +573,5 @@ class _Nothing(torch.autograd.Function):
 
 
 def _agree(code: int) -> int:
-    """The pass that is next: the least that any rank wants."""
+    """The pass that is next: the lowest that any rank needs."""
     return int(over_ranks(torch.tensor([code]), "min"))
-
-
-def _missing(parameters: Sequence[nn.Parameter]) -> list[Any]:
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    return [p for p in parameters if cast(Any, p).ds_status == ZeroParamStatus.NOT_AVAILABLE]
-
-
-def _gather(parameters: Sequence[nn.Parameter]) -> None:
-    missing = _missing(parameters)
-    if missing:
-        missing[0].all_gather_coalesced(missing).wait()

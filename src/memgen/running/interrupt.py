@@ -1,11 +1,11 @@
-"""Requests to stop: noticed from a process's first moment on, obeyed by all ranks together at the end of a step.
+"""Requests to stop: received from process start on, acted on by all ranks at the end of the same training step.
 
-Two signals and a clock. SIGUSR1 (SLURM's warning) and a time limit that draws near ask a run to save itself and to be
-started again; SIGTERM (a person, or preemption) asks it to save itself and to leave. None of them does anything by
-itself: it is remembered, and `Agreement` says at which step all ranks act on it.
+Two signals and a clock. SIGUSR1 (SLURM's warning) and a time limit that is near ask a run to save itself and to be
+started again; SIGTERM (a person, or preemption) asks it to save itself and to leave. A signal only records the request;
+`Agreement` decides at which step all ranks act on it.
 
-Differs from Lightning's handlers: those save inside of the signal handler, wherever each rank happens to be, and
-send a collective from it; and a SIGUSR1 that comes before training has begun ends the process.
+Differs from Lightning's handlers: those save inside the signal handler, wherever each rank happens to be, and run a
+collective there; and a SIGUSR1 that comes before training has begun ends the process.
 
 Imports only the standard library, so that the command line can listen before it imports anything that takes time.
 """
@@ -31,15 +31,15 @@ LEFT = 128 + signal.SIGTERM
 END_TIME = "SLURM_JOB_END_TIME"
 """Environment variable: when SLURM will end the job, in seconds since 1970."""
 AGREE_SECONDS = 5.0
-"""Ranks talk about stopping about this often, or once in a step if a step takes longer."""
+"""How often ranks exchange requests to stop; at most once per step."""
 
 
 class Wish(enum.IntEnum):
-    """What a run was asked to do. Of several wishes the largest counts."""
+    """What a run was asked to do. Of several requests the largest counts."""
 
     NONE = 0
     LEAVE = 1
-    """Save and leave. Whoever asked decides what is next."""
+    """Save and leave."""
     REQUEUE = 2
     """Save, leave and be started again."""
 
@@ -48,7 +48,7 @@ class Interrupted(Exception):
     """A run has saved itself and stops before its end, on all ranks at the same step.
 
     Attributes:
-        wish: what was asked for.
+        wish: the request.
     """
 
     def __init__(self, wish: Wish, message: str) -> None:
@@ -63,23 +63,23 @@ class Interrupted(Exception):
 
 @final
 class Listener:
-    """Remembers what the signals of this process asked for."""
+    """Records what the signals of this process asked for."""
 
     def __init__(self) -> None:
         self.wish = Wish.NONE
         self._thread: threading.Thread | None = None
 
     def listen(self) -> None:
-        """Takes SIGUSR1 in from now on. To be called first of all, in the main thread; again does nothing.
+        """Receives SIGUSR1 from now on. To be called first, in the main thread; a second call does nothing.
 
-        The signal is blocked and waited for by a thread. So it interrupts nothing here, and programs that are started
-        from here inherit the block: SLURM signals every process of a step, and an environment's worker that died of it
-        would change the episodes that it plays.
+        The signal is blocked, and a thread waits for it. So it interrupts no system call, and child processes inherit
+        the block: SLURM signals every process of a step, and an environment's worker that died of it would change the
+        episodes.
         """
         if self._thread is not None or threading.current_thread() is not threading.main_thread():
             return
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-        # For threads that were there before, and have not blocked it. Lightning leaves a handler alone that it finds.
+        # For threads that existed before and have not blocked it. Lightning keeps a handler that it finds.
         signal.signal(signal.SIGUSR1, lambda number, frame: self.ask(Wish.REQUEUE))
         self._thread = threading.Thread(target=self._wait, name="signals", daemon=True)
         self._thread.start()
@@ -90,7 +90,7 @@ class Listener:
             self.ask(Wish.REQUEUE)
 
     def listen_to_termination(self) -> None:
-        """Takes SIGTERM in, once there is something to save; before, it ends the process, and nothing is lost."""
+        """Receives SIGTERM from now on. To be called once there is something to save; before, it ends the process."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_termination)
 
@@ -98,21 +98,21 @@ class Listener:
         self.ask(Wish.LEAVE)
 
     def ask(self, wish: Wish) -> None:
-        """Remembers a wish."""
+        """Records a request."""
         self.wish = max(self.wish, wish)
 
     def forget(self) -> None:
-        """Nothing was asked for."""
+        """Clears the request."""
         self.wish = Wish.NONE
 
 
 LISTENER = Listener()
-"""Signals are sent to processes, so a process has one listener."""
+"""The listener of this process: signals are sent to processes."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """When a run has to have saved itself.
+    """The time by which a run must have saved itself.
 
     Attributes:
         end: when it will be ended, in seconds since 1970.
@@ -139,7 +139,7 @@ class Limit:
         return cls(float(end), margin) if end.isdecimal() else None
 
     def reached(self, step_seconds: float, steps: int, save_seconds: float) -> bool:
-        """Whether it is too late for so many further steps and a save."""
+        """Whether there is no time left for that many further steps and a save."""
         return time.time() + step_seconds * steps + save_seconds >= self.end - self.margin
 
 
@@ -172,7 +172,7 @@ class Verdict:
     """What all ranks do after a step.
 
     Attributes:
-        wish: the largest of all ranks' wishes.
+        wish: the largest of all ranks' requests.
         save: whether it is time for a checkpoint.
     """
 
@@ -182,17 +182,16 @@ class Verdict:
 
 @final
 class Agreement:
-    """When ranks ask each other whether to stop, and what they decide.
+    """Decides at which step all ranks stop or save, with one small all-reduce every few steps.
 
-    The rule: after an optimizer step whose number is due, each rank gives three numbers, of which the largest count:
-    its wish (of a signal, or of the clock), the longest step that it has lately seen, and whether a checkpoint is due.
-    The next such step is as many steps ahead as take `AGREE_SECONDS` at the longest step's pace, at least one and at
-    most twice as many as last time. All of this comes out equal on every rank, so they meet without further talk. A
-    single process asks itself after every step.
+    After an optimizer step that is due, the ranks take the maximum of three numbers: the request (of a signal or the
+    clock), the longest recent step, and whether a checkpoint is due. The next exchange is as many steps ahead as take
+    `AGREE_SECONDS` at the longest step's pace, at least one and at most twice as many as last time. All ranks compute the
+    same from the same maxima. A single process decides after every step.
 
     Args:
         over_ranks: the largest of each number over all ranks; None for a single process.
-        limit: when the run has to have saved itself.
+        limit: the time by which the run must have saved itself.
         listener: of this process's signals.
     """
 
@@ -238,5 +237,5 @@ class Agreement:
         return Verdict(Wish(int(values[0])), bool(values[2]))
 
     def paused(self) -> None:
-        """Time since the last step that belongs to no step: a checkpoint was written."""
+        """Excludes the time since the last step from the next one: a checkpoint was written."""
         self._clock = time.monotonic()

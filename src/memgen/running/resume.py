@@ -1,8 +1,7 @@
-"""What makes a resumed run the run that was interrupted: whole checkpoints of it, and draws that know their place.
+"""Resuming a run bit for bit: Lightning's checkpoints, written whole, and random numbers seeded by step.
 
-A run's folder holds, besides what was trained, `resume/step_000120.ckpt` (Lightning's checkpoint, a file or under
-DeepSpeed a directory), beside it `step_000120.json` with what one wants to know without reading it, and the link
-`last.ckpt`. Each appears whole or not at all.
+A run's folder holds, besides the trained weights, `resume/step_000120.ckpt` (Lightning's checkpoint), beside it
+`step_000120.json` with what is needed before reading it, and the link `last.ckpt`. Each is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ logger = logging.getLogger(__name__)
 LAST = "last.ckpt"
 """Link to the newest checkpoint."""
 PROGRESS = "progress.json"
-"""File beside the checkpoints that says how far the run is."""
+"""File beside the checkpoints with the run's progress, for `memgen status`."""
 _PROGRESS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What stands beside a .ckpt.
+    """The record beside a .ckpt.
 
     Attributes:
         step: optimizer steps taken.
@@ -60,14 +59,16 @@ class Saved:
 
     @classmethod
     def read(cls, checkpoint: Path) -> Saved | None:
-        """What stands beside a .ckpt; None if nothing does."""
+        """The record beside a .ckpt; None if there is none."""
         path = _beside(checkpoint.resolve())
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is broken: {error}; remove it to go without") from error
+            raise CheckpointError(
+                f"{path} cannot be read: {error}; remove it to resume without it"
+            ) from error
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -90,9 +91,9 @@ class ResumeCheckpoint(Checkpoint):
     Args:
         every_n_steps: optimizer steps between two checkpoints; None: the clock alone decides.
         every_minutes: minutes between two checkpoints; None: the steps alone decide.
-        keep: how many to keep. What scored best is kept by AdapterCheckpoint.
+        keep: how many to keep. AdapterCheckpoint keeps the best weights.
         time_limit: how long the process may run, as SLURM's --time writes it; None: until SLURM ends the job.
-        save_by_minutes: minutes before that by which the last checkpoint must stand.
+        save_by_minutes: minutes before that by which the last checkpoint must be written.
     """
 
     def __init__(
@@ -139,11 +140,11 @@ class ResumeCheckpoint(Checkpoint):
             require_ranks(context.resumed_from, trainer.world_size)
         if trainer.is_global_zero and (self.run / RESUME).is_dir():
             for path in remove_leftovers(self.run / RESUME):
-                logger.info("%s was left behind by a process that was killed: removed", path)
+                logger.info("%s was left by a killed process: removed", path)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning has put its own handler there, which sends a collective from wherever a rank is.
+        # Replaces Lightning's handler, which runs a collective wherever a rank is.
         LISTENER.listen_to_termination()
         self._step = self._saved_step = trainer.global_step
         steps = _over_ranks([trainer.global_step, -trainer.global_step])
@@ -158,7 +159,7 @@ class ResumeCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
 
     def _validate(self, trainer: Trainer) -> None:
-        """The validation that was due behind the step at which the checkpoint was written; Lightning passes over it."""
+        """Runs the validation that was due after the step of the checkpoint; Lightning skips it."""
         self._validation_due = False
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
@@ -169,7 +170,7 @@ class ResumeCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == self._step or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # In the middle of an accumulation: its gradients are in no checkpoint.
+            # Within an accumulation window: gradients are not part of a checkpoint.
             return
         assert self._agreement is not None, "training has started"
         self._step = trainer.global_step
@@ -181,10 +182,10 @@ class ResumeCheckpoint(Checkpoint):
         if verdict.wish or verdict.save or by_count:
             self.save(trainer)
         self._tell(trainer)
-        # Behind the last step only validation is left, and whoever asked may yet be patient.
+        # After the last step only validation is left; the run finishes.
         if verdict.wish and trainer.global_step != trainer.max_steps:
             LISTENER.forget()
-            # Lightning would send this step's metrics to the loggers behind this hook.
+            # Lightning would send this step's metrics to the loggers after this hook.
             log_step_metrics(trainer)
             if verdict.wish is Wish.REQUEUE:
                 pause_runs(trainer.loggers)
@@ -224,7 +225,7 @@ class ResumeCheckpoint(Checkpoint):
         folder = (self.run / RESUME).absolute()
         path = folder / f"step_{trainer.global_step:06d}.ckpt"
         with new_file(path) if trainer.is_global_zero else nullcontext(path) as temporary:
-            # Every process may write a part of it.
+            # Under some strategies every process writes a part of it.
             shared = Path(trainer.strategy.broadcast(str(temporary)))
             trainer.save_checkpoint(shared)
             if trainer.is_global_zero:
@@ -246,14 +247,14 @@ class ResumeCheckpoint(Checkpoint):
         return path
 
     def _tell(self, trainer: Trainer, *, at_once: bool = False) -> None:
-        """Writes how far the run is, for `memgen status`, a few times in a minute."""
+        """Writes the run's progress for `memgen status`, a few times a minute."""
         if not trainer.is_global_zero or self.run is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not at_once and time.monotonic() - self._told_at < _PROGRESS_SECONDS:
             return
         self._told_at = time.monotonic()
         if not at_once:
-            # Behind the last step these would be computed over all ranks, which are not all here.
+            # After the last step these would be reduced over ranks that are not all here.
             self._metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         folder = self.run / RESUME
         progress = {
@@ -271,9 +272,9 @@ class ResumeCheckpoint(Checkpoint):
 class StepSeeds(Callback):
     """Seeds every training step by (seed, rank, epoch, step within the epoch).
 
-    So what a step draws (dropout is all that our stages draw without a generator of their own) depends on where it
-    stands, and on nothing that was drawn before it: not on validations, not on loaders that draw when they begin, not on
-    whether the run was interrupted. No state of a generator needs to be kept, for any rank.
+    So the random numbers of a step (dropout is all that our stages sample without a generator of their own) depend on its
+    number alone, not on what was sampled before: validations, loaders, or whether the run was interrupted. No generator's
+    state needs to be saved.
     """
 
     def __init__(self) -> None:
@@ -292,7 +293,7 @@ class StepSeeds(Callback):
     ) -> None:
         seed = seed_of("step", self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
         torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - what draws without a generator draws from this one
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - code without a generator of its own uses this one
         random.seed(seed)
 
     @override

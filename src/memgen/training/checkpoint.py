@@ -1,8 +1,8 @@
-"""Checkpoints of what was trained, and the released code's format.
+"""Checkpoints of the trained weights, and the released code's format.
 
 A checkpoint directory holds `memgen.json` (format version, model configuration, the backbones' names and
-fingerprints), `weaver.safetensors` and, only if the trigger was trained, `trigger.safetensors`. Tensors have their
-names in the modules. A load is strict: a missing, unexpected or wrongly shaped tensor is an error that lists names.
+fingerprints), `weaver.safetensors` and, only if the trigger was trained, `trigger.safetensors`. Tensors are named as in
+the modules. A load is strict: a missing, unexpected or wrongly shaped tensor is an error that lists names.
 
 The released code writes LoRA weights correctly but loses them on load, because it wraps the adapted model once more;
 `import_released` reads the same files into the right place.
@@ -55,30 +55,26 @@ class LoadReport:
     """What a load did.
 
     Attributes:
-        matched: tensors that were read into the model.
-        missing: tensors of the model that the file lacks. Always empty unless a load raises.
-        unexpected: tensors of the file that the model lacks. Always empty unless a load raises.
+        matched: tensors that were read into the model: all of the model's and the file's, since a load is strict.
     """
 
     matched: tuple[str, ...]
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
 
 
 # Our format
 
 
 def save_checkpoint(model: MemGenModel, config: MemGenConfig, directory: Path, *, with_trigger: bool) -> None:
-    """Writes a checkpoint directory. It appears whole or not at all; one that stood there before survives a failure.
+    """Writes a checkpoint directory, whole or not at all: after a failure an older one is still there.
 
     Args:
         model: whose weaver (and trigger) to write.
         config: the model's configuration, written beside the tensors.
-        directory: where. Its parent is made if it does not exist.
+        directory: the target. Its parent is made if it does not exist.
         with_trigger: whether the trigger was trained.
 
     Raises:
-        FileExistsError: if something that is no checkpoint stands there: it would be lost.
+        FileExistsError: if `directory` exists and is no checkpoint: it would be lost.
         OSError: if the disk is full or not writable; `directory` is then as it was.
     """
     header = {
@@ -130,7 +126,7 @@ def load_checkpoint(model: MemGenModel, directory: Path) -> LoadReport:
                 f"{(own or header['config']['backbone'])['name']}"
             )
     files = [(model.weaver.own_parameters(), directory / WEAVER_FILE)]
-    # An untrained kind of trigger (always, never, random) has nothing to load into, and was asked for by name.
+    # An untrained kind of trigger (always, never, random) has no parameters to load.
     if model.trigger.own_parameters():
         if (directory / TRIGGER_FILE).exists():
             files.append((model.trigger.own_parameters(), directory / TRIGGER_FILE))
@@ -158,14 +154,14 @@ def open_checkpoint(
 
 
 def keep_trained(stage: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Leaves in Lightning's checkpoint only what a stage trains: the frozen base is loaded from where it came."""
+    """Removes the frozen base from Lightning's checkpoint, which keeps only the trained parameters."""
     trained = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
     state = checkpoint["state_dict"]
     checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in trained}
 
 
 def require_trained(stage: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint of Lightning's that holds other tensors than a stage trains.
+    """Refuses a Lightning checkpoint whose tensors are not those that a stage trains.
 
     Raises:
         CheckpointError: with the names that are missing or unexpected.
@@ -244,7 +240,7 @@ def _write_tensors(parameters: Mapping[str, Tensor], path: Path) -> None:
     absent = [name for name, tensor in parameters.items() if tensor.numel() == 0]
     if absent:
         raise ValueError(
-            f"{absent[0]} is kept in shares by the strategy and cannot be written; save inside whole_weights(trainer)"
+            f"{absent[0]} is kept in shards by the strategy and cannot be written; save inside whole_weights(trainer)"
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
     try:
@@ -375,11 +371,11 @@ def export_released(model: MemGenModel, config: MemGenConfig, directory: Path) -
     Args:
         model: with a trigger of kind `tokens`: the format has no place for the others.
         config: the model's configuration.
-        directory: where; it is written whole or not at all.
+        directory: the target; it is written whole or not at all.
 
     Raises:
         ValueError: if the model has something that the format cannot hold.
-        FileExistsError: if something that is no such checkpoint stands there: it would be lost.
+        FileExistsError: if `directory` exists and is no such checkpoint: it would be lost.
     """
     if not isinstance(model.trigger, TokenTrigger):
         raise ValueError(  # noqa: TRY004 - a setting is wrong, not a type
