@@ -15,6 +15,7 @@ from memgen.data import EvalBatch
 from memgen.environments.base import InteractiveEnvironment
 from memgen.generation.rollout import Actor, Rollouts, rollout
 from memgen.model.weaver import WeaverConfig
+from memgen.seeds import episode_seeds
 from memgen.tracking.episodes import episode_row, episode_trace
 from memgen.tracking.metrics import AnswerMetrics, Measured
 from memgen.tracking.mlflow import Sample, log_samples, run_loggers
@@ -67,19 +68,15 @@ class Evaluation(nn.Module):
         """Where a test is recorded item by item; what is recorded already is not played again."""
 
     def play(self, actor: Actor, batch: EvalBatch, *, keep_latents: bool = False) -> Rollouts:
-        """Plays the items of a batch. An item's draws depend on the item alone, not on its batch."""
+        """Plays the items of a batch. An item's samples depend on the item alone, not on its batch."""
         settings = actor.generation
-        seeds = [
-            settings.seed * 1_000_003 + index * settings.group_size + member
-            for index in batch.indices
-            for member in range(settings.group_size)
-        ]
+        seeds = episode_seeds(settings.seed, batch.indices, settings.group_size)
         if self.recorder is not None:
             return self.recorder.play(actor, batch, seeds, keep_latents=keep_latents)
         return rollout(actor, batch.examples, seeds, keep_latents=keep_latents)
 
     def update(self, actor: Actor, batch: EvalBatch) -> None:
-        """Plays the items of a batch and adds them to the metrics and to what is shown."""
+        """Plays the items of a batch and adds them to the metrics, the table and the samples."""
         if self.recorder is not None:
             self.metrics.update(self.recorder.recorded(batch))
             batch = self.recorder.remaining(batch)
@@ -144,7 +141,7 @@ class Evaluation(nn.Module):
         return records
 
     def finish(self, stage: LightningModule, split: str, name: str) -> dict[str, Any]:
-        """Logs the means and the page of samples, and begins anew.
+        """Logs the means and the page of samples, and starts over.
 
         Args:
             stage: whose Trainer logs.
@@ -175,7 +172,7 @@ class Evaluation(nn.Module):
         return means
 
     def _write(self, stage: LightningModule, split: str, name: str, counts: EvaluationCounts) -> None:
-        """Writes page, table, figure and traces. None of it is made if nobody records the run."""
+        """Writes page, table, figure and traces. None is made if no logger records the run."""
         found = run_loggers(stage.trainer.loggers)
         if not found or not self._rows:
             return
