@@ -105,7 +105,7 @@ def test_an_update_on_8192_tokens_and_151936_words_takes_less_than_a_gigabyte(tm
         # At a fixed threshold every tensor of size goes back to the system at once, and a peak is what is in use.
         env=os.environ
         | {
-            "PYTHONPATH": str(worker.parents[1]),
+            "PYTHONPATH": os.pathsep.join([str(worker.parents[1]), *filter(None, sys.path)]),
             "MALLOC_MMAP_THRESHOLD_": str(1 << 17),
             "CUDA_VISIBLE_DEVICES": "",
         },

@@ -1,4 +1,4 @@
-"""Where a run's files go: the trained parts, best and last, and Lightning's own checkpoints for resuming."""
+"""Writes a run's checkpoints: the trained components, best and last; says where Lightning's own go."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ RESUME = "resume"
 
 @final
 class AdapterCheckpoint(Callback):
-    """Writes the trained parts to `<root>/<run>/last` after each validation and at the end, and the best to `best`.
+    """Writes the trained components to `<root>/<run>/last` after each validation and at the end, the best to `best`.
 
     `<root>/latest` points to the newest run. Lightning checkpoints of a ModelCheckpoint that names no directory go
     to `<root>/<run>/resume`. At the end the best (or last) is copied into the MLflow run.
 
     Args:
         root: folder of this stage's runs.
-        monitor: metric that decides what is best; None keeps only the last.
-        mode: whether a larger or a smaller value is better; of equal ones the later is taken.
+        monitor: metric that chooses the best; None keeps only the last.
+        mode: whether a larger or a smaller value is better; of equal ones the later is kept.
         with_trigger: whether the trigger is trained too.
     """
 
@@ -51,9 +51,9 @@ class AdapterCheckpoint(Callback):
         self.best: float | None = None
         self.run: Path | None = None
         self.resumed_from: str | None = None
-        """The .ckpt that the run goes on from. The Trainer knows it only after set-up, so the command line says it."""
+        """The .ckpt that the run is resumed from. The Trainer knows it only after set-up, so the command line sets it."""
         self.run_folder: Path | None = None
-        """Where the run's files go, if that was chosen."""
+        """The run's folder, if the user chose one."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -68,7 +68,7 @@ class AdapterCheckpoint(Callback):
                 found.log_run_folder(self.run)
 
     def _folder(self, trainer: Trainer) -> Path:
-        """As chosen; else a resumed run goes on in its folder; a new one is named after its MLflow run, or the time."""
+        """The chosen folder; else that of the run it resumes; else one named after its MLflow run, or the time."""
         if self.run_folder is not None:
             return self.run_folder
         resumed = Path(self.resumed_from) if self.resumed_from else None
@@ -120,7 +120,7 @@ class AdapterCheckpoint(Callback):
         model, config = pl_module.memgen, pl_module.config
         assert isinstance(model, MemGenModel), "every stage has a MemGenModel"
         assert isinstance(config, MemGenConfig), "and its configuration"
-        # One rank writes, and all put together what it writes.
+        # One rank writes; all take part in gathering what it writes.
         with whole_weights(trainer):
             if not trainer.is_global_zero or self.run is None:
                 return

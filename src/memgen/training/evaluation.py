@@ -1,4 +1,4 @@
-"""What validation, test and predict do in every stage: play the items, score them, show some."""
+"""Validation, test and predict of every stage: plays the items, scores them, keeps some episodes to show."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS = 256
 
 
 class Recorder(ABC):
-    """Records a test item by item, so that an interrupted one goes on: `memgen.results.recorded_test` has it."""
+    """Records a test item by item, so that an interrupted one can be resumed; see `memgen.results.recorded_test`."""
 
     @abstractmethod
     def remaining(self, batch: EvalBatch) -> EvalBatch:
@@ -48,10 +48,10 @@ class Recorder(ABC):
 
 @final
 class Evaluation(nn.Module):
-    """Metrics and sample episodes of an evaluation. A submodule of a stage, so that its counts lie where the stage does.
+    """Metrics and sample episodes of an evaluation. A submodule of a stage, so that its counts are on its device.
 
     Args:
-        weaver: how many latents an insertion has.
+        weaver: says how many latents an insertion has.
     """
 
     def __init__(self, weaver: WeaverConfig) -> None:
@@ -65,7 +65,7 @@ class Evaluation(nn.Module):
         self._latents: list[Tensor] = []
         self._embedding_norm = 0.0
         self.recorder: Recorder | None = None
-        """Where a test is recorded item by item; what is recorded already is not played again."""
+        """Records a test item by item; recorded items are not played again."""
 
     def play(self, actor: Actor, batch: EvalBatch, *, keep_latents: bool = False) -> Rollouts:
         """Plays the items of a batch. An item's samples depend on the item alone, not on its batch."""
