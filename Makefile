@@ -5,6 +5,7 @@
 # make test-with MARKS="sandbox or slurm"  tests that need more than Python (bubblewrap, SLURM, a browser, ...); a skipped
 #              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld
 # make setup-worlds  adds ALFWorld and ScienceWorld to the environment (g++, cmake, Java), for their tests
+# make bench-lab  every stage on the lab with its controls, over several seeds; docs/results/lab.md
 # make bench-performance  every figure of docs/performance.md, about 20 minutes
 # make bench-scale  every stage under every strategy on two CPU processes, killed and resumed; the tables of docs/scale.md
 # make check   lint, format, types, import directions, spelling
@@ -71,7 +72,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench-lab: setup
-	$(BIN)/python -m memgen.lab.bench
+	$(BIN)/python -m benchmarks.lab
 
 # All figures of docs/performance.md, and the document's tables from them. Let the machine do nothing else meanwhile.
 PERFORMANCE := docs/results/performance
@@ -80,14 +81,14 @@ bench-performance: setup
 	mkdir -p $(PERFORMANCE)
 	$(BIN)/memgen bench generation --model small --batch 1 8 32 --json $(PERFORMANCE)/generation_small.json
 	$(BIN)/memgen bench generation --model medium --batch 8 --json $(PERFORMANCE)/generation_medium.json
-	$(BIN)/memgen bench generation --sweep all --json $(PERFORMANCE)/sweeps.json
+	$(BIN)/python -m benchmarks.sweeps all --json $(PERFORMANCE)/sweeps.json
 	$(BIN)/memgen bench training --model small --json $(PERFORMANCE)/training_small.json
 	$(BIN)/memgen bench training --model medium --json $(PERFORMANCE)/training_medium.json
 	$(BIN)/memgen bench memory --json $(PERFORMANCE)/memory.json
 	$(BIN)/memgen bench kernels --json $(PERFORMANCE)/kernels.json
-	$(BIN)/python -m memgen.bench.report
+	$(BIN)/python -m benchmarks.performance_report
 
 # Every stage under every strategy, and the tables of docs/scale.md. Two CPU processes; about 10 minutes.
 bench-scale: setup
-	$(BIN)/python -m memgen.bench.scale_runs
-	$(BIN)/python -m memgen.bench.scale_report
+	$(BIN)/python -m benchmarks.scale_runs
+	$(BIN)/python -m benchmarks.scale_report

@@ -13,7 +13,9 @@ from lightning.pytorch import LightningModule, Trainer
 from memgen.data import EnvironmentData
 from memgen.generation.sampling import GenerationSettings
 from memgen.tracking.family import PARENT_VARIABLE
-from memgen.tracking.mlflow import RunDescription, RunRecord, open_parent, run_logger
+from memgen.tracking.run_description import RunDescription
+from memgen.tracking.run_logger import open_parent, run_logger
+from memgen.tracking.run_record import RunRecord
 from memgen.training.callbacks import AdapterCheckpoint
 from rl_runs import Countdown, make_grpo, make_trigger
 from rl_runs import make_data as make_rl_data

@@ -41,7 +41,8 @@ STAGE: dict[str, Any] = {
         "callbacks": [
             {
                 "class_path": "memgen.training.callbacks.AdapterCheckpoint",
-                "init_args": {"root": "runs/weaver_sft", "monitor": "val/reward"},
+                "root": "runs/weaver_sft",
+                "monitor": "val/reward",
             },
         ],
     },

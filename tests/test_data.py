@@ -18,6 +18,7 @@ from memgen.chat import conversation_ids
 from memgen.data import BatchIndex, EnvironmentData, SFTBatch, WindowSampler
 from memgen.environments.base import Environment, Example, Reward
 from memgen.environments.qa.gsm8k import GSM8K
+from memgen.run_context import RunContext
 from tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -527,7 +528,8 @@ def test_a_built_asset_needs_a_resolver_and_is_asked_for_by_name(tokenizer_direc
     data = EnvironmentData(Echo(), tokenizer="lab:reasoner")
     with pytest.raises(ValueError, match="'lab:reasoner' is an asset that is built on first use"):
         data.prepare_data()
-    data.resolve_asset = {"lab:reasoner": tokenizer_directory}.__getitem__
+    context = RunContext(resolve_asset={"lab:reasoner": tokenizer_directory}.__getitem__)
+    data.trainer = Trainer(accelerator="cpu", logger=False, callbacks=[context])
     data.setup("fit")
     assert data.tokenizer_object.eos_token == "<|im_end|>"
 

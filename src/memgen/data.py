@@ -16,6 +16,7 @@ Needs `trainer.use_distributed_sampler=false`: the loaders share the items out b
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +30,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from memgen.chat import CHATML, ConversationTokens, Turn, conversation_ids, load_tokenizer, prompt_ids
-from memgen.environments.base import Environment, Example, InteractiveEnvironment, Split
+from memgen.environments.base import Environment, Example, InteractiveEnvironment, Message, Split
 from memgen.environments.trajectories import Trajectories
+from memgen.run_context import run_context
 from memgen.types import TokenBatch
 
 log = logging.getLogger(__name__)
@@ -522,20 +524,6 @@ class _RowBuilder:
         )
 
 
-def no_assets(name: str) -> str:
-    """Resolves names of the hub and directories only, which stand for themselves.
-
-    Raises:
-        ValueError: if the name asks for an asset that has to be built.
-    """
-    if name.startswith(("lab:", "tiny:")):
-        raise ValueError(
-            f"{name!r} is an asset that is built on first use; outside the `memgen` command, set resolve_asset to "
-            "a function that returns its directory, or give a directory"
-        )
-    return name
-
-
 @final
 class EnvironmentData(LightningDataModule):
     """Batches of an environment's splits.
@@ -637,12 +625,15 @@ class EnvironmentData(LightningDataModule):
         self.bucket = bucket
         self.num_workers = num_workers
         self.seed = seed
-        self.resolve_asset: Callable[[str], str] = no_assets
         self.items: dict[Split, list[Item]] = {}
         """Tokenised items of each split that was set up, without the dropped ones."""
         self.dropped: dict[Split, int] = {}
         """Items of each split that were too long."""
         self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def resolve_asset(self, name: str) -> str:
+        """The directory of an asset, by the Trainer's `RunContext`; other names pass through."""
+        return run_context(self.trainer).resolve_asset(name)
 
     @property
     def tokenizer_object(self) -> PreTrainedTokenizerBase:
@@ -797,9 +788,11 @@ class EnvironmentData(LightningDataModule):
             self.dropped[split] = 0
             return []
         items, excess = [], []
+        learned = split != "test" and self.learn_from == "answers"
+        conversations = source.conversations(examples) if learned else itertools.repeat(None)
         for example in examples:
             try:
-                item, over = self._item(source, example, split)
+                item, over = self._item(source, example, next(conversations))
             except ValueError as error:
                 raise ValueError(f"{name}, {split} item {example.id}: {error}") from error
             if over > 0:
@@ -846,13 +839,15 @@ class EnvironmentData(LightningDataModule):
             )
         return source
 
-    def _item(self, environment: Environment, example: Example, split: Split) -> tuple[Item, int]:
+    def _item(
+        self, environment: Environment, example: Example, messages: list[Message] | None
+    ) -> tuple[Item, int]:
         """An item's tokens, and how many there are beyond a limit."""
         tokenizer = self.tokenizer_object
         prompt: list[int] = []
         conversation = None
-        if split != "test" and self.learn_from == "answers":
-            conversation = conversation_ids(tokenizer, environment.conversation(example), self.template)
+        if messages is not None:
+            conversation = conversation_ids(tokenizer, messages, self.template)
             # Answers that the prompt shows as examples are read, not learned.
             shown = sum(message["role"] == "assistant" for message in environment.messages(example))
             # What follows the last turn teaches nothing.

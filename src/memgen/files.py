@@ -1,28 +1,96 @@
-"""Files and directories that appear whole or not at all, whatever happens to the process that writes them.
+"""Files and folders that appear whole or not at all, whatever happens to the process that writes them.
 
-They are written under a temporary name, forced to disk, and renamed. The name says who writes, so that a later process
-removes what a killed one left behind. Imports nothing but the standard library.
+What is written goes to a temporary name beside the target, is forced to disk, and is renamed. The temporary name holds
+host and process, so the next writer of the same target removes what a killed one left behind.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
+import glob
+import logging
 import os
 import re
 import secrets
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-LAST = "last.ckpt"
-"""Link to the newest of several checkpoints."""
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.new-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
+_ABANDONED_SECONDS = 86_400.0
+"""Age from which a temporary file of another host counts as left by a killed process."""
+_IN_USE: set[str] = set()
+"""Temporary names that this process is writing to."""
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Writes a file (text as UTF-8), or replaces it. Its folder is made if it does not exist.
+
+    Raises:
+        OSError: if the disk is full or not writable; the file is then as it was.
+    """
+    with new_file(path) as temporary:
+        if isinstance(data, str):
+            temporary.write_text(data, encoding="utf-8")
+        else:
+            temporary.write_bytes(data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary path; the file (or folder) that the block writes there replaces `path` when the block ends.
+
+    If the block raises, `path` stays as it was and what was written is removed. On return everything is on disk. The
+    folder around `path` is made if it does not exist.
+
+    A folder replaces an older one in two renames, since POSIX cannot exchange folders in one. A process killed between the
+    two leaves the older one under the name that `current` finds.
+    """
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, path.name)
+    temporary = _temporary_name(path)
+    _IN_USE.add(temporary.name)
+    try:
+        yield temporary
+        _replace(temporary, path)
+    finally:
+        _delete(temporary)
+        _IN_USE.discard(temporary.name)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """As `new_file`, with an empty folder at the temporary path."""
+    with new_file(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Holds the lock of a file or folder that one process builds for all, `<path>.lock`; waits for it if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(path.with_name(f"{path.name}.lock"))
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another process is building %s; waiting for it", path)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def sync(path: Path) -> None:
-    """Forces a file or directory to disk."""
+    """Forces a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -30,85 +98,94 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def temporary_beside(path: Path) -> Path:
-    """A name beside a target for what shall take its place. It says who writes it, for `sweep`."""
-    who = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    temporary = path.with_name(f".{path.name}.new-{who}")
-    _IN_WORK.add(temporary.name)
-    return temporary
+def current(folder: Path) -> Path:
+    """The folder itself, or its backup if a writer was killed while replacing it."""
+    backup = _backup(folder.absolute())
+    return backup if not folder.exists() and backup.exists() else folder
 
 
-def take_place(temporary: Path, path: Path) -> None:
-    """Puts a file or directory that was written under a temporary name in its place, in one step.
-
-    When this returns, it is on disk. A killed process leaves the old one or the new one, whole; where the file system
-    cannot exchange directories, the old one may be left under the name that `standing` knows.
-    """
-    for written in (*temporary.rglob("*"), temporary):
-        sync(written)
-    if temporary.is_dir():
-        temporary.chmod(0o755)
-    if temporary.is_file() or not path.exists():
-        temporary.replace(path)
-    elif not _exchange(temporary, path):
-        old = aside(path)
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        try:
-            temporary.rename(path)
-        except BaseException:
-            old.rename(path)
-            raise
-    sync(path.parent)
+def point_to(link: Path, target: Path) -> None:
+    """Makes or moves a symbolic link to something in the same folder, in one step."""
+    with new_file(link) as temporary:
+        temporary.symlink_to(target.name, target_is_directory=target.is_dir())
 
 
-def discard(temporary: Path) -> None:
-    """Removes what is left under a temporary name, if anything is."""
-    if temporary.is_dir() and not temporary.is_symlink():
-        shutil.rmtree(temporary, ignore_errors=True)
-    else:
-        temporary.unlink(missing_ok=True)
-    _IN_WORK.discard(temporary.name)
+def remove(path: Path) -> None:
+    """Removes a file or folder. It is renamed first, so a process killed meanwhile leaves no half of it under its name."""
+    hidden = _temporary_name(path)
+    path.rename(hidden)
+    _delete(hidden)
 
 
-def sweep(folder: Path, name: str | None = None) -> list[Path]:
-    """Removes what killed writers left behind.
-
-    Whether a writer on another machine lives cannot be seen from here: what it left is removed a day later.
+def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
+    """Removes what killed writers left behind in a folder.
 
     Args:
         folder: where they wrote.
-        name: what they wrote; None: anything.
+        name: name of the file or folder that they wrote; None: any.
 
     Returns:
         What was removed.
     """
     removed = []
-    for path in folder.glob(".*.new-*"):
+    for path in folder.glob(".*.new-*" if name is None else f".{glob.escape(name)}.new-*"):
         found = _TEMPORARY.fullmatch(path.name)
-        if found is None or name not in (None, found["name"]) or path.name in _IN_WORK:
+        if found is None or name not in (None, found["name"]) or path.name in _IN_USE:
             continue
         if found["host"] == socket.gethostname():
-            # Of two processes with one number, one after the other, only the later one can be this.
-            stale = int(found["pid"]) == os.getpid() or not _lives(int(found["pid"]))
+            # This process's own number on a file that it does not write: an earlier process had the same number.
+            stale = int(found["pid"]) == os.getpid() or not _is_alive(int(found["pid"]))
         else:
             try:
                 stale = time.time() - path.lstat().st_mtime > _ABANDONED_SECONDS
             except FileNotFoundError:
                 continue
         if stale:
-            discard(path)
+            _delete(path)
             removed.append(path)
     return removed
 
 
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.new-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
-_ABANDONED_SECONDS = 86_400.0
-_IN_WORK: set[str] = set()
-"""Temporary names that this process is writing under."""
+def _replace(temporary: Path, path: Path) -> None:
+    if temporary.is_symlink():
+        temporary.replace(path)
+        sync(path.parent)
+        return
+    for written in (*temporary.rglob("*"), temporary):
+        sync(written)
+    backup = _backup(path)
+    if temporary.is_dir() and path.is_dir():
+        _delete(backup)
+        path.rename(backup)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            backup.rename(path)
+            raise
+    else:
+        temporary.replace(path)
+    sync(path.parent)
+    if path.is_dir():
+        _delete(backup)
 
 
-def _lives(pid: int) -> bool:
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _backup(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _delete(path: Path) -> None:
+    """Removes a file, a link or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -118,64 +195,6 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def aside(directory: Path) -> Path:
-    """Where an old directory waits for its successor, on file systems that cannot exchange the two."""
-    return directory.with_name(f".{directory.name}.old")
-
-
-def standing(directory: Path) -> Path:
-    """The directory, or what a killed writer had set aside for it."""
-    old = aside(directory.absolute())
-    return old if not directory.exists() and old.exists() else directory
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two directories in one step (Linux, renameat2). False where the system or file system cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-        return False
-    raise OSError(number, os.strerror(number), str(other))
-
-
-def point_to(link: Path, target: Path) -> None:
-    """Makes or moves a symbolic link to something beside it, in one step."""
-    temporary = temporary_beside(link)
-    try:
-        temporary.symlink_to(target.name, target_is_directory=target.is_dir())
-        temporary.replace(link)
-    finally:
-        discard(temporary)
-
-
-def publish(temporary: Path, path: Path, keep: int, beside: Sequence[str] = ()) -> None:
-    """Makes what was written under a temporary name the newest checkpoint of its series, and removes the oldest.
-
-    Args:
-        temporary: what was written, from `temporary_beside(path)`.
-        path: its name: of a series, and behind the last `_` its number.
-        keep: how many of the series to keep.
-        beside: suffixes of files that stand beside a checkpoint, and go with it.
-    """
-    take_place(temporary, path)
-    point_to(path.parent / LAST, path)
-    sync(path.parent)
-    # Others may keep checkpoints of their own there.
-    series = path.stem.rpartition("_")[0]
-    others = [other for other in path.parent.glob(f"{series}_*{path.suffix}") if other != path]
-    others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
-    for old in others[keep - 1 :]:
-        # Out of sight first: half a directory must not look like a checkpoint.
-        hidden = temporary_beside(old)
-        old.rename(hidden)
-        discard(hidden)
-    for suffix in beside:
-        # Those of what was removed, now or by a process that was killed meanwhile.
-        for other in path.parent.glob(f"{series}_*{suffix}"):
-            if not other.with_suffix(path.suffix).exists():
-                other.unlink()
+# Older names, until tracking/run_file.py uses `write_whole`.
+temporary_beside = _temporary_name
+take_place = _replace

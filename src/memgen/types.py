@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -93,32 +94,6 @@ class TokenBatch:
             if supervised is not None:
                 marks[index, : len(row)] = torch.tensor(supervised[index], dtype=torch.bool)
         return cls(ids=ids, lengths=lengths, supervised=marks)
-
-    @classmethod
-    def from_padded(
-        cls,
-        ids: Int[Tensor, "batch length"],
-        attention_mask: Int[Tensor, "batch length"] | Bool[Tensor, "batch length"],
-        supervised: Bool[Tensor, "batch length"] | None = None,
-    ) -> TokenBatch:
-        """Left-aligns rows padded on any side, in the middle too (left-padded prompt + right-padded answer).
-
-        Args:
-            ids: token ids, int64 (B, L).
-            attention_mask: non-zero where a token is real, (B, L).
-            supervised: True where the token is a target, bool (B, L); marks on padding are dropped.
-        """
-        real = attention_mask.bool()
-        # A stable sort on "is padding" moves the real tokens to the front and keeps their order.
-        order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)
-        marks = torch.zeros_like(real) if supervised is None else supervised & real
-        lengths = real.sum(dim=1)
-        width = int(lengths.max())
-        return cls(
-            ids=ids.gather(1, order)[:, :width],
-            lengths=lengths,
-            supervised=marks.gather(1, order)[:, :width],
-        )
 
     @property
     def supervised_tokens(self) -> int:
@@ -238,6 +213,26 @@ class WorkCount:
 
 
 @dataclass(frozen=True)
+class RowWork:
+    """One answer's share of the work, in positions: what was read once for G answers counts 1/G for each of them.
+
+    Attributes:
+        reasoner: tokens and latents read by the reasoner.
+        weaver: tokens, latents and queries read by the weaver.
+        trigger: tokens read by a trigger that has its own pass over the text.
+    """
+
+    reasoner: float = 0.0
+    weaver: float = 0.0
+    trigger: float = 0.0
+
+    def __add__(self, other: RowWork) -> RowWork:
+        return RowWork(
+            self.reasoner + other.reasoner, self.weaver + other.weaver, self.trigger + other.trigger
+        )
+
+
+@dataclass(frozen=True)
 class Generation:
     """Answers to a batch of prompts, with what is needed to replay them.
 
@@ -252,6 +247,7 @@ class Generation:
         invoke_probs: the trigger's probability of INVOKE where it was asked, else 0, float32 (B, N).
         plan: where latents were inserted, in token indices of prompt + answer.
         work: exact work counts.
+        row_work: each row's share of them.
         latents: inserted latents per row in order of insertion, each (K, H), if they were asked for.
     """
 
@@ -264,6 +260,7 @@ class Generation:
     invoke_probs: Float[Tensor, "batch new"]
     plan: InsertionPlan
     work: WorkCount
+    row_work: tuple[RowWork, ...] = ()
     latents: list[list[Tensor]] | None = None
 
     def answers(self) -> list[list[int]]:
@@ -292,7 +289,10 @@ class AgentTurn:
         decisions: a `Decision` taken before each.
         invoke_probs: the trigger's probability of INVOKE where it was asked, else 0.
         insertions: (index in context + tokens, `InsertionKind`) of this turn's latents, ascending.
-        finished: False if the turn was cut at its limit.
+        finished: False if the turn was truncated at its limit.
+        text: the tokens as text, special tokens removed: what the environment was given.
+        observation: the text that the agent read between its previous turn and this one, truncated as it was read.
+            Empty for the first turn, which reads `Trajectory.prompt`.
     """
 
     context: list[int]
@@ -302,6 +302,13 @@ class AgentTurn:
     invoke_probs: list[float]
     insertions: list[tuple[int, int]]
     finished: bool
+    text: str = ""
+    observation: str = ""
+
+    @property
+    def insertion_points(self) -> list[int]:
+        """For each insertion, the index in `tokens` before which it lies; 0: at the end of the prompt."""
+        return [point - len(self.context) for point, _ in self.insertions]
 
     @property
     def offered(self) -> int:
@@ -323,8 +330,9 @@ class Trajectory:
         turns: the agent's turns, in order. Empty only if the environment failed before the first.
         reward: total reward.
         parts: what it is made of, by name.
-        truncated: whether a turn was cut at its limit, or the episode before its end.
-        fault: why the environment failed, or None. Such an episode counts for nothing.
+        truncated: whether a turn was truncated at its limit, or the episode before its end.
+        fault: the environment error that ended the episode, or None. Such an episode is neither scored nor trained on.
+        prompt: the chat messages (role, content) that the agent read before its first turn.
     """
 
     example: str
@@ -333,6 +341,7 @@ class Trajectory:
     parts: Mapping[str, float] = field(default_factory=dict)
     truncated: bool = False
     fault: str | None = None
+    prompt: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -348,3 +357,12 @@ class Trajectory:
     def invocations(self) -> int:
         """Boundaries at which it invoked."""
         return sum(turn.invocations for turn in self.turns)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The whole conversation as chat messages: the prompt, the agent's turns, and what it observed between them."""
+        messages = [dict(message) for message in self.prompt]
+        for number, turn in enumerate(self.turns):
+            if number:
+                messages.append({"role": "user", "content": turn.observation})
+            messages.append({"role": "assistant", "content": turn.text})
+        return messages

@@ -1,25 +1,9 @@
-"""What the benchmark tests share: a shape small enough for seconds, and a meter that counts instead of timing."""
-
 from __future__ import annotations
 
 import pytest
 
+from counting_meter import TINY, CountingMeter
 from memgen.bench import shapes
-from memgen.bench.timing import Meter, Sample
-
-
-class CountingMeter(Meter):
-    """Runs the work and gives the next of the times it was told, or 1 second."""
-
-    def __init__(self, seconds=()):
-        self.seconds = list(seconds)
-        self.runs = 0
-
-    def measure(self, work):
-        work()
-        value = self.seconds[self.runs] if self.runs < len(self.seconds) else 1.0
-        self.runs += 1
-        return Sample(wall=value, cpu=value / 2, peak_bytes=100 + self.runs)
 
 
 @pytest.fixture
@@ -29,5 +13,4 @@ def meter():
 
 @pytest.fixture(autouse=True)
 def _tiny_shape(monkeypatch):
-    tiny = shapes.Shape(hidden=32, layers=2, heads=4, kv_heads=2, feed_forward=48, vocabulary=260)
-    monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)

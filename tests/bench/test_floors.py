@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memgen.bench.counts import stream_counts
-from memgen.bench.generation import Work, decoding_floor, step_bytes_floor
+from memgen.bench.generation import DecodingWorkload, decoding_floor, step_bytes_floor
 from memgen.bench.timing import Sample, Timing
 from memgen.bench.training import work_floor
 from memgen.types import WorkCount
@@ -16,10 +15,10 @@ def timing(wall, cpu):
 
 
 def test_the_floor_of_decoding_by_hand():
-    work = Work(batch=1, prompt=100, new=51)
-    counts = stream_counts([151], [100], [[(100, 0), (120, 1)]], lambda kind: 10)
-    # Reasoner 150 + 20, weaver 120 + 10 + 20; plain 150.
-    floor = decoding_floor(work, counts, plain=timing(3.0, 6.0), prefill=timing(1.0, 1.0))
+    work = DecodingWorkload(batch=1, prompt=100, new=51)
+    # 10 latents behind the prompt and behind 20 new tokens; plain reads 150.
+    done = WorkCount(reasoner_positions=150 + 20, weaver_positions=120 + 10 + 20)
+    floor = decoding_floor(work, done, 20, plain=timing(3.0, 6.0), prefill=timing(1.0, 1.0))
     assert floor.positions == pytest.approx((170 + 150) / 150)
     # A position beside others costs 0.01 wall seconds: prompt 100 + latents 20 + weaver 150; the steps cost 2.
     assert floor.two_price_wall == pytest.approx((2.7 + 2.0) / 3.0)
@@ -27,9 +26,10 @@ def test_the_floor_of_decoding_by_hand():
 
 
 def test_without_memory_the_floor_is_plain_decoding():
-    work = Work(batch=2, prompt=10, new=5)
-    counts = stream_counts([15, 15], [10, 10], [[], []], lambda kind: 8)
-    floor = decoding_floor(work, counts, plain=timing(3.0, 3.0), prefill=timing(0.5, 0.5))
+    work = DecodingWorkload(batch=2, prompt=10, new=5)
+    floor = decoding_floor(
+        work, WorkCount(reasoner_positions=2 * 14), 0, plain=timing(3.0, 3.0), prefill=timing(0.5, 0.5)
+    )
     assert (floor.positions, floor.two_price_wall, floor.two_price_cpu) == pytest.approx((1, 1, 1))
 
 

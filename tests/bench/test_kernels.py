@@ -8,23 +8,22 @@ import torch
 from memgen.bench import kernels
 from memgen.bench.kernels import (
     DIRECTIONS,
+    InterleaveSize,
     LogprobSize,
-    WeaveSize,
+    interleave_problem,
     logprob_problem,
-    weave_problem,
-    weave_rows_problem,
 )
 from tolerance import assert_close
 
-WEAVE = WeaveSize(rows=2, length=10, points=3, latents=2, hidden=8, vocabulary=20)
+INTERLEAVE = InterleaveSize(rows=2, length=10, points=3, latents=2, hidden=8, vocabulary=20)
 LOGPROB = LogprobSize(labels=7, hidden=8, vocabulary=20)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(
     ("make", "size"),
-    [(weave_problem, WEAVE), (weave_rows_problem, WEAVE), (logprob_problem, LOGPROB)],
-    ids=["weave", "weave_rows", "linear_logprob"],
+    [(interleave_problem, INTERLEAVE), (logprob_problem, LOGPROB)],
+    ids=["interleave", "linear_logprob"],
 )
 def test_all_forms_compute_the_same(make, size, direction):
     forms = make("cpu", torch.float32, direction, 0, size).forms
@@ -33,13 +32,11 @@ def test_all_forms_compute_the_same(make, size, direction):
 
 
 def test_bytes_of_an_insertion_by_hand():
-    forward, both = (weave_problem("cpu", torch.float32, d, 0, WEAVE) for d in DIRECTIONS)
+    forward, both = (interleave_problem("cpu", torch.float32, d, 0, INTERLEAVE) for d in DIRECTIONS)
     assert forward.size == {"positions": 32, "latents": 12, "hidden": 8}
     # Two indices per position; each token's embedding and each latent is read and written, and so is the gradient.
     assert forward.least_bytes == 32 * 2 * 8 + 2 * 32 * 8 * 4
     assert both.least_bytes == forward.least_bytes + 2 * 12 * 8 * 4
-    rows = weave_rows_problem("cpu", torch.float32, "forward", 0, WEAVE)
-    assert rows.least_bytes == 20 * 8 + 32 * (8 + 8 + 1 + 1) + 2 * 32 * 8 * 4
 
 
 def test_a_cpu_runs_no_triton_kernel():

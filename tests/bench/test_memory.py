@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from memgen.bench import memory, probe
-from memgen.bench.generation import Decoding, Work
+from memgen.bench.generation import Decoding, DecodingWorkload
 from memgen.bench.memory import (
     DECODING_SIDES,
     decoding_cache,
@@ -17,10 +17,10 @@ from memgen.bench.memory import (
 )
 from memgen.bench.shapes import ModelSettings
 from memgen.bench.timing import ProcessMeter
-from memgen.bench.training import StepWork
+from memgen.bench.training import TrainingWorkload
 
 SETTINGS = ModelSettings(model="tiny", latents=2, cap=2, spacing=4)
-WORK = Work(batch=2, prompt=6, new=12)
+WORK = DecodingWorkload(batch=2, prompt=6, new=12)
 
 
 def test_hugging_faces_cache_is_the_formula_to_the_byte():
@@ -39,8 +39,8 @@ def test_our_caches_hold_what_is_needed_and_less_than_twice_the_full_size(side):
 @pytest.mark.parametrize(
     "request_of",
     [
-        {"kind": "training", "side": "ours", "stage": "sft", "work": asdict(StepWork(2, 24, 4, 2))},
-        {"kind": "training", "side": "plain", "stage": "grpo", "work": asdict(StepWork(2, 24, 4, 2))},
+        {"kind": "training", "side": "ours", "stage": "sft", "work": asdict(TrainingWorkload(2, 24, 4, 2))},
+        {"kind": "training", "side": "plain", "stage": "grpo", "work": asdict(TrainingWorkload(2, 24, 4, 2))},
         {"kind": "generation", "side": "plain", "work": asdict(WORK)},
         {"kind": "generation", "side": "always", "work": asdict(WORK)},
     ],
@@ -68,5 +68,5 @@ def test_ratios_are_to_the_plain_side(monkeypatch):
     decoding = list(measure_decoding_memory(SETTINGS, WORK))
     assert [case["side"] for case in decoding] == list(DECODING_SIDES)
     assert [case["memory_ratio"] for case in decoding] == [1.0, 0.5, 1.5]
-    training = list(measure_training_memory(SETTINGS, StepWork(2, 24, 4, 2)))
+    training = list(measure_training_memory(SETTINGS, TrainingWorkload(2, 24, 4, 2)))
     assert [case["memory_ratio"] for case in training] == [1.0, 1.25]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memgen.bench.generation import Decoding, Work, delimiter_rate
+from memgen.bench.generation import Decoding, DecodingWorkload, delimiter_rate
 from memgen.bench.shapes import SHAPES, ModelSettings, find_shape, plain_model, random_ids, twin, weight_bytes
 
 
@@ -41,7 +41,7 @@ def test_both_sides_hold_one_copy_of_the_weights():
 
 def test_without_memory_our_engine_writes_what_hugging_face_writes():
     settings = ModelSettings(model="tiny")
-    decoding, work = Decoding(settings), Work(batch=3, prompt=7, new=20)
+    decoding, work = Decoding(settings), DecodingWorkload(batch=3, prompt=7, new=20)
     ours = decoding.ours(work, decoding.models["never"])
     theirs = decoding.huggingface(work)
     assert ours.tokens.shape == (3, 20)
@@ -50,7 +50,7 @@ def test_without_memory_our_engine_writes_what_hugging_face_writes():
 
 def test_greedy_text_of_random_weights_is_varied_and_has_delimiters():
     settings = ModelSettings(model="small")
-    decoding, work = Decoding(settings), Work(batch=4, prompt=16, new=64)
+    decoding, work = Decoding(settings), DecodingWorkload(batch=4, prompt=16, new=64)
     generation = decoding.ours(work, decoding.models["always"])
     assert all(len(set(row)) > 48 for row in generation.answers())
     assert 0.02 < delimiter_rate(generation, settings) < 0.12

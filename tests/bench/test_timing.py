@@ -5,37 +5,37 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memgen.bench.timing import ProcessMeter, Sample, Timing, interleave, paired_ratio
+from memgen.bench.timing import ProcessMeter, Sample, Timing, measure_in_turn, paired_ratio
 
 
 def test_sides_take_turns_and_the_order_is_reversed_in_every_other_repeat(meter):
     order = []
-    interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, meter)
+    measure_in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, meter)
     assert "".join(order) == "ba" + "ab" + "ba"
 
 
 def test_the_first_pass_is_dropped(meter):
     meter.seconds = [99.0, 98.0, 1.0, 2.0]
-    timings = interleave({"a": lambda: None, "b": lambda: None}, 1, meter)
+    timings = measure_in_turn({"a": lambda: None, "b": lambda: None}, 1, meter)
     assert timings["a"].wall == [1.0]
     assert timings["b"].wall == [2.0]
 
 
 def test_without_a_warm_up_every_pass_counts(meter):
     meter.seconds = [1.0, 2.0]
-    timings = interleave({"a": lambda: None}, 2, meter, warm_up=False)
+    timings = measure_in_turn({"a": lambda: None}, 2, meter, warm_up=False)
     assert timings["a"].wall == [1.0, 2.0]
 
 
 def test_progress_is_told_of_every_run_the_dropped_ones_included(meter):
     ticks = []
-    interleave({"a": lambda: None, "b": lambda: None}, 3, meter, lambda: ticks.append(1))
+    measure_in_turn({"a": lambda: None, "b": lambda: None}, 3, meter, lambda: ticks.append(1))
     assert len(ticks) == 8
 
 
 def test_no_repeat_is_refused(meter):
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
-        interleave({"a": lambda: None}, 0, meter)
+        measure_in_turn({"a": lambda: None}, 0, meter)
 
 
 def test_minimum_median_and_peak_are_over_the_counted_runs():

@@ -7,16 +7,23 @@ import torch
 
 from memgen.bench import training
 from memgen.bench.shapes import ModelSettings
-from memgen.bench.training import STAGES, MemoryStep, PlainStep, StepWork, measure_training, policy_gradient
+from memgen.bench.training import (
+    STAGES,
+    MemGenStep,
+    PlainStep,
+    TrainingWorkload,
+    measure_training,
+    policy_gradient,
+)
 from tolerance import assert_close
 
 SETTINGS = ModelSettings(model="tiny", latents=2, spacing=4)
-WORK = StepWork(batch=4, length=40, prompt=8, points=3)
+WORK = TrainingWorkload(batch=4, length=40, prompt=8, points=3)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_of_either_side_leaves_gradients_on_what_it_trains_and_nowhere_else(stage):
-    plain, ours = PlainStep(SETTINGS, WORK), MemoryStep(SETTINGS, WORK)
+    plain, ours = PlainStep(SETTINGS, WORK), MemGenStep(SETTINGS, WORK)
     for step in (plain, ours):
         assert torch.isfinite(step.step(stage))
     trained = {name for name, p in plain.model.named_parameters() if p.grad is not None}
@@ -30,16 +37,19 @@ def test_a_step_of_either_side_leaves_gradients_on_what_it_trains_and_nowhere_el
 
 @pytest.mark.parametrize("group", [1, 2, 4])
 def test_a_step_does_the_work_of_the_formula(group):
-    step = MemoryStep(SETTINGS, StepWork(batch=4, length=40, prompt=8, points=3, group=group))
+    step = MemGenStep(SETTINGS, TrainingWorkload(batch=4, length=40, prompt=8, points=3, group=group))
     step.step("grpo")
-    counts = step.counts()
-    assert counts.insertions == 12
-    assert step.done.reasoner_positions == counts.reasoner_positions
-    assert step.done.weaver_positions == counts.weaver_positions
+    rows = step.plan.rows()
+    assert [len(row) for row in rows] == [3] * 4
+    # A group's prompt of 8 tokens is read once, by the reasoner and by the weaver; K is 2.
+    spared = 8 * (4 - 4 // group)
+    assert step.done.reasoner_positions == 4 * (39 + 3 * 2) - spared
+    # Tokens up to the last insertion, latents of the earlier two, and the queries of all three.
+    assert step.done.weaver_positions == sum(row[-1][0] for row in rows) + 4 * (2 * 2 + 3 * 2) - spared
 
 
 def test_both_stages_have_the_same_loss_at_equal_advantages():
-    step = MemoryStep(SETTINGS, WORK)
+    step = MemGenStep(SETTINGS, WORK)
     step.advantages = torch.ones_like(step.advantages)
     step.step("sft")
     sft = step.model.weaver.reasoner_to_weaver.weight.grad.clone()
@@ -55,7 +65,7 @@ def test_a_policy_gradient_is_the_advantage_times_the_gradient_of_the_logprobs()
 
 def test_more_points_than_a_row_has_are_refused():
     with pytest.raises(ValueError, match="but 90 points per row were asked for"):
-        MemoryStep(SETTINGS, StepWork(batch=2, length=40, prompt=8, points=90))
+        MemGenStep(SETTINGS, TrainingWorkload(batch=2, length=40, prompt=8, points=90))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +74,7 @@ def test_more_points_than_a_row_has_are_refused():
 )
 def test_a_batch_that_cannot_be_made_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        StepWork(**({"batch": 4, "length": 40, "prompt": 8} | changes))
+        TrainingWorkload(**({"batch": 4, "length": 40, "prompt": 8} | changes))
 
 
 def test_a_case_has_ratios_memory_and_exact_work(meter, monkeypatch):
@@ -81,7 +91,7 @@ def test_a_case_has_ratios_memory_and_exact_work(meter, monkeypatch):
     for case in cases:
         assert case["model"] == "tiny"
         assert (case["wall_ratio"], case["cpu_ratio"], case["memory_ratio"]) == (1.0, 1.0, 1.3)
-        assert case["counts_match_formula"]
+        assert case["insertions"] == 4 * 3
         assert case["labels"] == 4 * 32
         assert case["ours"]["peak_above_weights_bytes"] == 130
 

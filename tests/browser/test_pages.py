@@ -7,7 +7,6 @@ import shutil
 import pytest
 
 from browser_runs import Pipeline, run_pipeline
-from memgen.tracking.store import client_of
 from mlflow_pages import CHROMIUM, Pages
 from mlflow_server import Server
 
@@ -83,16 +82,6 @@ def test_episodes_are_shown_with_the_places_where_memory_was_woven_in(pages, pip
     assert "<mark>3 latents</mark>" in html
     assert "count 3" in html
     pages.shoot("mlflow_episodes")
-
-
-def test_the_figure_of_an_evaluation_is_among_the_artifacts(pages, pipeline, server):
-    run = pipeline.stages["trigger_rl"]
-    images = [item.path for item in client_of(server.uri).list_artifacts(run, "images")]
-    assert sum(path.endswith(".png") for path in images) == 4, "three validations and a test"
-    pages.open(route(pipeline, "trigger_rl", "/model-metrics"), "rollout")
-    pages.search_charts("episodes")
-    assert "test/episodes" in pages.wait_for("val/episodes")
-    pages.shoot("mlflow_figure")
 
 
 def test_an_episode_of_several_turns_is_a_trace(pages, pipeline):

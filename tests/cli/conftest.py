@@ -27,8 +27,7 @@ data:
   path: /data/${model.memgen.backbone.name}
   environment:
     class_path: cli.dummy_stage.Task
-    init_args:
-      path: ${data.path}
+    path: ${data.path}
 """
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
+
+from memgen.run_context import no_assets, run_context
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,11 @@ class Stage(LightningModule):
             seconds,
         )
         self.linear = torch.nn.Linear(2, 1)
-        self.resolve_asset: Callable[[str], str] | None = None
 
     def setup(self, stage):
-        assert self.resolve_asset is not None, "the command line sets it before setup"
+        resolve = run_context(self.trainer).resolve_asset
+        assert resolve is not no_assets, "the command line passes its own"
+        assert resolve("directory") == "directory"
 
     def training_step(self, batch, batch_idx):
         sys.stdout.write("step\n")

@@ -28,7 +28,8 @@ data:
   val_batch_size: 2
   environment:
     class_path: letters_env.LetterGame
-    init_args: {items: 12, seconds: 0.0}
+    items: 12
+    seconds: 0.0
 trainer:
   accelerator: cpu
   devices: 1
@@ -38,7 +39,7 @@ trainer:
   enable_progress_bar: false
 """
 CONFIG = ("--config", "stage.yaml")
-SLOW = ("--data.environment.init_args.seconds", "0.1")
+SLOW = ("--data.environment.seconds", "0.1")
 
 
 def prepare(folder: Path) -> None:

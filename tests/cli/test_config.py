@@ -54,19 +54,41 @@ def test_variables_of_ones_own_end_with_the_resolution(write):
     assert read(*files, "--vars.size", "64") == {"data": {"batch_size": 64}}
 
 
-@pytest.mark.parametrize(
-    "spelling", ["--data.path", "--data.init_args.path"], ids=["short", "through init_args"]
-)
-def test_init_args_may_be_left_out_or_written(write, spelling):
-    write("a.yaml", "data: {class_path: C, init_args: {path: old, size: 1}}\ny: '${data.init_args.path}'\n")
-    write("b.yaml", "data: {size: 2}\n")
-    document = read("--config", "a.yaml", "--config", "b.yaml", spelling, "new")
-    assert document == {"data": {"class_path": "C", "path": "new", "size": 2}, "y": "new"}
-    assert config.to_lightning(document)["data"] == {
-        "class_path": "C",
-        "init_args": {"path": "new", "size": 2},
+@pytest.mark.parametrize("key", ["", "model.init_args.", "data.environment.", "callbacks.1."])
+@pytest.mark.parametrize("between", ["", "init_args."], ids=["short", "through init_args"])
+def test_init_args_may_be_left_out_or_written(write, key, between):
+    """Wherever a class may stand: a section, an argument of a class, an item of a list."""
+    section = key.replace("init_args.", "").rstrip(".").split(".")[0]
+    old = "{class_path: C, init_args: {path: old, size: 1}}"
+    documents = {
+        "": f"thing: {old}",
+        "model": f"model: {{class_path: M, init_args: {{thing: {old}}}}}",
+        "data": f"data: {{environment: {{class_path: E, thing: {old}}}}}",
+        "callbacks": f"callbacks: [{{class_path: A}}, {{class_path: B, init_args: {{thing: {old}}}}}]",
     }
-    assert config.to_tidy(config.to_lightning(document)) == document
+    write("a.yaml", documents[section] + "\n")
+    reference = f"{key}thing.{between}path".replace(".1.", "[1].")
+    write("b.yaml", f"y: '${{{reference}}}'\n")
+    document = read("-c", "a.yaml", "-c", "b.yaml", f"--{key}thing.{between}path", "new")
+    assert document.pop("y") == "new"
+    thing = {"class_path": "C", "path": "new", "size": 1}
+    assert (
+        document
+        == {
+            "": {"thing": thing},
+            "model": {"model": {"class_path": "M", "thing": thing}},
+            "data": {"data": {"environment": {"class_path": "E", "thing": thing}}},
+            "callbacks": {"callbacks": [{"class_path": "A"}, {"class_path": "B", "thing": thing}]},
+        }[section]
+    )
+    assert config.without_init_args(config.with_init_args(document)) == document
+
+
+def test_the_arguments_of_every_class_go_below_init_args_for_jsonargparse():
+    document = {"a": {"class_path": "A", "x": 1, "b": [{"class_path": "B"}], "record": {"y": 2}}}
+    assert config.with_init_args(document) == {
+        "a": {"class_path": "A", "init_args": {"x": 1, "b": [{"class_path": "B"}], "record": {"y": 2}}}
+    }
 
 
 def test_another_class_replaces_the_arguments_of_the_first(write):
@@ -74,7 +96,7 @@ def test_another_class_replaces_the_arguments_of_the_first(write):
     write("b.yaml", "data: {environment: {class_path: B, init_args: {only_b: 2}}}\n")
     write("c.yaml", "data: {environment: {init_args: {more: 3}}}\n")
     environment = read("-c", "a.yaml", "-c", "b.yaml", "-c", "c.yaml")["data"]["environment"]
-    assert environment == {"class_path": "B", "init_args": {"only_b": 2, "more": 3}}
+    assert environment == {"class_path": "B", "only_b": 2, "more": 3}
 
 
 def test_a_bare_section_names_its_class(write):
@@ -86,19 +108,19 @@ def test_a_bare_section_names_its_class(write):
 
 def test_an_override_reaches_into_a_list(write):
     write("a.yaml", "trainer: {callbacks: [{class_path: A, init_args: {x: 1}}, {class_path: B}]}\n")
-    callbacks = read("--config", "a.yaml", "--trainer.callbacks.0.init_args.x", "5")["trainer"]["callbacks"]
-    assert callbacks == [{"class_path": "A", "init_args": {"x": 5}}, {"class_path": "B"}]
+    callbacks = read("--config", "a.yaml", "--trainer.callbacks.0.x", "5")["trainer"]["callbacks"]
+    assert callbacks == [{"class_path": "A", "x": 5}, {"class_path": "B"}]
     with pytest.raises(UsageError, match="item 3 does not exist: the list has 2 items"):
         read("--config", "a.yaml", "--trainer.callbacks.3.class_path", "C")
     with pytest.raises(UsageError, match="item 2 does not exist: the list has 2 items"):
-        read("--config", "a.yaml", "--trainer.callbacks.2.init_args.x", "5")
+        read("--config", "a.yaml", "--trainer.callbacks.2.x", "5")
 
 
 def test_an_override_appends_an_object_to_a_list(write):
     write("a.yaml", "trainer: {callbacks: [{class_path: A}]}\n")
-    named, value = "--trainer.callbacks.1.class_path", "--trainer.callbacks.1.init_args.x"
+    named, value = "--trainer.callbacks.1.class_path", "--trainer.callbacks.1.x"
     callbacks = read("--config", "a.yaml", named, "C", value, "5")["trainer"]["callbacks"]
-    assert callbacks == [{"class_path": "A"}, {"class_path": "C", "init_args": {"x": 5}}]
+    assert callbacks == [{"class_path": "A"}, {"class_path": "C", "x": 5}]
 
 
 @pytest.mark.parametrize(

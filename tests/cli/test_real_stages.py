@@ -74,7 +74,7 @@ def small_run(folder: Path, *extra: str, command: str = "fit") -> int:
     return front_end.main(
         [
             command, *REAL, *QUIET, "--data.path", str(data), "--model.memgen.backbone.name", str(folder / "base"),
-            "--data.batch_size=4", "--model.generation.max_new_tokens=8", "--data.environment.init_args.validation_fraction=0.2",
+            "--data.batch_size=4", "--model.generation.max_new_tokens=8", "--data.environment.validation_fraction=0.2",
             "--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.logger=false", *extra,
         ]
     )  # fmt: skip
@@ -155,8 +155,8 @@ def test_a_run_resumed_in_mid_epoch_ends_where_an_uninterrupted_one_does(folder)
     steps = (
         "--trainer.max_epochs=3",
         "--trainer.max_steps=12",
-        "--trainer.callbacks.1.init_args.every_n_steps=7",
-        "--trainer.callbacks.1.init_args.keep=100",
+        "--trainer.callbacks.1.every_n_steps=7",
+        "--trainer.callbacks.1.keep=100",
     )
     assert small_run(folder, *steps) == 0
     run = (folder / "runs/weaver_sft/latest").resolve()

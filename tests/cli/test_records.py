@@ -10,7 +10,7 @@ import pytest
 from cli.played import CONFIG, SLOW, prepare, start, wait_for_lines
 from letters_env import LetterGame
 from memgen.cli import main as front_end
-from memgen.results.records import read_records
+from memgen.results.score_files import read_records
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_two_runs_are_compared_item_by_item(beside_runs, capsys):
     [
         (("a", "nowhere"), "nowhere holds no records"),
         (("a", "fewer"), "the runs are of different data: a is to have 6 items, fewer 4"),
-        (("a", "a", "--metric", "lower"), "has no part 'lower' of its reward; there are: reward, upper"),
+        (("a", "a", "--metric", "lower"), "has no reward component 'lower'; there are: reward, upper"),
     ],
     ids=["no records", "other data", "no such part"],
 )

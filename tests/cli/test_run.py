@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from memgen.cli import config
 from memgen.cli import main as front_end
+from memgen.run_context import run_context
 
 CONFIG = ("--config", "stage.yaml")
 DRY = ("--trainer.fast_dev_run", "true")
@@ -37,7 +39,7 @@ def test_print_config_is_resolved_complete_and_round_trips(folder, capsys):
     first = printed_config(capsys, *CONFIG, "--model.memgen.backbone.name", "large")
     values = yaml.safe_load(first)
     assert values["data"]["path"] == "/data/large"
-    assert values["data"]["environment"]["init_args"]["path"] == "/data/large"
+    assert values["data"]["environment"]["path"] == "/data/large"
     assert values["model"]["memgen"]["backbone"] == {"name": "large", "dtype": "float32"}
     assert values["model"]["learning_rate"] == 0.1
     (folder / "printed.yaml").write_text(first)
@@ -45,12 +47,33 @@ def test_print_config_is_resolved_complete_and_round_trips(folder, capsys):
 
 
 def test_init_args_give_the_same_configuration(folder, capsys):
-    values = yaml.safe_load((folder / "stage.yaml").read_text())
-    for section in ("model", "data"):
-        arguments = {key: value for key, value in values[section].items() if key != "class_path"}
-        values[section] = {"class_path": values[section]["class_path"], "init_args": arguments}
+    values = config.with_init_args(yaml.safe_load((folder / "stage.yaml").read_text()))
+    assert "init_args" in values["data"]["init_args"]["environment"]
     (folder / "nested.yaml").write_text(yaml.safe_dump(values))
     assert printed_config(capsys, "--config", "nested.yaml") == printed_config(capsys, *CONFIG)
+
+
+def test_assets_are_made_once_and_before_the_trainer_starts(folder, monkeypatch):
+    from cli.dummy_stage import Stage
+    from memgen.cli import names
+
+    events = []
+    monkeypatch.setattr(names, "resolve_asset", lambda name: events.append(name) or f"/made/{name}")
+
+    def setup(self, stage):
+        events.append(f"setup with {run_context(self.trainer).resolve_asset(self.init_from)}")
+
+    monkeypatch.setattr(Stage, "setup", setup)
+    assert front_end.main(["fit", *CONFIG, *DRY, "--model.init_from", "lab:weaver_sft"]) == 0
+    assert sorted(events[:2]) == ["lab:weaver_sft", "small"]
+    assert events[2:] == ["setup with /made/lab:weaver_sft"]
+
+
+def test_printing_a_configuration_makes_no_asset(folder, monkeypatch, capsys):
+    from memgen.cli import names
+
+    monkeypatch.setattr(names, "resolve_asset", lambda name: pytest.fail(f"{name} was made"))
+    assert "lab:weaver_sft" in printed_config(capsys, *CONFIG, "--model.init_from", "lab:weaver_sft")
 
 
 def test_fit_and_test_run_and_hand_over_the_asset_resolver(folder, capsys):
@@ -82,7 +105,7 @@ UNKNOWN = {
     "model.memgen.weaver.inference_latent": "model.memgen.weaver.inference_latents",
     "model.memgen.weaver.backbone.nme": "model.memgen.weaver.backbone.name",
     "data.bach_size": "data.batch_size",
-    "data.environment.init_args.pth": "data.environment.init_args.path",
+    "data.environment.pth": "data.environment.path",
 }
 
 
@@ -143,9 +166,9 @@ REFUSED = {
         "trainer.callbacks.0.class_path (the command line) is ModelCheckpoin, which is no known Callback; "
         "did you mean ModelCheckpoint?",
     ),
-    "argument beside init_args": (
-        ("--data.environment.path", "x"),
-        "data.environment.path (the command line) belongs below init_args: data.environment.init_args.path",
+    "arguments without a class": (
+        ("--trainer.callbacks", "[{monitor: x}]"),
+        "trainer.callbacks.0 (the command line) has no class_path, which names the Callback to build",
     ),
 }
 

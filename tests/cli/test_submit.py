@@ -168,9 +168,9 @@ def test_the_site_files_are_read(file):
     ("text", "message"),
     [
         ("partitoin: gpu", "unknown option partitoin; did you mean partition?"),
-        ("cpus_per_task: many", "cpus_per_task must be a number, got 'many'"),
-        ("setup: module load", "setup must be a list of texts, got 'module load'"),
-        ("requeue: never", "requeue must be one of auto, exit, scontrol, got 'never'"),
+        ("cpus_per_task: many", "cpus_per_task must be a valid integer, got 'many'"),
+        ("setup: module load", "setup must be a valid array, got 'module load'"),
+        ("requeue: never", "requeue must be 'auto', 'exit' or 'scontrol', got 'never'"),
         ("requeue: exit", "requeue: exit needs requeue_exit"),
         ("warn_seconds: 0", "warn_seconds must be at least 1, got 0"),
         ("[]", "a site's options are a mapping"),

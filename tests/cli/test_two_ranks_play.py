@@ -8,7 +8,7 @@ import pytest
 
 from cli.played import CONFIG, prepare, start
 from memgen.cli import main as front_end
-from memgen.results.records import read_records
+from memgen.results.score_files import read_records
 
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
@@ -30,7 +30,7 @@ def finished(folder, *argv: str) -> str:
 @pytest.mark.slow
 def test_two_ranks_collect_what_one_does_also_where_their_items_do_not_come_out_even(folder):
     # 7 items in batches of 2: the second rank has fewer batches.
-    common = ("--samples", "2", "--min-reward", "0.5", "--data.environment.init_args.items", "7")
+    common = ("--samples", "2", "--min-reward", "0.5", "--data.environment.items", "7")
     assert front_end.main(["collect", *CONFIG, *common, "--out", "one.jsonl"]) == 0
     out = finished(folder, "collect", *CONFIG, *common, *TWO, "--out", "two.jsonl")
     assert out.count("7 of 7 items played") == 1

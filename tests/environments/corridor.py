@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 from memgen.environments.base import (
@@ -53,6 +54,14 @@ class Corridor(InteractiveEnvironment):
 
 
 class Walk(Episode):
+    open = 0
+
+    def __init__(self):
+        Walk.open += 1
+
+    def close(self):
+        Walk.open -= 1
+
     def reset(self, example):
         match example.meta.get("reset"):
             case "crash":
@@ -86,6 +95,10 @@ class Walk(Episode):
                 time.sleep(0.5)
             case "child":
                 return Step(str(subprocess.Popen(["sleep", "600"]).pid), False)
+            case "lock":
+                return Step(threading.Lock(), False)
+            case "open episodes":
+                return Step(str(Walk.open), False)
             case "pid":
                 return Step(str(os.getpid()), False)
             case "right":

@@ -1,8 +1,9 @@
-"""What runs answers: the sandbox, where bubblewrap is installed, and the limits that stand in for it."""
+"""Executors of answers: the sandbox, where bubblewrap is installed, and limits alone."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import os
@@ -50,7 +51,7 @@ def bubblewrap():
 
 
 def processes() -> dict[str, str]:
-    """Command lines by process id, without those that have ended."""
+    """Command lines by process id, without zombies."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -69,6 +70,14 @@ def runs_of_this_process() -> set[str]:
             parent = (Path("/proc") / pid / "stat").read_text().rsplit(")")[-1].split()[1]
             if "harness.py" in line and parent == str(os.getpid()):
                 found.add(pid)
+    return found
+
+
+def process_names() -> set[str]:
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):  # It ended meanwhile.
+            found.add(file.read_text().strip())
     return found
 
 
@@ -151,6 +160,7 @@ ESCAPES = {
     "reports itself": "import os, json\nfor fd in range(3, 50):\n    try: os.write(fd, json.dumps({'nonce': '', "
     "'outcomes': {'test_f[0]': 'passed'}, 'error': None}).encode() + b'\\n')\n    except OSError: pass\nos._exit(0)",
     "patches unittest": "import unittest\nunittest.TestCase.assertEqual = lambda *a: None\n" + RIGHT,
+    "says passed in its traceback": "import traceback\ntraceback.format_exc = lambda *a, **k: 'passed'\ndef f(x): return 0",
     "replaces pytest": "import sys, types\nsys.modules['pytest'] = types.ModuleType('pytest')\n" + RIGHT,
     "sleeps for ever": "import time\ntime.sleep(10**6)",
     "computes for ever": "while True: pass",
@@ -165,7 +175,9 @@ ESCAPES = {
 
 
 @pytest.mark.parametrize("solution", ESCAPES.values(), ids=ESCAPES)
-def test_a_solution_that_does_not_pass_the_tests_gets_nothing(solution, executor):
+def test_a_solution_that_does_not_pass_the_tests_gets_nothing(solution, executor, request):
+    if "for ever" in request.node.callspec.id:
+        executor.limits = dataclasses.replace(LIMITS, cpu_s=1, wall_s=2.0)
     before, folders = set(processes()), set(os.listdir(tempfile.gettempdir()))
     start = time.monotonic()
     result = run(executor, solution)
@@ -373,28 +385,30 @@ def passes_bare(row, folder):
     return done.returncode == 0 and b"Ran 0 tests" not in done.stderr
 
 
-# Not SIGUSR1: whoever trains in this process has blocked it for all that it starts.
+# Not SIGUSR1: a trainer in this process blocks it for every process it starts.
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_schedulers_warning_that_ends_a_run_says_nothing_about_the_answer_the_first_time(
     executor, number, times
 ):
-    assert run(executor, RIGHT).passed, "and what it tries before its first run is over"
-    slow = f"import time\ntime.sleep(3)\n{RIGHT}"
+    assert run(executor, RIGHT).passed, "the executor's probe before its first run is over"
+    name = f"answer-{os.getpid()}"  # What the process calls itself once the solution runs.
+    slow = f"import ctypes, time\nctypes.CDLL(None).prctl(15, {name.encode()!r})\ntime.sleep(1.5)\n{RIGHT}"
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(run, executor, slow)
         struck: set[str] = set()
         deadline = time.monotonic() + 20
         while len(struck) < times and not result.done() and time.monotonic() < deadline:
-            for pid in runs_of_this_process() - struck:
-                time.sleep(0.3)  # It has begun.
-                os.kill(int(pid), number)
-                struck.add(pid)
+            if name in process_names():
+                for pid in runs_of_this_process() - struck:
+                    os.kill(int(pid), number)
+                    struck.add(pid)
             time.sleep(0.02)
         assert len(struck) == times
         assert result.result().passed == (times == 1)
 
 
-def test_limits_are_no_sandbox_and_do_not_call_themselves_one():
-    assert "Not a sandbox" in (LimitedProcess.__doc__ or "")
-    assert run(LimitedProcess(LIMITS, 1), "open('/etc/hostname' if False else '/dev/null')\n" + RIGHT).passed
+def test_limits_alone_leave_the_hosts_files_readable(executor, tmp_path):
+    (tmp_path / "hosts_file").write_text("1")
+    result = run(executor, f"open({str(tmp_path / 'hosts_file')!r})\n{RIGHT}")
+    assert result.passed == isinstance(executor, LimitedProcess)

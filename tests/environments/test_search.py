@@ -182,24 +182,24 @@ def test_a_damaged_index_is_built_again(tmp_path, damage, caplog):
 
 
 def test_a_killed_build_leaves_nothing_that_is_taken_for_an_index(tmp_path, home):
-    file = write(tmp_path, [(f"title {i}", f"text of number {i} " * 20) for i in range(60_000)])
+    file = write(tmp_path, [(f"title {i}", f"text of number {i} " * 20) for i in range(30_000)])
     code = (
         f"from memgen.environments.search.retrieval import PassageIndex; PassageIndex({str(file)!r}).open()"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
-    while not [path for path in home.glob("*.building-*") if path.stat().st_size > 100_000]:
+    while not [path for path in home.glob(".*.sqlite.new-*") if path.stat().st_size > 100_000]:
         assert process.poll() is None, "the build ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list(home.glob("*.building-*"))
+    assert list(home.glob(".*.sqlite.new-*"))
     assert not list(home.glob("*.sqlite"))
     index = PassageIndex(str(file))
-    assert len(index) == 60_000
-    assert titles(index, "59999") == ["title 59999"]
-    assert not list(home.glob("*.building-*"))
+    assert len(index) == 30_000
+    assert titles(index, "29999") == ["title 29999"]
+    assert not list(home.glob(".*.sqlite.new-*"))
     index.close()
 
 

@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -181,16 +182,19 @@ def test_a_fault_is_no_score(corridors):
         environment.reward(example, "crash")
 
 
-def test_reference_conversations_are_played_ahead_in_the_workers(corridors):
+def test_reference_conversations_are_played_side_by_side_in_the_workers(corridors):
     environment = corridors(workers=3)
     examples = environment.examples("train")
-    first = [environment.conversation(example) for example in examples[:3]]
+    turns = environment.conversations(examples[:6])
+    first = [next(turns) for _ in range(3)]
     assert len({turns[1]["content"] for turns in first}) == 3  # One process each.
     assert str(os.getpid()) not in {turns[1]["content"] for turns in first}
     with pytest.raises(ValueError, match="nobody knows the way"):
-        environment.conversation(examples[3])
+        next(turns)
+    others = environment.conversations(examples[5:])
+    assert next(others)[2]["content"] == "right " * 2
     with pytest.raises(RuntimeError, match="SIGKILL"):
-        environment.conversation(examples[6])
+        next(others)
     assert environment.conversation(examples[7])[2]["content"] == "right " * 4
 
 
@@ -224,15 +228,36 @@ def test_an_environment_that_nobody_holds_takes_its_workers_along():
     assert gone(pids)
 
 
-def test_episodes_that_are_closed_or_dropped_make_room(corridors):
+def test_episodes_that_are_closed_or_dropped_are_closed_in_their_workers(corridors):
     environment = corridors(workers=2)
     for _ in range(3):
         episodes, _ = begin(environment, 2)
         episodes[0].close()
         del episodes
         gc.collect()
-    held = [len(worker.held) for worker in environment._pool._workers]
-    assert held == [0, 0]
+    episodes, _ = begin(environment, 4)
+    assert [s.observation for s in environment.step_all(episodes, ["open episodes"] * 4)] == ["2"] * 4
+
+
+def test_an_interrupt_ends_the_batch_and_its_workers(corridors):
+    environment = corridors(workers=2)
+    episodes, _ = begin(environment, 2)
+    pids = environment.worker_pids
+    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        environment.step_all(episodes, ["hang", "spin"])
+    assert gone(pids)
+    assert play(environment, 2) == play(Corridor(), 2)
+
+
+def test_settings_or_answers_that_cannot_be_pickled_are_named(corridors):
+    environment = corridors(workers=1)
+    episodes, _ = begin(environment, 1)
+    assert "cannot pickle" in environment.step_all(episodes, ["lock"])[0].fault.lower()
+    environment.environment.starts = lambda: None
+    environment.close()
+    with pytest.raises(RuntimeError, match="cannot be sent to a worker process"):
+        begin(environment, 1)
 
 
 @pytest.mark.parametrize("action", ["pid", "spin"])

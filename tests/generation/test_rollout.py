@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from memgen.chat import CHATML, observation_ids, prompt_ids
+from memgen.chat import CHATML, conversation_ids, observation_ids, prompt_ids
+from memgen.environments.base import Step
 from memgen.generation.rollout import Actor, EpisodeSettings, replay, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.types import Decision
@@ -178,13 +179,56 @@ def test_episodes_are_cut_at_the_limits_of_turns_and_length():
     assert [(len(t.turns), t.truncated) for t in short] == [(1, True)] * 3
 
 
-def test_a_long_observation_is_cut():
-    environment = Countdown((2,))
-    (trajectory, *_) = play(
-        actor(environment, max_observation_tokens=4), environment.examples("train")
-    ).trajectories
-    text = TOKENIZER.decode(trajectory.turns[1].context)
-    assert text.endswith("<|im_start|>user\n1 to<|im_end|>\n<|im_start|>assistant\n")
+class Chatty(Countdown):
+    """Answers with more than fits, in characters of several bytes."""
+
+    def step_all(self, episodes, actions):
+        steps = super().step_all(episodes, actions)
+        return [Step("äöü" * 20, step.done, step.parts, step.fault) for step in steps]
+
+
+@pytest.mark.parametrize("limit", [5, 6, 7])
+def test_a_turn_keeps_the_observation_as_the_agent_read_it(limit):
+    environment = Chatty((2,))
+    rollouts = play(actor(environment, max_observation_tokens=limit))
+    for trajectory in rollouts.trajectories:
+        first, second = trajectory.turns
+        assert first.observation == ""
+        assert second.observation.startswith("äö")
+        assert len(TOKENIZER.encode(second.observation, add_special_tokens=False)) <= limit
+        assert f"user\n{second.observation}<|im_end|>" in TOKENIZER.decode(second.context)
+
+
+def test_a_trajectory_keeps_the_texts_that_were_read_and_written():
+    rollouts = play(actor(Countdown((3,))))
+    for trajectory in rollouts.trajectories:
+        assert [m["content"] for m in trajectory.prompt] == ["count", "3 to go"]
+        assert len(trajectory.turns) == 3
+        for turn in trajectory.turns:
+            assert turn.text == TOKENIZER.decode(turn.tokens, skip_special_tokens=True)
+        for turn in trajectory.turns[1:]:
+            assert f"user\n{turn.observation}<|im_end|>" in TOKENIZER.decode(turn.context)
+
+
+def test_the_whole_conversation_encodes_to_what_the_agent_read_and_wrote():
+    """Where its tokens are the text's own, which random bytes seldom are: the agent's turns are replaced by text."""
+    trajectory, *_ = play(actor(Countdown((2,)))).trajectories
+    turns = [
+        dataclasses.replace(turn, text=text)
+        for turn, text in zip(trajectory.turns, ("go", "stop"), strict=True)
+    ]
+    messages = dataclasses.replace(trajectory, turns=tuple(turns)).messages()
+    tokens = conversation_ids(TOKENIZER, messages, CHATML)
+    first, second = tokens.turns
+    assert TOKENIZER.decode(tokens.ids[first.prompt_end : first.end]) == "go<|im_end|>"
+    assert TOKENIZER.decode(tokens.ids[second.prompt_end : second.end]) == "stop<|im_end|>"
+    assert turns[1].observation in TOKENIZER.decode(tokens.ids[first.end : second.prompt_end])
+
+
+def test_insertion_points_count_from_the_beginning_of_a_turn():
+    points = [t.turns[0].insertion_points for t in play(actor(Vowels())).trajectories]
+    assert all(row[0] == 0 for row in points)
+    assert any(len(row) > 1 for row in points)
 
 
 def test_a_turn_ends_at_a_stop_text():

@@ -9,33 +9,27 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from memgen.kernels import insert, logprob
+from memgen.kernels import triton_interleave, triton_logprob
 
-FLOAT, ROW, INDEX, MASK = "*bf16", "*fp32", "*i64", "*i1"
+FLOAT, ROW, INDEX = "*bf16", "*fp32", "*i64"
 CASES = {
-    "weave": (
-        insert._weave_fwd_kernel,
-        {"table": FLOAT, "tokens": INDEX, "latents": ROW, "sources": INDEX, "woven": FLOAT},
+    "interleave": (
+        triton_interleave._interleave_fwd_kernel,
+        {"table": FLOAT, "tokens": INDEX, "latents": ROW, "sources": INDEX, "packed": FLOAT},
         {"TILE": 8, "BLOCK": 512},
     ),
-    "weave_rows": (
-        insert._weave_rows_fwd_kernel,
-        {"table": FLOAT, "latents": ROW, "woven": FLOAT, "latent_mask": MASK, "valid_mask": MASK}
-        | dict.fromkeys(("tokens", "lengths", "points", "sizes", "firsts", "positions", "sources"), INDEX),
-        {"POINTS": 8, "TILE": 8, "BLOCK": 512},
-    ),
-    "weave_bwd": (
-        insert._weave_bwd_kernel,
+    "interleave_bwd": (
+        triton_interleave._interleave_bwd_kernel,
         {"grad": FLOAT, "order": INDEX, "starts": INDEX, "latents_grad": ROW},
         {"WIDE": tl.float32, "BLOCK": 512},
     ),
     "linear_logprob": (
-        logprob._linear_logprob_fwd_kernel,
+        triton_logprob._linear_logprob_fwd_kernel,
         {"logits": FLOAT, "targets": INDEX, "logprobs": ROW, "normalisers": ROW, "entropies": ROW},
         {"V": 151_936, "WIDE": tl.float32, "ENTROPY": True, "DERIVATIVE": True, "BLOCK": 8192},
     ),
     "linear_logprob_bwd": (
-        logprob._linear_logprob_bwd_kernel,
+        triton_logprob._linear_logprob_bwd_kernel,
         {"logits": FLOAT, "normalisers": ROW, "entropies": ROW, "grads": ROW},
         {"WIDE": tl.float32, "BLOCK": 8192},
     ),

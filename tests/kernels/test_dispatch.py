@@ -85,7 +85,7 @@ def test_a_kernel_compiled_for_a_gpu_is_not_run_on_the_cpu():
         pytest.skip("triton is not installed")
     code = (
         "import torch, memgen.kernels as k; z = torch.zeros(1, dtype=torch.int64);"
-        "f = k.forced('triton'); f.__enter__(); k.weave(torch.ones(1, 2), z, torch.ones(1, 2), z)"
+        "f = k.forced('triton'); f.__enter__(); k.interleave(torch.ones(1, 2), z, torch.ones(1, 2), z)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ran = subprocess.run(
@@ -97,7 +97,7 @@ def test_a_kernel_compiled_for_a_gpu_is_not_run_on_the_cpu():
 def test_using_the_reference_imports_no_triton():
     code = (
         "import sys, torch, memgen.kernels as k; z = torch.zeros(1, dtype=torch.int64);"
-        "k.weave(torch.ones(1, 2), z, torch.ones(1, 2), z); k.linear_logprob(torch.ones(1, 2), torch.ones(3, 2), z);"
+        "k.interleave(torch.ones(1, 2), z, torch.ones(1, 2), z); k.linear_logprob(torch.ones(1, 2), torch.ones(3, 2), z);"
         "print('triton' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -107,34 +107,20 @@ def test_using_the_reference_imports_no_triton():
 # What is refused
 
 TABLE, LATENTS, LINE = torch.ones(4, 2), torch.ones(3, 2), torch.zeros(5, dtype=torch.int64)
-GRID = torch.zeros(2, 5, dtype=torch.int64)
-POINTS = torch.ones(2, 3, dtype=torch.int64)
 
 REFUSED = {
     "a table to be trained": (
-        lambda: kernels.weave(TABLE.clone().requires_grad_(), LINE, LATENTS, LINE),
+        lambda: kernels.interleave(TABLE.clone().requires_grad_(), LINE, LATENTS, LINE),
         "table requires",
     ),
-    "other hidden sizes": (lambda: kernels.weave(TABLE, LINE, torch.ones(3, 5), LINE), r"\(3, 5\)"),
+    "other hidden sizes": (lambda: kernels.interleave(TABLE, LINE, torch.ones(3, 5), LINE), r"\(3, 5\)"),
     "sources of another length": (
-        lambda: kernels.weave(TABLE, LINE, LATENTS, LINE[:2]),
+        lambda: kernels.interleave(TABLE, LINE, LATENTS, LINE[:2]),
         r"\(5,\) and \(2,\)",
     ),
     "tokens that are no integers": (
-        lambda: kernels.weave(TABLE, LINE.float(), LATENTS, LINE),
+        lambda: kernels.interleave(TABLE, LINE.float(), LATENTS, LINE),
         "tokens must be int32",
-    ),
-    "lengths of other rows": (
-        lambda: kernels.weave_rows(TABLE, GRID, LINE, LATENTS, POINTS, POINTS),
-        "one length per row",
-    ),
-    "sizes of other points": (
-        lambda: kernels.weave_rows(TABLE, GRID, LINE[:2], LATENTS, POINTS, POINTS[:, :1]),
-        "points and sizes",
-    ),
-    "firsts of other points": (
-        lambda: kernels.weave_rows(TABLE, GRID, LINE[:2], LATENTS, POINTS, POINTS, POINTS[:, :1]),
-        "first latent",
     ),
     "a weight to be trained": (
         lambda: kernels.linear_logprob(LATENTS, TABLE.clone().requires_grad_(), LINE[:3]),
@@ -161,19 +147,5 @@ def test_what_does_not_fit_is_refused_with_its_value(call, message):
 
 def test_a_trainable_table_serves_where_no_gradient_is_asked_for():
     with torch.no_grad():
-        woven = kernels.weave(TABLE.clone().requires_grad_(), LINE, LATENTS, LINE)
-    assert torch.equal(woven, reference.weave(TABLE, LINE, LATENTS, LINE))
-
-
-def test_latents_lie_row_by_row_and_rows_are_as_wide_as_needed_by_default():
-    latents = torch.arange(6.0).view(3, 2)
-    woven = kernels.weave_rows(
-        TABLE,
-        GRID,
-        torch.tensor([5, 1]),
-        latents,
-        torch.tensor([[2, -1, -1], [0, 1, -1]]),
-        torch.ones_like(POINTS),
-    )
-    assert woven.embeddings.shape == (2, 6, 2)
-    assert woven.sources.tolist() == [[-1, -1, 0, -1, -1, -1], [1, -1, 2, -1, -1, -1]]
+        packed = kernels.interleave(TABLE.clone().requires_grad_(), LINE, LATENTS, LINE)
+    assert torch.equal(packed, reference.interleave(TABLE, LINE, LATENTS, LINE))

@@ -7,16 +7,13 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
 
-from kernels.plans import plans
 from memgen.kernels.reference import (
     GPU_CHUNK_BYTES,
     MAX_CHUNK_BYTES,
     chunk_rows,
+    interleave,
     linear_logprob,
-    weave,
-    weave_rows,
 )
 from tolerance import assert_close
 
@@ -25,10 +22,10 @@ def random(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-# weave
+# interleave
 
 
-def woven_one_by_one(table, tokens, latents, sources):
+def interleaved_one_by_one(table, tokens, latents, sources):
     rows = [
         latents[source].to(table.dtype) if source >= 0 else table[token]
         for token, source in zip(tokens.tolist(), sources.tolist(), strict=True)
@@ -55,8 +52,8 @@ def test_weaving_puts_each_latent_at_its_place_and_returns_its_gradient(sources,
     table = random(11, 5, dtype=dtype)
     tokens = torch.arange(len(sources)) * 3 % 11
     latents = random(3, 5, seed=1).requires_grad_(True)
-    ours = weave(table, tokens, latents, sources)
-    expected = woven_one_by_one(table, tokens, latents, sources)
+    ours = interleave(table, tokens, latents, sources)
+    expected = interleaved_one_by_one(table, tokens, latents, sources)
     assert ours.dtype == dtype
     assert torch.equal(ours, expected)
     upstream = random(*ours.shape, seed=2, dtype=dtype)
@@ -70,14 +67,22 @@ def test_weaving_puts_each_latent_at_its_place_and_returns_its_gradient(sources,
 
 def test_weaving_without_latents_looks_tokens_up():
     table, tokens = random(7, 4), torch.tensor([3, 0, 6])
-    assert torch.equal(weave(table, tokens, table.new_zeros(0, 4), torch.full((3,), -1)), table[tokens])
+    assert torch.equal(interleave(table, tokens, table.new_zeros(0, 4), torch.full((3,), -1)), table[tokens])
 
 
 def test_weaving_leaves_the_table_as_it_was():
     table, latents = random(7, 4), random(2, 4, seed=1)
     before = table.clone()
-    weave(table, torch.tensor([3, 3]), latents, torch.tensor([-1, 1])).add_(1)
+    interleave(table, torch.tensor([3, 3]), latents, torch.tensor([-1, 1])).add_(1)
     assert torch.equal(table, before)
+
+
+def test_a_latent_that_many_rows_share_accumulates_in_float32():
+    """2,048 contributions of 1: bfloat16 alone would stop at 256."""
+    latents = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    table, sources = torch.zeros(1, 1, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.int64)
+    interleave(table, sources, latents, sources).sum().backward()
+    assert float(latents.grad) == 2048
 
 
 # linear_logprob
@@ -269,46 +274,3 @@ def test_an_update_over_a_large_vocabulary_needs_a_fraction_of_its_logits_memory
     """The logits of these rows alone would take 1.2 GB. More rows repeat what a chunk takes."""
     ran = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     assert int(ran.stdout) <= 2**29
-
-
-# rows woven from a plan
-
-
-@given(plan=plans())
-@settings(max_examples=60, deadline=None)
-def test_rows_from_a_plan_are_what_one_would_write_by_hand(plan):
-    table, latents = random(13, 3), random(plan.latents, 3, seed=1)
-    woven = weave_rows(
-        table, plan.tokens, plan.lengths, latents, plan.points, plan.sizes, plan.firsts, plan.width
-    )
-    for row, by_hand in enumerate(plan.by_hand(table, latents)):
-        end = len(by_hand)
-        sources = [-1 if source is None else source for source, _ in by_hand]
-        assert torch.equal(woven.sources[row, :end], torch.tensor(sources, dtype=torch.int64))
-        assert torch.equal(woven.is_latent[row, :end], torch.tensor(sources, dtype=torch.int64) >= 0)
-        assert torch.equal(woven.positions[row, :end], torch.arange(end))
-        assert bool(woven.valid[row, :end].all())
-        if end:
-            assert torch.equal(woven.embeddings[row, :end], torch.stack([line for _, line in by_hand]))
-        for behind in (woven.embeddings, woven.positions, woven.is_latent, woven.valid):
-            assert not bool(behind[row, end:].any())
-        assert bool((woven.sources[row, end:] == -1).all())
-
-
-def test_the_gradient_of_woven_rows_is_the_derivative():
-    table, tokens = random(7, 3, dtype=torch.float64), torch.arange(6).view(2, 3)
-    latents = random(4, 3, seed=1, dtype=torch.float64).requires_grad_(True)
-    points, sizes = torch.tensor([[1, 3], [2, -1]]), torch.tensor([[2, 1], [2, 5]])
-    firsts = torch.tensor([[0, 2], [1, 0]])  # latents 1 and 2 stand twice, 3 nowhere
-    assert torch.autograd.gradcheck(
-        lambda l: weave_rows(table, tokens, torch.tensor([3, 2]), l, points, sizes, firsts, 6).embeddings,
-        (latents,),
-    )
-
-
-def test_a_latent_that_many_rows_share_accumulates_in_float32():
-    """2,048 contributions of 1: bfloat16 alone would stop at 256."""
-    latents = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    table, sources = torch.zeros(1, 1, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.int64)
-    weave(table, sources, latents, sources).sum().backward()
-    assert float(latents.grad) == 2048

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import memgen.kernels as kernels
-from kernels.plans import VOCABULARY, plans
 from memgen.kernels import reference
 from tolerance import assert_close
 
+VOCABULARY = 13
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 # (table, latents). Float64 beside bfloat16 is nobody's wish, and Triton's interpreter gets that conversion wrong.
 DTYPES = [(table, latents) for table in LOW for latents in LOW] + [(torch.float64, torch.float64)]
@@ -49,16 +49,16 @@ def both(compute, leaf, upstream):
     return results
 
 
-def assert_woven(ours, expected, dtypes, device):
+def assert_interleaved(ours, expected, dtypes, device):
     """Equal bit by bit. Triton's interpreter alone cuts float32 to bfloat16 off where a GPU rounds."""
     table_dtype, latents_dtype = dtypes
     if device.type == "cpu" and table_dtype == torch.bfloat16 != latents_dtype:
-        assert_close("woven", ours, expected)
+        assert_close("packed", ours, expected)
     else:
         assert torch.equal(ours, expected)
 
 
-# weave
+# interleave
 
 
 @pytest.mark.parametrize("hidden", [1, 5, 128, 131])
@@ -82,66 +82,16 @@ def test_weaving_and_its_gradient_equal_the_reference(device, hidden, sources, d
     upstream = random(len(sources), hidden, seed=2, dtype=table_dtype, device=device, strided=strided)
     if not (sources >= 0).any():
         with kernels.forced("triton"):
-            assert torch.equal(kernels.weave(table, tokens, latents, sources), table[tokens])
+            assert torch.equal(kernels.interleave(table, tokens, latents, sources), table[tokens])
         return
 
     def compute(own):
         leaf = torch.stack([own, own], dim=-1)[..., 1] if strided else own
-        return (kernels.weave(table, tokens, leaf, sources),)
+        return (kernels.interleave(table, tokens, leaf, sources),)
 
     ours, expected = both(compute, latents, (upstream,))
-    assert_woven(ours[0], expected[0], dtypes, device)
+    assert_interleaved(ours[0], expected[0], dtypes, device)
     assert_close("gradient", ours[1], expected[1])
-
-
-@EXAMPLES
-@given(
-    plan=plans(),
-    hidden=st.sampled_from([1, 3, 130]),
-    dtypes=st.sampled_from(DTYPES),
-    index=st.sampled_from([torch.int32, torch.int64]),
-    strided=st.booleans(),
-)
-def test_rows_woven_from_a_plan_and_their_gradient_equal_the_reference(
-    device, plan, hidden, dtypes, index, strided
-):
-    dtype, latents_dtype = dtypes
-    plan = plan.to(index=index, device=device, strided=strided)
-    table = random(VOCABULARY, hidden, dtype=dtype, device=device, strided=strided)
-    latents = random(plan.latents, hidden, seed=1, dtype=latents_dtype, device=device)
-    upstream = random(
-        len(plan.lengths), plan.width, hidden, seed=2, dtype=dtype, device=device, strided=strided
-    )
-    masks = []
-
-    def compute(own):
-        woven = kernels.weave_rows(
-            table, plan.tokens, plan.lengths, own, plan.points, plan.sizes, plan.firsts, plan.width
-        )
-        masks.append((woven.positions, woven.is_latent, woven.valid, woven.sources))
-        # Where nothing was woven, the reference has no graph.
-        return (woven.embeddings + 0 * own.sum().to(dtype),)
-
-    ours, expected = both(compute, latents, (upstream,))
-    assert_woven(ours[0], expected[0], dtypes, device)
-    assert_close("gradient", ours[1], expected[1])
-    for kernel, plain in zip(*masks, strict=True):
-        assert kernel.dtype == plain.dtype
-        assert torch.equal(kernel, plain)
-
-
-def test_rows_wider_than_a_tile_and_a_block_equal_the_reference(device):
-    hidden, rows = 1030, 2
-    table, latents = random(VOCABULARY, hidden, device=device), random(9, hidden, seed=1, device=device)
-    tokens = (torch.arange(rows * 9, device=device) % VOCABULARY).view(rows, 9)
-    points = torch.tensor([[2, 5, 9], [1, 3, -1]], device=device)
-    sizes = torch.tensor([[3, 0, 2], [1, 3, 4]], device=device)
-    compute = lambda own: (  # noqa: E731
-        kernels.weave_rows(table, tokens, torch.tensor([9, 7], device=device), own, points, sizes).embeddings,
-    )
-    ours, expected = both(compute, latents, (random(rows, 14, hidden, seed=2, device=device),))
-    assert torch.equal(ours[0], expected[0])
-    assert torch.equal(ours[1], expected[1])
 
 
 def test_a_latent_that_many_places_share_accumulates_in_float32(device):
@@ -149,7 +99,7 @@ def test_a_latent_that_many_places_share_accumulates_in_float32(device):
     latents = torch.zeros(1, 1, dtype=torch.bfloat16, device=device, requires_grad=True)
     sources = torch.zeros(2048, dtype=torch.int64, device=device)
     with kernels.forced("triton"):
-        kernels.weave(torch.zeros_like(latents.detach()), sources, latents, sources).sum().backward()
+        kernels.interleave(torch.zeros_like(latents.detach()), sources, latents, sources).sum().backward()
     assert float(latents.grad) == 2048
 
 
@@ -183,9 +133,9 @@ def test_logprobs_entropies_and_gradients_equal_the_reference(
 
 
 def test_rows_longer_than_a_block_equal_the_reference(device, monkeypatch):
-    from memgen.kernels import logprob
+    from memgen.kernels import triton_logprob
 
-    monkeypatch.setattr(logprob, "_MAX_BLOCK", 16)
+    monkeypatch.setattr(triton_logprob, "_MAX_BLOCK", 16)
     hidden, weight = random(3, 4, device=device), random(37, 4, seed=1, device=device) * 8
     targets = torch.tensor([36, 0, 15], device=device)
     ours, expected = both(
@@ -198,9 +148,9 @@ def test_rows_longer_than_a_block_equal_the_reference(device, monkeypatch):
 
 
 def test_ruled_out_classes_and_huge_logits_give_finite_gradients(device, monkeypatch):
-    from memgen.kernels import logprob
+    from memgen.kernels import triton_logprob
 
-    monkeypatch.setattr(logprob, "_MAX_BLOCK", 4)  # whole blocks are ruled out
+    monkeypatch.setattr(triton_logprob, "_MAX_BLOCK", 4)  # whole blocks are ruled out
     hidden, weight = random(4, 3, device=device) * 300, random(11, 3, seed=1, device=device) * 10
     bias = torch.zeros(11, device=device)
     bias[[0, 1, 2, 3, 10]] = -torch.inf
@@ -264,7 +214,7 @@ def test_kernels_are_interpreted_after_triton_was_imported():
         "z = torch.zeros(2, 1, dtype=torch.int64);"
         "f = k.forced('triton'); f.__enter__();"
         "print(k.linear_logprob(torch.zeros(1, 2), torch.ones(4, 2), z[0], entropy=True).entropies.exp().item(),"
-        "k.weave_rows(torch.ones(1, 2), z, z[:, 0] + 1, torch.ones(2, 2), z, z + 1).is_latent.tolist())"
+        "k.interleave(torch.ones(1, 2), z[:, 0], torch.zeros(1, 2), z[:, 0] - z.new_tensor([0, 1])).tolist())"
     )
     without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ran = subprocess.run(
@@ -273,7 +223,7 @@ def test_kernels_are_interpreted_after_triton_was_imported():
     assert ran.returncode == 0, ran.stderr
     entropy, rest = ran.stdout.split(maxsplit=1)
     assert float(entropy) == pytest.approx(4.0)
-    assert rest.strip() == "[[True, False], [True, False]]"
+    assert rest.strip() == "[[0.0, 0.0], [1.0, 1.0]]"
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -289,10 +239,12 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     sizes = dict(line.split() for line in ran.stdout.splitlines())
-    assert sizes.keys() == {"weave", "weave_rows", "weave_bwd", "linear_logprob", "linear_logprob_bwd"}
+    assert sizes.keys() == {"interleave", "interleave_bwd", "linear_logprob", "linear_logprob_bwd"}
     assert all(int(size) > 0 for size in sizes.values())
 
 
 def test_the_reference_is_what_the_public_functions_run_without_a_gpu():
     table, line = random(4, 2), torch.tensor([1, 0])
-    assert torch.equal(kernels.weave(table, line, table, line), reference.weave(table, line, table, line))
+    assert torch.equal(
+        kernels.interleave(table, line, table, line), reference.interleave(table, line, table, line)
+    )

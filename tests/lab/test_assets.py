@@ -161,7 +161,7 @@ def test_a_trained_asset_is_trained_once_and_what_it_starts_from_before_it(home,
         (config,) = files
         commands.append((config.stem, overrides))
         for kind in ("last", "best"):
-            folder = Path(overrides["trainer.callbacks.0.init_args.root"]) / "latest" / kind
+            folder = Path(overrides["trainer.callbacks.0.root"]) / "latest" / kind
             folder.mkdir(parents=True)
             (folder / "memgen.json").write_text(f"{config.stem} {kind}")
 
@@ -172,7 +172,7 @@ def test_a_trained_asset_is_trained_once_and_what_it_starts_from_before_it(home,
     assert (half, grpo) == ("weaver_sft", "weaver_grpo")
     start = Path(grpo_settings["model.init_from"])
     assert (start / "memgen.json").read_text() == "weaver_sft best"
-    assert half_settings["trainer.callbacks.2.init_args.stopping_threshold"] == 0.3
+    assert half_settings["trainer.callbacks.2.stopping_threshold"] == 0.3
     assert "trainer.callbacks.2.class_path" not in grpo_settings
     for settings in (half_settings, grpo_settings):
         assert settings["model.memgen.backbone.name"] == "lab:reasoner?seed=2"

@@ -135,7 +135,7 @@ def test_a_killed_build_leaves_nothing_that_resolves(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     (leftover,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert ".building-" in leftover.name
+    assert leftover.name.startswith(".slow-")
 
     again = start(tmp_path, 0.0)
     built = again.communicate(timeout=120)[0].strip()

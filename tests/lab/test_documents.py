@@ -2,17 +2,17 @@ import random
 
 import pytest
 
-from memgen.lab.documents import KINDS, DocumentMix, draw_document, words
+from memgen.lab.documents import KINDS, DocumentMix, random_document, words
 from memgen.lab.text_world import MAX_TURNS
-from memgen.lab.world import ITEMS, ROOMS, draw_problem, split_of
+from memgen.lab.world import ITEMS, ROOMS, random_problem, split_of
 
 SOLVED = ("open", "shop", "bill", "add", "rev", "walk")
 WORLDS = ("shop", "bill", "text_world")
-"""Kinds whose facts a document draws for itself."""
+"""Kinds whose facts every document samples."""
 
 
 def texts(kind, rng, count=200, **settings):
-    return [draw_document(DocumentMix.of(kind, **settings), rng) for _ in range(count)]
+    return [random_document(DocumentMix.of(kind, **settings), rng) for _ in range(count)]
 
 
 def supervised(document):
@@ -24,13 +24,13 @@ def test_shares_add_up_to_one():
 
 
 def test_every_kind_occurs(rng):
-    drawn = {DocumentMix().draw_kind(rng) for _ in range(500)}
-    assert drawn == set(KINDS)
+    found = {DocumentMix().random_kind(rng) for _ in range(500)}
+    assert found == set(KINDS)
 
 
 def test_the_same_seed_draws_the_same_documents():
     first, second = (
-        [draw_document(DocumentMix(), rng) for _ in range(100)]
+        [random_document(DocumentMix(), rng) for _ in range(100)]
         for rng in (random.Random(3), random.Random(3))
     )
     assert first == second
@@ -121,7 +121,7 @@ def test_closed_book_prices_in_pretraining_say_nothing_about_the_world(task, fir
     """An item's price is near its mean over many documents, so that no world can be learnt."""
     seen = {item: [] for item in ITEMS}
     for _ in range(4000):
-        problem = draw_problem(task, rng)
+        problem = random_problem(task, rng)
         for item, price in zip(problem.items, words(problem.steps)[first::every], strict=True):
             seen[item].append(int(price))
     for prices in seen.values():

@@ -69,10 +69,10 @@ def test_shop_answers_follow_from_the_worlds_prices():
 
 @pytest.mark.parametrize("task", SKILLS)
 def test_sampled_problems_are_the_same_in_every_run_and_disjoint_between_splits(task):
-    drawn = {split: [p.prompt for p in sample_problems(task, split, 50)] for split in SPLITS}
-    assert drawn["test"] == [p.prompt for p in sample_problems(task, "test", 50)]
-    assert drawn["test"][:20] == [p.prompt for p in sample_problems(task, "test", 20)]
-    prompts = [prompt for split in SPLITS for prompt in drawn[split]]
+    found = {split: [p.prompt for p in sample_problems(task, split, 50)] for split in SPLITS}
+    assert found["test"] == [p.prompt for p in sample_problems(task, "test", 50)]
+    assert found["test"][:20] == [p.prompt for p in sample_problems(task, "test", 20)]
+    prompts = [prompt for split in SPLITS for prompt in found[split]]
     assert len(prompts) == len(set(prompts))
 
 

@@ -93,24 +93,12 @@ def test_a_row_alone_and_in_a_batch_of_others_has_the_same_logprobs(reads):
         assert_close(f"row {row}", alone, together[row])
 
 
-def test_padding_on_any_side_changes_nothing():
+def test_what_stands_behind_a_rows_end_changes_nothing():
     model = tiny_memgen()
     batch, plan = random_batch(LENGTHS, PROMPTS, POINTS)
-    width = int(batch.lengths.max()) + 3
-    ids = torch.full((4, width), 258)
-    mask = torch.zeros(4, width, dtype=torch.bool)
-    marks = torch.zeros(4, width, dtype=torch.bool)
-    for row, length in enumerate(batch.lengths.tolist()):
-        ids[row, width - length :] = batch.ids[row, :length]
-        mask[row, width - length :] = True
-        marks[row, width - length :] = batch.supervised[row, :length]
-    padded = TokenBatch.from_padded(ids, mask, marks)
-    assert torch.equal(padded.ids.masked_fill(~padded_real(padded), 0), batch.ids)
-    assert_close("logprobs", model.label_logprobs(padded, plan)[0], model.label_logprobs(batch, plan)[0])
-
-
-def padded_real(batch: TokenBatch) -> torch.Tensor:
-    return torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]
+    behind = torch.arange(batch.ids.shape[1]) >= batch.lengths[:, None]
+    padded = dataclasses.replace(batch, ids=batch.ids.masked_fill(behind, 258))
+    assert torch.equal(model.label_logprobs(padded, plan)[0], model.label_logprobs(batch, plan)[0])
 
 
 def test_rows_of_a_group_read_what_they_share_once_and_get_the_same_result_and_gradient():

@@ -129,11 +129,13 @@ def step_of(folder: Path) -> int:
 STRATEGIES = {
     "ddp": {
         "class_path": "lightning.pytorch.strategies.DDPStrategy",
-        "init_args": {"process_group_backend": "gloo", "timeout": f"0:00:{TIMEOUT:02d}"},
+        "process_group_backend": "gloo",
+        "timeout": f"0:00:{TIMEOUT:02d}",
     },
     "zero2": {
         "class_path": "memgen.distributed.zero.ZeroStrategy",
-        "init_args": {"stage": 2, "timeout": f"0:00:{TIMEOUT:02d}"},
+        "stage": 2,
+        "timeout": f"0:00:{TIMEOUT:02d}",
     },
 }
 
@@ -142,7 +144,7 @@ STRATEGIES = {
 def folder(tmp_path, request) -> Path:
     callbacks = [
         *STAGE["trainer"]["callbacks"],
-        {"class_path": "memgen.running.resume.ResumeCheckpoint", "init_args": {"every_n_steps": 5}},
+        {"class_path": "memgen.running.resume.ResumeCheckpoint", "every_n_steps": 5},
         {"class_path": "netns_pace.Pace"},
     ]
     write_stage(tmp_path, callbacks=callbacks, strategy=request.param, max_steps=5000, limit_val_batches=0)

@@ -23,6 +23,7 @@ from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.trigger import TriggerConfig
 from memgen.model.weaver import WeaverConfig
 from memgen.training.checkpoint import released_names
+from memgen.types import TokenBatch
 
 ROOT = Path(os.environ.get("MEMGEN_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden"))
 VARIANTS = sorted(p.name for p in ROOT.glob("*") if (p / "config.json").is_file()) if ROOT.is_dir() else []
@@ -31,6 +32,16 @@ VARIANTS = sorted(p.name for p in ROOT.glob("*") if (p / "config.json").is_file(
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(ROOT)
+
+
+def left_aligned(ids: Tensor, attention_mask: Tensor, supervised: Tensor | None = None) -> TokenBatch:
+    """The rows of a released batch, padded on any side (left-padded prompt + right-padded answer too), as ours."""
+    real = attention_mask.bool()
+    marks = torch.zeros_like(real) if supervised is None else supervised
+    return TokenBatch.from_rows(
+        [row[keep].tolist() for row, keep in zip(ids, real, strict=True)],
+        [row[keep].tolist() for row, keep in zip(marks, real, strict=True)],
+    )
 
 
 @dataclass(frozen=True)

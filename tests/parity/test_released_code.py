@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from golden_data import VARIANTS, Golden, golden, tokenizer
+from golden_data import VARIANTS, Golden, golden, left_aligned, tokenizer
 from switches import SWITCHES
 
 from memgen.generation.sampling import GenerationSettings
@@ -74,7 +74,7 @@ def test_single_turn_batches_match_logits_loss_gradients_and_points(data, name):
     case = data.case(name)
     supervised = without_headers(case["input_ids"], case["labels"] != -100, data.config["im_start_id"])
     real = case["attention_mask"].bool()
-    rows = TokenBatch.from_padded(case["input_ids"], real, supervised)
+    rows = left_aligned(case["input_ids"], real, supervised)
     model = data.memgen()
     plan = model.boundaries.plan(rows)
     # The points of the golden file count padding; ours count from the row's first token.
@@ -138,7 +138,7 @@ def test_chat_template_of_the_conversation_reproduces_its_ids(data):
 def test_trigger_logits_match_behind_every_token(data):
     case = data.case("trigger_logits")
     real = case["attention_mask"].bool()
-    rows = TokenBatch.from_padded(case["input_ids"], real)
+    rows = left_aligned(case["input_ids"], real)
     trigger = data.memgen().trigger
     with torch.no_grad():
         ours = trigger.logits(rows)

@@ -124,7 +124,7 @@ def test_the_counts_add_up_and_items_without_a_trajectory_are_known(base, tmp_pa
     assert found.kept + sum(found.reasons.values()) == 44
     assert found.reasons["faulted"] == 4
     assert found.empty == 11 - len({line["index"] for line in lines}) >= 1
-    assert "failed by the environment" in "\n".join(found.lines(player.keep))
+    assert "with an environment error" in "\n".join(found.lines(player.keep))
 
 
 def test_a_line_says_how_to_draw_it_again(base, tmp_path):

@@ -92,7 +92,7 @@ def test_few_graded_scores_are_tested_with_every_pattern_of_signs(count):
     assert found.p_value == pytest.approx(min(1.0, 2 * least))
 
 
-def test_many_graded_scores_are_tested_by_drawn_signs():
+def test_many_graded_scores_are_tested_by_sampled_signs():
     random = np.random.default_rng(5)
     first = random.random(300)
     assert (

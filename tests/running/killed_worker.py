@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-import memgen.running.resume
+import memgen.files
 import memgen.training.playing
 from memgen.objectives.policy_settings import PolicySettings
+from memgen.run_context import RunContext
 from memgen.running.resume import ResumeCheckpoint, StepSeeds, last_checkpoint
 from memgen.training.micro_batches import UpdateSettings
 from memgen.training.optimizer import OptimizerSettings
@@ -76,9 +77,9 @@ def train(order: dict, base: Path) -> None:
     stage, data = stage_and_data(order["kind"], base)
     resume = ResumeCheckpoint(every_n_steps=2, every_minutes=None)
     ckpt = last_checkpoint(run)
-    resume.run, resume.resumed_from = run, None if ckpt is None else str(ckpt)
+    context = RunContext(folder=run, resumed_from=ckpt)
     trainer = make_trainer(
-        run, max_steps=STEPS, callbacks=[Losses(run), StepSeeds(), resume], enable_checkpointing=True
+        run, max_steps=STEPS, callbacks=[Losses(run), StepSeeds(), context, resume], enable_checkpointing=True
     )
     phase = order.get("phase")
     when = lambda: trainer.global_step >= order["step"]  # noqa: E731
@@ -89,8 +90,7 @@ def train(order: dict, base: Path) -> None:
     elif phase == "save":
         trainer.save_checkpoint = die_within(trainer.save_checkpoint, when, order["seed"])
     elif phase == "rename":
-        place = memgen.running.resume.publish
-        memgen.running.resume.publish = die_within(place, when, order["seed"])
+        memgen.files._replace = die_within(memgen.files._replace, when, order["seed"])
     trainer.fit(stage, data, ckpt_path=ckpt, weights_only=None if ckpt is None else True)
     trained = {name: p.detach() for name, p in stage.named_parameters() if p.requires_grad}
     torch.save(trained, run / "trained")

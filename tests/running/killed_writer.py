@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from memgen import files as durable
+from memgen.files import new_file, remove_leftovers
 from memgen.model.memgen import MemGenConfig
 from memgen.model.weaver import WeaverConfig
+from memgen.running.resume import LAST, keep_newest
 from memgen.training.checkpoint import save_checkpoint
 from tiny import LORA, tiny_memgen
 
@@ -32,22 +33,22 @@ def write_adapters(directory: Path, model) -> None:
 
 
 def write_ckpts(folder: Path, *, parts: bool) -> None:
-    link = folder / durable.LAST
+    link = folder / LAST
     start = int(link.resolve().stem.partition("_")[2]) if link.exists() else 0
-    durable.sweep(folder)
+    remove_leftovers(folder)
     count = 0
     while True:
         count += 1
         path = folder / f"step_{start + count:06d}.ckpt"
-        temporary = durable.temporary_beside(path)
         state = {"tensor": torch.full((30_000,), float(start + count))}
-        if parts:
-            temporary.mkdir()
-            torch.save(state, temporary / "rank_0")
-            torch.save(state, temporary / "rank_1")
-        else:
-            torch.save(state, temporary)
-        durable.publish(temporary, path, keep=1)
+        with new_file(path) as temporary:
+            if parts:
+                temporary.mkdir()
+                torch.save(state, temporary / "rank_0")
+                torch.save(state, temporary / "rank_1")
+            else:
+                torch.save(state, temporary)
+        keep_newest(path, keep=1)
         answer(count)
 
 
@@ -61,8 +62,6 @@ def main() -> None:
             answer(os.getpid())
             if way in ("file", "directory"):
                 write_ckpts(Path(target), parts=way == "directory")
-            if way == "set aside":
-                durable._exchange = lambda one, other: False
             write_adapters(Path(target), model)
         os.waitpid(pid, 0)
         answer("dead")

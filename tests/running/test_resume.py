@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 
 from memgen.objectives.policy_settings import PolicySettings
+from memgen.run_context import RunContext
 from memgen.running.interrupt import CONTINUES, LEFT, LISTENER, Interrupted, Wish
 from memgen.running.resume import RESUME, ResumeCheckpoint, Saved, StepSeeds, last_checkpoint
 from memgen.training.checkpoint import CheckpointError
@@ -69,11 +70,11 @@ class Losses(Callback):
 def fit(kind: str, base: Path, run: Path, *, losses=None, ckpt=None, steps=STEPS, seeded=True, **settings):
     losses = losses or Losses()
     resume = settings.pop("resume", None) or ResumeCheckpoint(every_minutes=None)
-    resume.run, resume.resumed_from = run, None if ckpt is None else str(ckpt)
+    context = RunContext(folder=run, resumed_from=ckpt)
     trainer = make_trainer(
         run,
         max_steps=steps,
-        callbacks=[losses, *([StepSeeds()] if seeded else []), resume],
+        callbacks=[losses, *([StepSeeds()] if seeded else []), context, resume],
         enable_checkpointing=True,
         **settings,
     )

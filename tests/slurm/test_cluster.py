@@ -38,8 +38,7 @@ OVERLAY = """\
 data:
   batch_size: 2
   environment:
-    init_args:
-      validation_fraction: 0.2
+    validation_fraction: 0.2
 model:
   memgen:
     weaver:
@@ -123,8 +122,8 @@ def configuration(folder: Path, beacon: str, seconds: float = 0.0) -> list[str]:
         *("--config", "small.yaml", "--data.path", str(folder / "data")),
         *("--model.memgen.backbone.name", str(folder / "base")),
         "--trainer.callbacks.2.class_path=beacon.Beacon",
-        f"--trainer.callbacks.2.init_args.folder={folder / beacon}",
-        f"--trainer.callbacks.2.init_args.seconds={seconds}",
+        f"--trainer.callbacks.2.folder={folder / beacon}",
+        f"--trainer.callbacks.2.seconds={seconds}",
     ]
 
 

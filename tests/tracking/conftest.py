@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memgen.tracking import delivery
-from memgen.tracking.mlflow import RunLogger, run_logger
+from memgen.tracking.run_logger import RunLogger, run_logger
 
 
 @pytest.fixture(scope="session")

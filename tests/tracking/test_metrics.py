@@ -1,15 +1,12 @@
-"""Measures of answers against means by hand, and answers with their marks."""
+"""Measures of answers against means by hand."""
 
 from __future__ import annotations
 
 import pytest
 
-from memgen.environments.base import Example
 from memgen.model.weaver import WeaverConfig
 from memgen.tracking.metrics import AnswerMetrics
-from memgen.tracking.samples import marked_trajectory
 from memgen.types import AgentTurn, Decision, Trajectory
-from tiny import byte_tokenizer
 
 
 def turn(context, tokens, insertions=(), finished=True) -> AgentTurn:
@@ -90,24 +87,3 @@ def test_an_episode_that_the_environment_failed_counts_for_nothing_but_its_share
     failed = answer(0.0, {}, turn([1], [2, 3]), fault="the server is gone")
     assert measured(SECOND, [failed]) == pytest.approx(measured(SECOND) | {"faulted": 0.5})
     assert measured([failed]) == {"faulted": 1.0}
-
-
-def test_an_answer_is_marked_where_memory_was_woven_in():
-    tokenizer = byte_tokenizer()
-    first = turn([1, 2], tokenizer.encode("ab, cd."), [(2, 0), (5, 1), (6, 1)])
-    context = [*first.context, *first.tokens, *tokenizer.encode("<obs>")]
-    second = turn(context, tokenizer.encode("e"), [(len(context), 0)])
-    example = Example("7", "question", "", "")
-    sample = marked_trajectory(tokenizer, WEAVER, example, answer(0.5, {"near": 1.0}, first, second))
-    assert [(segment.text, segment.is_insertion) for segment in sample.segments] == [
-        ("3 latents", True),
-        ("ab,", False),
-        ("2 latents", True),
-        (" ", False),
-        ("2 latents", True),
-        ("cd.", False),
-        ("<obs>", False),
-        ("3 latents", True),
-        ("e", False),
-    ]
-    assert (sample.prompt, sample.title) == ("question", "7: reward 0.5 (near 1)")

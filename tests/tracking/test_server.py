@@ -15,7 +15,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from memgen.cli import main as front_end
-from memgen.tracking.mlflow import RunDescription, RunRecord, log_checkpoint, run_logger
+from memgen.tracking.run_description import RunDescription
+from memgen.tracking.run_logger import log_checkpoint, run_logger
+from memgen.tracking.run_record import RunRecord
 from memgen.tracking.traces import Trace, TraceSpan
 from mlflow_server import Server, answers, free_port
 

@@ -106,18 +106,21 @@ def test_latents_are_measured_against_token_embeddings_and_each_other():
     [
         (
             lambda a: a.on_rollout({"rollout/reward": 1.0}, teaches=False, greedy=False),
-            "all answers are right",
+            "all answers are correct",
         ),
         (
             lambda a: a.on_rollout({"rollout/reward": 0.0}, teaches=False, greedy=False),
             "all answers are wrong",
         ),
-        (lambda a: a.on_rollout({"rollout/reward": 0.3}, teaches=False, greedy=True), "nothing is drawn"),
+        (lambda a: a.on_rollout({"rollout/reward": 0.3}, teaches=False, greedy=True), "nothing is sampled"),
         (
             lambda a: a.on_rollout({"rollout/truncated": 0.75}, teaches=True, greedy=False),
-            "75 % of the episodes were cut",
+            "75 % of the episodes were truncated",
         ),
-        (lambda a: a.on_rollout({"rollout/faults": 2.0}, teaches=True, greedy=False), "failed 2 episodes"),
+        (
+            lambda a: a.on_rollout({"rollout/faults": 2.0}, teaches=True, greedy=False),
+            "2 episodes had an environment error",
+        ),
         (lambda a: a.on_decisions(0.0), "the trigger skips at every boundary"),
         (lambda a: a.on_decisions(1.0), "the trigger invokes at every boundary"),
         (lambda a: a.on_decisions(None), "was not asked once"),

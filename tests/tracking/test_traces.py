@@ -1,20 +1,15 @@
-"""Episodes as traces, tables and figures."""
+"""Episodes as traces, table rows and text with marks; system metrics."""
 
 from __future__ import annotations
 
-import io
 import os
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from memgen.environments.base import Example
 from memgen.model.weaver import WeaverConfig
-from memgen.tracking.episodes import episode_row, episode_trace
-from memgen.tracking.plots import BINS, EvaluationCounts, PlaceCounts, evaluation_figure, latent_norms
-from memgen.tracking.system import Measurements, SystemMonitor, parse_accelerators
+from memgen.tracking.episodes import episode_row, episode_trace, marked_trajectory
+from memgen.tracking.system import Measurements, SystemMonitor, parse_gpus
 from memgen.tracking.traces import Trace, write_trace
 from memgen.types import AgentTurn, Decision, InsertionKind, Trajectory
 from tiny import byte_tokenizer
@@ -119,40 +114,25 @@ def test_a_trace_that_does_not_arrive_is_noticed(logger, monkeypatch):
         write_trace(store.client, store.address.uri, store.experiment_id, store.run_id, trace())
 
 
+def test_text_is_marked_where_latents_were_inserted():
+    sample = marked_trajectory(byte_tokenizer(), WEAVER, EXAMPLE, episode())
+    assert [(segment.text, segment.is_insertion) for segment in sample.segments] == [
+        ("3 latents", True),
+        ("go,", False),
+        ("2 latents", True),
+        (" in", False),
+        ("seen", False),
+        ("take", False),
+    ]
+    assert (sample.prompt, sample.title) == ("where is the key?", "val-1: reward 0.5 (steps 2)")
+
+
 def test_a_row_of_the_table_has_numbers_and_marked_text():
-    row = episode_row(byte_tokenizer(), WEAVER, EXAMPLE, episode())
+    sample = marked_trajectory(byte_tokenizer(), WEAVER, EXAMPLE, episode())
+    row = episode_row(sample, EXAMPLE, episode())
     assert (row["reward"], row["turns"], row["tokens"], row["insertions"]) == (0.5, 2, 10, 2)
     assert (row["offered"], row["invoked"], row["fault"]) == (3, 2, "")
     assert row["answer"] == "⟦3 latents⟧go,⟦2 latents⟧ inseentake"
-
-
-def test_invocations_are_counted_by_their_place_in_the_turn():
-    counts = PlaceCounts()
-    counts.update([episode()])
-    counts.update([Trajectory("x", (), 1.0, fault="it broke")])
-    asked, invoked, rewards = counts.compute()
-    assert asked.tolist() == [2, 0, 0, 0, 0, 1, 0, 0, 0, 0]
-    assert invoked.tolist() == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0]
-    assert rewards.reshape(-1).tolist() == [0.5]
-    counts.reset()
-    assert (counts.asked.sum().item(), counts.invoked.sum().item(), counts.rewards) == (0, 0, [])
-
-
-@pytest.mark.parametrize("empty", [False, True], ids=["with data", "without"])
-def test_the_figure_of_an_evaluation_is_an_image(empty):
-    ones = np.zeros(BINS) if empty else np.ones(BINS)
-    norms = [] if empty else latent_norms([torch.ones(3, 4), 2 * torch.ones(2, 4)])
-    counts = EvaluationCounts(ones, ones, np.array([] if empty else [0.0, 1.0]), norms, 1.0)
-    with Image.open(io.BytesIO(evaluation_figure(counts, "val"))) as image:
-        assert image.format == "PNG"
-        assert image.width > 600
-        assert len(set(image.convert("L").tobytes())) > 10
-
-
-def test_norms_are_sorted_by_the_latent_s_place_in_its_insertion():
-    norms = latent_norms([torch.ones(3, 4), 3 * torch.ones(2, 4)])
-    assert [row.tolist() for row in norms] == [[2.0, 6.0], [2.0, 6.0], [2.0]]
-    assert latent_norms([]) == []
 
 
 def test_the_machine_is_measured_at_least_once():
@@ -167,8 +147,8 @@ def test_the_machine_is_measured_at_least_once():
     )
 
 
-def test_what_a_gpu_does_not_know_is_left_out():
-    assert parse_accelerators("0, 93, 1024, 250.31\n1, 0, 3, [N/A]\n") == {
+def test_values_that_a_gpu_does_not_report_are_left_out():
+    assert parse_gpus("0, 93, 1024, 250.31\n1, 0, 3, [N/A]\n") == {
         "system/gpu_0_utilization_percentage": 93.0,
         "system/gpu_0_memory_usage_megabytes": 1024.0,
         "system/gpu_0_power_usage_watts": 250.31,

@@ -229,7 +229,7 @@ def test_dead_groups_and_truncation_are_told_once(base, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         run(base, tmp_path, make_grpo(base), make_data(base, Hopeless()), max_steps=3)
     assert caplog.text.count("every group of this rollout has equal rewards") == 1
-    assert caplog.text.count("were cut at their limit") == 1
+    assert caplog.text.count("were truncated at their limit") == 1
     assert caplog.text.count("the gradient is exactly 0") == 1
 
 

@@ -1,1 +1,1 @@
-"""Benchmarks: what memory costs, against plain Hugging Face work on the same weights in the same process."""
+"""Benchmarks of `memgen bench`: cost of latent memory against plain Hugging Face work on the same weights."""

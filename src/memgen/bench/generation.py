@@ -1,4 +1,4 @@
-"""`memgen bench generation`: decoding with and without memory against Hugging Face's `generate` on the same weights."""
+"""`memgen bench generation`: decoding with and without latents against Hugging Face's `generate` on the same weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any, Literal, cast, final
 import torch
 from transformers import GenerationConfig
 
-from memgen.bench.counts import Counts, generation_counts, prompt_reads
-from memgen.bench.shapes import ModelSettings, memory_parts, plain_model, random_ids, weight_bytes
-from memgen.bench.timing import Meter, Timing, interleave, paired_ratio
+from memgen.bench.shapes import ModelSettings, memgen_components, plain_model, random_ids, weight_bytes
+from memgen.bench.timing import Meter, Timing, measure_in_turn, paired_ratio
 from memgen.generation.decode import Observer, generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
@@ -21,15 +20,16 @@ from memgen.types import Decision, Generation, WorkCount
 
 # B rows, P prompt tokens, N new tokens
 
-Memory = Literal["never", "always", "trigger"]
-"""never: our engine without memory. always: at every boundary up to the cap. trigger: a learned token trigger decides."""
+InsertionMode = Literal["never", "always", "trigger"]
+"""Where latents are inserted. never: nowhere, our engine alone. always: at every boundary up to the cap. trigger: where a
+learned token trigger invokes."""
 
-MEMORIES: tuple[Memory, ...] = ("never", "always", "trigger")
+INSERTION_MODES: tuple[InsertionMode, ...] = ("never", "always", "trigger")
 
 
 @dataclass(frozen=True)
-class Work:
-    """One decoding task."""
+class DecodingWorkload:
+    """Size of a decoding task."""
 
     batch: int = 8
     """Rows."""
@@ -65,16 +65,18 @@ class Decoding:
     def __init__(self, settings: ModelSettings) -> None:
         self.settings = settings
         self.plain = plain_model(settings)
-        self.parts = memory_parts(self.plain, settings)
-        triggers: dict[Memory, Trigger] = {
+        self.components = memgen_components(self.plain, settings)
+        triggers: dict[InsertionMode, Trigger] = {
             "never": ConstantTrigger(0.0),
             "always": ConstantTrigger(1.0),
-            "trigger": self.parts.tokens,
+            "trigger": self.components.tokens,
         }
-        self.models = {memory: self.parts.model(trigger) for memory, trigger in triggers.items()}
+        self.models = {mode: self.components.model(trigger) for mode, trigger in triggers.items()}
 
     @torch.no_grad()
-    def huggingface(self, work: Work, *, new: int | None = None, static: bool = False) -> torch.Tensor:
+    def huggingface(
+        self, work: DecodingWorkload, *, new: int | None = None, static: bool = False
+    ) -> torch.Tensor:
         """Hugging Face's greedy `generate`.
 
         Args:
@@ -96,20 +98,31 @@ class Decoding:
         output = self.plain.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return cast(torch.Tensor, output)
 
-    def ours(self, work: Work, model: MemGenModel, observe: Observer | None = None) -> Generation:
+    def ours(self, work: DecodingWorkload, model: MemGenModel, observe: Observer | None = None) -> Generation:
         """Our engine, greedy."""
         prompts = random_ids(work.batch, work.prompt, self.settings)
         return generate(model, prompts, GenerationSettings(max_new_tokens=work.new), observe=observe)
 
-    def counts(self, generation: Generation, model: MemGenModel) -> Counts:
-        """The work that a generation should have taken."""
-        reads = isinstance(model.trigger, type(self.parts.tokens))
-        return generation_counts(generation, self.parts.weaver.config.latents, trigger_reads=reads)
+
+def insertions(generation: Generation) -> int:
+    """Insertions in all rows, those at prompt ends included."""
+    return sum(len(row) for row in generation.plan.rows())
+
+
+def prompt_reads(work: DecodingWorkload, done: WorkCount, latents: int) -> float:
+    """How often the prompts were read: positions that new tokens and latents do not explain, over the prompts' size.
+
+    Args:
+        work: the task.
+        done: the engine's count.
+        latents: inserted in all rows.
+    """
+    return (done.reasoner_positions - work.tokens_fed - latents) / (work.batch * work.prompt)
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What the method's positions would cost at plain decoding's prices, as ratios to plain decoding.
+    """Cost of the method's positions at plain decoding's prices, as ratios to plain decoding.
 
     Attributes:
         positions: all positions over plain decoding's: every position at plain decoding's mean price.
@@ -123,25 +136,28 @@ class Floor:
     two_price_cpu: float
 
 
-def decoding_floor(work: Work, counts: Counts, plain: Timing, prefill: Timing) -> Floor:
+def decoding_floor(
+    work: DecodingWorkload, done: WorkCount, latents: int, plain: Timing, prefill: Timing
+) -> Floor:
     """The floor of one case.
 
     Args:
         work: the task.
-        counts: of the side with memory.
+        done: the engine's count.
+        latents: inserted in all rows.
         plain: of Hugging Face's `generate`.
         prefill: of the same with one new token.
     """
-    extra = counts.weaver_positions + counts.trigger_positions
-    chunked = counts.prompt_positions + counts.latents + extra
+    extra = done.weaver_positions + done.trigger_positions
+    chunked = work.batch * work.prompt + latents + extra
     return Floor(
-        positions=(counts.reasoner_positions + extra) / work.plain_positions,
+        positions=(done.reasoner_positions + extra) / work.plain_positions,
         two_price_wall=_two_price(work, chunked, median(plain.wall), median(prefill.wall)),
         two_price_cpu=_two_price(work, chunked, median(plain.cpu), median(prefill.cpu)),
     )
 
 
-def _two_price(work: Work, chunked: int, plain: float, prefill: float) -> float:
+def _two_price(work: DecodingWorkload, chunked: int, plain: float, prefill: float) -> float:
     """(chunked positions at the prefill's price + the same steps) / plain."""
     steps = max(plain - prefill, 0.0)
     return (prefill * chunked / (work.batch * work.prompt) + steps) / plain
@@ -159,32 +175,37 @@ def step_bytes_floor(weights: int, cache: int, steps: int, bandwidth: float) -> 
     return steps * (weights + cache / 2) / bandwidth
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Timings and last outputs of all sides: "plain", "prefill", maybe "static", and each insertion mode."""
+
+    timings: dict[str, Timing]
+    generations: dict[InsertionMode, Generation]
+    plain: torch.Tensor
+    """Prompt and new tokens of Hugging Face's `generate`, (B, P+N)."""
+
+
 def measure_decoding(
-    settings: ModelSettings,
-    work: Work,
-    memories: Sequence[Memory],
+    decoding: Decoding,
+    work: DecodingWorkload,
+    modes: Sequence[InsertionMode],
     repeats: int,
     meter: Meter,
     progress: Callable[[], None] = lambda: None,
     *,
-    decoding: Decoding | None = None,
-    bandwidth: float | None = None,
     warm_up: bool = True,
-) -> list[dict[str, Any]]:
-    """One case per kind of memory; all of them and the baseline in turn.
+) -> Measured:
+    """Runs the baselines and each insertion mode in turn.
 
     Args:
-        settings: the model.
+        decoding: the model.
         work: the task.
-        memories: which kinds.
+        modes: where latents are inserted, one side each.
         repeats: counted passes over all sides.
         meter: the clocks.
         progress: called after each run: `sides` per pass.
-        decoding: the two forms of the model, if they exist already.
-        bandwidth: bytes per second of a large copy, for the floor of a device that is bound by it.
         warm_up: whether a pass that is not counted comes first.
     """
-    decoding = decoding or Decoding(settings)
     outputs: dict[str, Any] = {}
 
     def keep(name: str, run: Callable[[], object]) -> Callable[[], None]:
@@ -197,17 +218,13 @@ def measure_decoding(
         "plain": keep("plain", lambda: decoding.huggingface(work)),
         "prefill": keep("prefill", lambda: decoding.huggingface(work, new=1)),
     }
-    if has_static_cache(settings):
+    if has_static_cache(decoding.settings):
         runs["static"] = keep("static", lambda: decoding.huggingface(work, static=True))
-    for memory in memories:
-        model = decoding.models[memory]
-        runs[memory] = keep(memory, lambda model=model: decoding.ours(work, model))  # type: ignore[misc]
-    timings = interleave(runs, repeats, meter, progress, warm_up=warm_up)
-    weights = weight_bytes(decoding.plain)
-    return [
-        _case(decoding, work, memory, timings, outputs, weights=weights, bandwidth=bandwidth)
-        for memory in memories
-    ]
+    for mode in modes:
+        model = decoding.models[mode]
+        runs[mode] = keep(mode, lambda model=model: decoding.ours(work, model))  # type: ignore[misc]
+    timings = measure_in_turn(runs, repeats, meter, progress, warm_up=warm_up)
+    return Measured(timings, {mode: outputs[mode] for mode in modes}, outputs["plain"])
 
 
 def has_static_cache(settings: ModelSettings) -> bool:
@@ -215,34 +232,42 @@ def has_static_cache(settings: ModelSettings) -> bool:
     return torch.device(settings.device).type == "cuda"
 
 
-def sides(settings: ModelSettings, memories: Sequence[Memory]) -> int:
+def sides(settings: ModelSettings, modes: Sequence[InsertionMode]) -> int:
     """How many sides `measure_decoding` runs."""
-    return len(memories) + 2 + has_static_cache(settings)
+    return len(modes) + 2 + has_static_cache(settings)
 
 
-def _case(
+def decoding_case(
     decoding: Decoding,
-    work: Work,
-    memory: Memory,
-    timings: dict[str, Timing],
-    outputs: dict[str, Any],
-    *,
-    weights: int,
-    bandwidth: float | None,
+    work: DecodingWorkload,
+    mode: InsertionMode,
+    measured: Measured,
+    bandwidth: float | None = None,
 ) -> dict[str, Any]:
-    settings = decoding.settings
-    model, generation = decoding.models[memory], cast(Generation, outputs[memory])
-    ours, plain, prefill = timings[memory], timings["plain"], timings["prefill"]
-    counts = decoding.counts(generation, model)
-    floor = decoding_floor(work, counts, plain, prefill)
+    """The record of one insertion mode.
+
+    Args:
+        decoding: the model.
+        work: the task.
+        mode: where latents were inserted.
+        measured: of `measure_decoding`.
+        bandwidth: bytes per second of a large copy, for the floor of a device that is bound by it.
+    """
+    settings, timings = decoding.settings, measured.timings
+    generation = measured.generations[mode]
+    ours, plain, prefill = timings[mode], timings["plain"], timings["prefill"]
     done = generation.work
+    inserted = insertions(generation)
+    latents = inserted * settings.latents
+    floor = decoding_floor(work, done, latents, plain, prefill)
+    weights = weight_bytes(decoding.plain)
     cpu_ratio = paired_ratio(ours.cpu, plain.cpu)
     wall_ratio = paired_ratio(ours.wall, plain.wall)
     tokens = work.batch * work.new
     case: dict[str, Any] = {
         "model": settings.model,
         "batch": work.batch,
-        "memory": memory,
+        "memory": mode,
         "wall_ratio": round(wall_ratio, 4),
         "cpu_ratio": round(cpu_ratio, 4),
         "wall_ratio_of_minima": round(min(ours.wall) / min(plain.wall), 4),
@@ -251,21 +276,19 @@ def _case(
         "floor_wall_ratio": round(floor.two_price_wall, 4),
         "floor_cpu_ratio": round(floor.two_price_cpu, 4),
         "gap_to_floor": round(cpu_ratio / floor.two_price_cpu, 4),
-        "prefills": round(prompt_reads(done.reasoner_positions, counts, work.tokens_fed), 6),
+        "prefills": round(prompt_reads(work, done, latents), 6),
         "reasoner_forwards": done.reasoner_forwards,
         "reasoner_positions": done.reasoner_positions,
         "weaver_forwards": done.weaver_forwards,
         "weaver_positions": done.weaver_positions,
         "trigger_forwards": done.trigger_forwards,
         "trigger_positions": done.trigger_positions,
-        "counts_match_formula": matches(done, counts),
-        "query_key_pairs": counts.reasoner_pairs + counts.weaver_pairs + counts.trigger_pairs,
-        "insertions": counts.insertions,
+        "insertions": inserted,
         "invocation_rate": invocation_rate(generation),
         "delimiter_rate": round(delimiter_rate(generation, settings), 4),
-        "same_text_as_plain": same_text(generation, outputs["plain"], work.prompt),
+        "same_text_as_plain": same_text(generation, measured.plain, work.prompt),
         "weight_bytes": weights,
-        "cache_bytes_needed": cache_bytes(settings, counts),
+        "cache_bytes_needed": cache_bytes(settings, done, latents),
         "ours": ours.as_dict() | _rate(tokens, ours),
         "plain": plain.as_dict()
         | _rate(tokens, plain)
@@ -285,8 +308,8 @@ def _case(
     return case
 
 
-def describe(settings: ModelSettings, work: Work, repeats: int) -> dict[str, Any]:
-    """What was asked for."""
+def describe(settings: ModelSettings, work: DecodingWorkload, repeats: int) -> dict[str, Any]:
+    """Settings of a case."""
     return {
         "prompt": work.prompt,
         "new": work.new,
@@ -301,15 +324,6 @@ def describe(settings: ModelSettings, work: Work, repeats: int) -> dict[str, Any
 
 def _rate(tokens: int, timing: Timing) -> dict[str, Any]:
     return {"tokens_per_second": round(tokens / median(timing.wall), 2)}
-
-
-def matches(done: WorkCount, counts: Counts) -> bool:
-    """Whether the engine's counts are what the insertion plan asks for, and no more."""
-    return (done.reasoner_positions, done.weaver_positions, done.trigger_positions) == (
-        counts.reasoner_positions,
-        counts.weaver_positions,
-        counts.trigger_positions,
-    )
 
 
 def invocation_rate(generation: Generation) -> float | None:
@@ -330,9 +344,13 @@ def same_text(generation: Generation, plain: torch.Tensor, prompt: int) -> float
     )
 
 
-def cache_bytes(settings: ModelSettings, counts: Counts) -> int:
-    """Keys and values of every position that reasoner, weaver and trigger keep. The weaver's queries are forgotten."""
-    kept = counts.reasoner_positions + counts.trigger_positions
-    # Of what the weaver reads, the queries of every insertion are not kept, and each is one latent's.
-    kept += max(counts.weaver_positions - counts.latents, 0)
+def cache_bytes(settings: ModelSettings, done: WorkCount, latents: int) -> int:
+    """Bytes of keys and values that reasoner, weaver and trigger keep. The weaver's queries are not kept.
+
+    Args:
+        settings: the model.
+        done: the engine's count.
+        latents: inserted in all rows; each was one query of the weaver.
+    """
+    kept = done.reasoner_positions + done.trigger_positions + max(done.weaver_positions - latents, 0)
     return kept * settings.shape.cache_bytes(settings.torch_dtype)

@@ -1,8 +1,8 @@
 """`memgen bench kernels`: every fused operation against its plain-torch form and against a large copy's bandwidth.
 
 Forms of an operation: "triton" is the kernel and needs a CUDA device, so elsewhere only the others and the bandwidth are
-measured; "reference" is its plain-torch definition, which is also what runs on a CPU; "naive" is what one would write
-without the operation.
+measured; "reference" is its plain-torch definition, which also runs on a CPU; "naive" is the obvious code without
+the operation.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from memgen.bench.timing import Meter, Timing, interleave
-from memgen.kernels import Implementation, forced, linear_logprob, weave, weave_rows
+from memgen.bench.timing import Meter, Timing, measure_in_turn
+from memgen.kernels import Implementation, forced, interleave, linear_logprob
 
 # B rows, T packed positions, M latents, H hidden, N labels, V vocabulary
 
@@ -37,7 +37,7 @@ class Problem:
         kernel: name of the operation.
         direction: with or without the gradient.
         size: axes, for the record.
-        least_bytes: what any form must read and write at least.
+        least_bytes: bytes that any form must read and write at least.
         forms: the forms to time, by name.
     """
 
@@ -49,7 +49,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class WeaveSize:
+class InterleaveSize:
     """Rows of tokens with latents between them."""
 
     rows: int = 8
@@ -71,11 +71,11 @@ class LogprobSize:
     vocabulary: int
 
 
-WEAVE_SIZE = WeaveSize()
-"""What a training step of a model of 1.5 billion parameters has."""
+INTERLEAVE_SIZE = InterleaveSize()
+"""As in a training step of a model of 1.5 billion parameters."""
 
 LOGPROB_SIZES = {"cpu": LogprobSize(2048, 512, 32768), "cuda": LogprobSize(8192, 1536, 151936)}
-"""By type of device: what a training step has, and what a CPU does in a second or two."""
+"""By type of device: a training step's on a GPU, and on a CPU what takes a second or two."""
 
 
 def copy_bandwidth(device: str, meter: Meter, repeats: int = 5) -> float:
@@ -83,41 +83,27 @@ def copy_bandwidth(device: str, meter: Meter, repeats: int = 5) -> float:
     size = COPY_BYTES[torch.device(device).type]
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    timing = interleave({"copy": lambda: target.copy_(source)}, repeats, meter)["copy"]
+    timing = measure_in_turn({"copy": lambda: target.copy_(source)}, repeats, meter)["copy"]
     return 2 * size / min(timing.wall)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Random rows and places for latents, on the host."""
-
-    rows: list[list[int]]
-    points: list[list[int]]
-
-
-def _plan(size: WeaveSize, generator: torch.Generator) -> _Plan:
-    rows, points = [], []
-    for _ in range(size.rows):
-        rows.append(torch.randint(size.vocabulary, (size.length,), generator=generator).tolist())
-        points.append(sorted(torch.randperm(size.length, generator=generator)[: size.points].tolist()))
-    return _Plan(rows, points)
-
-
-def weave_problem(
-    device: str, dtype: torch.dtype, direction: Direction, seed: int, size: WeaveSize | None = None
+def interleave_problem(
+    device: str, dtype: torch.dtype, direction: Direction, seed: int, size: InterleaveSize | None = None
 ) -> Problem:
-    """Latent insertion into one packed line, each row at places of its own."""
-    size = size or WEAVE_SIZE
+    """Latents between the tokens of packed rows, each row at random points."""
+    size = size or INTERLEAVE_SIZE
     generator = torch.Generator().manual_seed(seed)
-    plan = _plan(size, generator)
     sources: list[int] = []
     tokens: list[int] = []
-    for row, points in zip(plan.rows, plan.points, strict=True):
-        for place, token in enumerate(row):
-            if place in points:
-                first = 1 + max(sources, default=-1)
-                sources += range(first, first + size.latents)
+    inserted = 0
+    for _ in range(size.rows):
+        row = torch.randint(size.vocabulary, (size.length,), generator=generator).tolist()
+        points = set(torch.randperm(size.length, generator=generator)[: size.points].tolist())
+        for point, token in enumerate(row):
+            if point in points:
+                sources += range(inserted, inserted + size.latents)
                 tokens += [0] * size.latents
+                inserted += size.latents
             sources.append(-1)
             tokens.append(token)
     table, latents = _tables(size, device, dtype, generator)
@@ -129,75 +115,26 @@ def weave_problem(
         return torch.where(is_latent, latents.to(dtype)[index.clamp(min=0)], table[ids])
 
     return Problem(
-        kernel="weave",
+        kernel="interleave",
         direction=direction,
         size={"positions": len(tokens), "latents": latents.shape[0], "hidden": size.hidden},
-        # Token ids and sources, and what is woven.
-        least_bytes=16 * len(tokens) + _weave_bytes(len(tokens), latents, dtype, direction),
-        forms=_forms(device, naive, lambda: weave(table, ids, latents, index), latents, grad, direction),
-    )
-
-
-def weave_rows_problem(
-    device: str, dtype: torch.dtype, direction: Direction, seed: int, size: WeaveSize | None = None
-) -> Problem:
-    """Latent insertion from a plan: padded rows, position ids and masks."""
-    size = size or WEAVE_SIZE
-    generator = torch.Generator().manual_seed(seed)
-    plan = _plan(size, generator)
-    table, latents = _tables(size, device, dtype, generator)
-    tokens, points = torch.tensor(plan.rows, device=device), torch.tensor(plan.points, device=device)
-    lengths = torch.full((size.rows,), size.length, device=device)
-    sizes = torch.full_like(points, size.latents)
-    width = size.length + size.points * size.latents
-    grad = torch.randn(size.rows, width, size.hidden, generator=generator).to(device, dtype)
-
-    def naive() -> Tensor:
-        lines, used = [], 0
-        for row, places in enumerate(plan.points):
-            pieces, begin = [], 0
-            for place in places:
-                pieces += [table[tokens[row, begin:place]], latents[used : used + size.latents].to(dtype)]
-                begin, used = place, used + size.latents
-            lines.append(torch.cat([*pieces, table[tokens[row, begin:]]]))
-        woven = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)
-        valid = (
-            torch.arange(width, device=device)
-            < torch.tensor([len(line) for line in lines], device=device)[:, None]
-        )
-        # What a model needs beside the embeddings; the fused form returns it too.
-        (valid.cumsum(dim=1) - 1).clamp(min=0)
-        return woven
-
-    positions = size.rows * width
-    return Problem(
-        kernel="weave_rows",
-        direction=direction,
-        size={"rows": size.rows, "width": width, "latents": latents.shape[0], "hidden": size.hidden},
-        # Token ids in; position ids, sources and two masks out.
-        least_bytes=8 * tokens.numel() + 18 * positions + _weave_bytes(positions, latents, dtype, direction),
-        forms=_forms(
-            device,
-            naive,
-            lambda: weave_rows(table, tokens, lengths, latents, points, sizes, width=width).embeddings,
-            latents,
-            grad,
-            direction,
-        ),
+        # Token ids and sources, and the interleaved embeddings.
+        least_bytes=16 * len(tokens) + _interleave_bytes(len(tokens), latents, dtype, direction),
+        forms=_forms(device, naive, lambda: interleave(table, ids, latents, index), latents, grad, direction),
     )
 
 
 def _tables(
-    size: WeaveSize, device: str, dtype: torch.dtype, generator: torch.Generator
+    size: InterleaveSize, device: str, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """An embedding table and latents that want a gradient."""
+    """An embedding table, and latents that require a gradient."""
     table = torch.randn(size.vocabulary, size.hidden, generator=generator).to(device, dtype)
     count = size.rows * size.points * size.latents
     latents = torch.randn(count, size.hidden, generator=generator).to(device)
     return table, latents.requires_grad_()
 
 
-def _weave_bytes(positions: int, latents: Tensor, dtype: torch.dtype, direction: Direction) -> int:
+def _interleave_bytes(positions: int, latents: Tensor, dtype: torch.dtype, direction: Direction) -> int:
     """Embeddings and latents read and written once; backward, the latents' gradients likewise."""
     count, hidden = latents.shape
     forward = (2 * positions - count) * hidden * dtype.itemsize + count * hidden * latents.element_size()
@@ -269,7 +206,7 @@ def _directed(
     return forward if direction == "forward" else both
 
 
-PROBLEMS = (weave_problem, weave_rows_problem, logprob_problem)
+PROBLEMS = (interleave_problem, logprob_problem)
 
 
 def implementations(device: str) -> tuple[Implementation, ...]:
@@ -314,7 +251,7 @@ def measure_kernels(
     for make in PROBLEMS:
         for direction in DIRECTIONS:
             problem = make(device, getattr(torch, dtype), direction, seed)
-            timings = interleave(problem.forms, repeats, meter, progress)
+            timings = measure_in_turn(problem.forms, repeats, meter, progress)
             cases.append(_case(problem, timings, bandwidth, device, dtype, seed))
     return cases
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from memgen.bench.generation import Decoding, Work, cache_bytes
+from memgen.bench.generation import Decoding, DecodingWorkload, cache_bytes, insertions
 from memgen.bench.shapes import ModelSettings
-from memgen.bench.training import StepWork, peak_in_own_process
+from memgen.bench.training import TrainingWorkload, peak_in_own_process
 
 DECODING_SIDES = ("plain", "never", "always")
 
@@ -20,7 +20,7 @@ DECODING_SIDES = ("plain", "never", "always")
 def live_cache_bytes() -> int:
     """Bytes of all tensors of four axes that exist now.
 
-    Between two steps of decoding these are the caches: weights have at most two axes, and activations are gone.
+    Between two steps of decoding these are the KV caches: weights have at most two axes, and activations are freed.
     """
     storages = {
         found.untyped_storage().data_ptr(): found.untyped_storage().nbytes()
@@ -30,13 +30,13 @@ def live_cache_bytes() -> int:
     return sum(storages.values())
 
 
-def decoding_cache(decoding: Decoding, work: Work, side: str) -> dict[str, int]:
-    """Bytes of keys and values at the last step: what the kept positions need, and what is held.
+def decoding_cache(decoding: Decoding, work: DecodingWorkload, side: str) -> dict[str, int]:
+    """Bytes of keys and values at the last step: needed for the kept positions, and allocated.
 
     Args:
         decoding: the model.
         work: the task.
-        side: plain, or a kind of memory.
+        side: plain, or an insertion mode.
     """
     settings = decoding.settings
     per_position = settings.shape.cache_bytes(settings.torch_dtype)
@@ -67,13 +67,13 @@ def decoding_cache(decoding: Decoding, work: Work, side: str) -> dict[str, int]:
             held = live_cache_bytes()
 
     generation = decoding.ours(work, model, observe)
-    needed = cache_bytes(settings, decoding.counts(generation, model))
+    needed = cache_bytes(settings, generation.work, insertions(generation) * settings.latents)
     return {"cache_bytes_needed": needed, "cache_bytes_held": held}
 
 
 def measure_decoding_memory(
     settings: ModelSettings,
-    work: Work,
+    work: DecodingWorkload,
     progress: Callable[[], None] = lambda: None,
     sides: Sequence[str] = DECODING_SIDES,
 ) -> Iterator[dict[str, Any]]:
@@ -83,7 +83,7 @@ def measure_decoding_memory(
         settings: the model.
         work: the task.
         progress: called after each side.
-        sides: plain and kinds of memory; plain comes first.
+        sides: plain and insertion modes; plain comes first.
     """
     baseline: int | None = None
     for side in sides:
@@ -106,7 +106,7 @@ def measure_decoding_memory(
 
 
 def measure_training_memory(
-    settings: ModelSettings, work: StepWork, progress: Callable[[], None] = lambda: None
+    settings: ModelSettings, work: TrainingWorkload, progress: Callable[[], None] = lambda: None
 ) -> Iterator[dict[str, Any]]:
     """One case per side of a supervised step, each as soon as it is measured.
 

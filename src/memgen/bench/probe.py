@@ -1,8 +1,8 @@
-"""Peak memory of one piece of work, in a process of its own: `python -m memgen.bench.probe REQUEST`.
+"""Peak memory of one workload, in a process of its own: `python -m memgen.bench.probe REQUEST`.
 
-What a process held before, and what its allocator keeps of it, would hide part of a peak. So each side of a comparison
-has a fresh process: it makes the model, warms up on something tiny (libraries allocate on first use), and then does the
-work once. Reported is the peak over what was held before the work, which is the weights.
+Memory that a process held before, and that its allocator kept, would hide part of a peak. So each side of a comparison
+has a fresh process: it makes the model, warms up on a tiny workload (libraries allocate on first use), and then runs
+once. Reported is the peak above the memory that was held before, which is the weights.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from memgen.bench.generation import Decoding, Work
+from memgen.bench.generation import Decoding, DecodingWorkload
 from memgen.bench.shapes import ModelSettings
 from memgen.bench.timing import ProcessMeter
-from memgen.bench.training import MemoryStep, PlainStep, Step, StepWork
+from memgen.bench.training import MemGenStep, PlainStep, Step, TrainingWorkload
 
 
 def training_work(request: dict[str, Any]) -> tuple[Callable[[], object], Callable[[], object]]:
     """A warm-up and a training step."""
-    settings, work = ModelSettings(**request["settings"]), StepWork(**request["work"])
-    sides: dict[str, type[Step]] = {"plain": PlainStep, "ours": MemoryStep}
+    settings, work = ModelSettings(**request["settings"]), TrainingWorkload(**request["work"])
+    sides: dict[str, type[Step]] = {"plain": PlainStep, "ours": MemGenStep}
     side = sides[request["side"]]
     measured = side(settings, work)
 
@@ -39,15 +39,15 @@ def training_work(request: dict[str, Any]) -> tuple[Callable[[], object], Callab
 
 def generation_work(request: dict[str, Any]) -> tuple[Callable[[], object], Callable[[], object]]:
     """A warm-up and a decoding."""
-    settings, work = ModelSettings(**request["settings"]), Work(**request["work"])
+    settings, work = ModelSettings(**request["settings"]), DecodingWorkload(**request["work"])
     decoding = Decoding(settings)
 
-    def run(task: Work) -> object:
+    def run(task: DecodingWorkload) -> object:
         if request["side"] == "plain":
             return decoding.huggingface(task)
         return decoding.ours(task, decoding.models[request["side"]])
 
-    return lambda: run(Work(batch=1, prompt=4, new=4)), lambda: run(work)
+    return lambda: run(DecodingWorkload(batch=1, prompt=4, new=4)), lambda: run(work)
 
 
 def main(argv: list[str]) -> int:
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 
 
 def _return_free_memory() -> None:
-    """Gives what the C library keeps for later back to the system, where the library can (glibc)."""
+    """Returns free memory that the C library keeps to the system, where the library can (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

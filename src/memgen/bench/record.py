@@ -1,7 +1,7 @@
-"""The JSON file of a benchmark: always whole, and never without what was finished.
+"""The JSON file of a benchmark, replaced as a whole whenever a case is finished.
 
-The file is written anew, beside itself and renamed, whenever a case is finished. So an interrupted run leaves valid JSON
-with its finished cases and `"complete": false`; a run that is stopped before its first case leaves no file.
+An interrupted run leaves valid JSON with its finished cases and `"complete": false`; a run that is stopped before its
+first case leaves no file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +18,11 @@ import psutil
 import torch
 
 import memgen
+from memgen.files import write_whole
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Processor, memory, versions, threads, and what else runs."""
+    """Processor, memory, versions, threads and load average, for the record of a measurement."""
     described: dict[str, Any] = {
         "processor": _processor(),
         "logical_cores": os.cpu_count(),
@@ -64,7 +64,7 @@ class Recorder:
 
     Args:
         path: the file, or None to keep the cases in memory only.
-        command: what was typed.
+        command: the command line.
         device: described with the machine.
 
     Raises:
@@ -103,18 +103,5 @@ class Recorder:
         self._write()
 
     def _write(self) -> None:
-        if self.path is None:
-            return
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.content, file, indent=1)
-                file.write("\n")
-            # mkstemp makes a private file; a result is for everybody whom the umask admits.
-            mask = os.umask(0)
-            os.umask(mask)
-            Path(name).chmod(0o666 & ~mask)
-            Path(name).replace(self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        if self.path is not None:
+            write_whole(self.path, json.dumps(self.content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Models to measure: real architectures with random weights, since cost does not depend on what the weights know.
+"""Models to measure: real architectures with random weights, since cost does not depend on the values of weights.
 
 The weights are scaled so that greedy text is varied: every linear map has a gain of about 1.4, so what a layer adds
 outweighs the embedding that came in, and the text does not fall into repeating one token. Delimiters are every
@@ -28,7 +28,7 @@ GAIN = 1.4
 """Of every linear map: standard deviation of its weights times the square root of the hidden size."""
 
 CONTEXT = 32768
-"""Positions the models are made for: more than any case needs."""
+"""Maximum positions of the models: more than any case needs."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ SHAPES = {
         accelerator_only=True,
     ),
 }
-"""By the name that a case carries."""
+"""By name."""
 
 
 def find_shape(name: str) -> Shape:
@@ -78,14 +78,14 @@ def find_shape(name: str) -> Shape:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """One random model and its memory."""
+    """One random model and its weaver."""
 
     model: str = "small"
     """Name of a shape."""
     device: str = "cpu"
-    """Where it lies."""
+    """Its device."""
     dtype: str = "float32"
-    """Type of the frozen weights; what would be trained is always float32."""
+    """Type of the frozen weights; trained weights are always float32."""
     seed: int = 0
     """Of weights and prompts."""
     latents: int = 8
@@ -93,7 +93,7 @@ class ModelSettings:
     cap: int = 5
     """Insertions per answer, the one at the end of the prompt not counted."""
     spacing: int = 16
-    """Every so many-th token id is a delimiter."""
+    """Every `spacing`-th token id is a delimiter."""
 
     @property
     def shape(self) -> Shape:
@@ -108,7 +108,7 @@ class ModelSettings:
 
 
 def plain_model(settings: ModelSettings) -> Qwen2ForCausalLM:
-    """A random Hugging Face model with its own attention: the side that memory is compared with."""
+    """A random Hugging Face model with its own attention: the baseline."""
     shape = settings.shape
     config = Qwen2Config(
         vocab_size=shape.vocabulary,
@@ -132,7 +132,7 @@ def plain_model(settings: ModelSettings) -> Qwen2ForCausalLM:
 
 
 def twin(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
-    """Other modules on the same weights, so that two sides of a comparison hold them once."""
+    """A copy of the modules that shares their weights, so two sides of a comparison hold them once."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
     return copy.deepcopy(model, shared)
 
@@ -144,8 +144,8 @@ def delimiter_table(settings: ModelSettings) -> Boundaries:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What memgen models of one set of weights are composed of."""
+class Components:
+    """Components of MemGen models on one set of weights."""
 
     reasoner: Reasoner
     weaver: Weaver
@@ -153,15 +153,15 @@ class Parts:
     boundaries: Boundaries
 
     def model(self, trigger: Trigger, *, cap: int | None = None) -> MemGenModel:
-        """A model with a trigger of the caller's choice, ready to decode."""
+        """A model with the given trigger, in evaluation mode."""
         boundaries = self.boundaries if cap is None else self.boundaries.capped(cap)
         composed = MemGenModel(self.reasoner, self.weaver, trigger, boundaries)
         return composed.to(self.reasoner.backbone.device).eval()
 
 
-def memory_parts(plain: Qwen2ForCausalLM, settings: ModelSettings) -> Parts:
+def memgen_components(plain: Qwen2ForCausalLM, settings: ModelSettings) -> Components:
     """Reasoner, weaver and token trigger on the weights of a plain model."""
-    # Dropout would be drawn on one side of a comparison more often than on the other.
+    # Without dropout: one side of a comparison would sample it more often than the other.
     lora = LoraSettings(r=16, alpha=32, dropout=0.0, target_modules=("q_proj", "v_proj"))
     backbone = Backbone(twin(plain), f"{settings.model} (random)")
     weaver = Weaver(
@@ -172,15 +172,15 @@ def memory_parts(plain: Qwen2ForCausalLM, settings: ModelSettings) -> Parts:
     tokens = TokenTrigger(backbone, TriggerConfig(kind="tokens", lora=lora))
     _move_from_zero(weaver, settings.seed)
     _move_from_zero(tokens, settings.seed + 1)
-    parts = Parts(Reasoner(backbone, ()), weaver, tokens, delimiter_table(settings))
+    components = Components(Reasoner(backbone, ()), weaver, tokens, delimiter_table(settings))
     for module in (weaver, tokens):
         module.to(settings.device)
-    return parts
+    return components
 
 
 @torch.no_grad()
 def _move_from_zero(part: Weaver | TokenTrigger, seed: int) -> None:
-    """A new adapter changes nothing (B = 0). A trained one does, and then the trigger's decisions are mixed."""
+    """Adds noise to LoRA's B, which is 0 at first: a trained adapter has an effect, and mixed trigger decisions."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in part.own_parameters().items():
         if ".lora_B." in name:

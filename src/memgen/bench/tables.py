@@ -11,9 +11,6 @@ from rich.table import Table
 DELIMITER_RANGE = (0.03, 0.09)
 """Share of delimiters among new tokens that texts in natural languages have; other texts insert unusually often."""
 
-PARTS = ("reasoner", "weaver", "trigger")
-UNITS = ("forwards", "positions")
-
 Cells = list[str]
 Rows = tuple[Cells, list[Cells]]
 """Header and rows."""
@@ -36,48 +33,6 @@ def generation_rows(cases: Sequence[Mapping[str, Any]]) -> Rows:
         ]
         for case in cases
     ]
-    return header, rows
-
-
-def work_rows(cases: Sequence[Mapping[str, Any]]) -> Rows:
-    """Exact work of decoding cases."""
-    header = ["model", "batch", "memory", "prompt reads"]
-    header += [f"{part} {unit}" for part in PARTS for unit in UNITS]
-    header += ["insertions", "x plain's positions", "as by formula"]
-    rows = [
-        [
-            case["model"],
-            str(case["batch"]),
-            case["memory"],
-            f"{case['prefills']:g}",
-            *(f"{case[f'{part}_{unit}']:,}" for part in PARTS for unit in UNITS),
-            str(case["insertions"]),
-            f"{case['floor_position_ratio']:.2f}",
-            "yes" if case["counts_match_formula"] else "NO",
-        ]
-        for case in cases
-    ]
-    return header, rows
-
-
-def sweep_rows(cases: Sequence[Mapping[str, Any]]) -> Rows:
-    """Points of sweeps."""
-    header = ["sweep", "x", "insertions", "CPU s", "plain s", "CPU x", "pos. x", "quiet ms"]
-    rows = []
-    for case in cases:
-        quiet = case.get("quiet_step_cpu_seconds_median")
-        rows.append(
-            [
-                case["sweep"],
-                str(case["x"]),
-                str(case["insertions"]),
-                f"{case['ours']['cpu_seconds_median']:.2f}",
-                f"{case['plain']['cpu_seconds_median']:.2f}",
-                f"{case['cpu_ratio']:.2f}",
-                f"{case['floor_position_ratio']:.2f}",
-                "" if quiet is None else f"{1000 * quiet:.2f}",
-            ]
-        )
     return header, rows
 
 
@@ -175,14 +130,12 @@ def memory_rows(cases: Sequence[Mapping[str, Any]]) -> Rows:
 
 
 def notes(cases: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader of the table must know: counts that are not the formula's, texts that insert unusually."""
+    """Remarks below the table: texts with unusually many or few delimiters, and so insertions."""
     found = []
     for case in cases:
         name = " ".join(
             str(case[key]) for key in ("model", "stage", "batch", "memory", "sweep", "x") if key in case
         )
-        if not case.get("counts_match_formula", True):
-            found.append(f"{name}: the engine did other work than the insertion plan asks for; this is a bug")
         rate = case.get("delimiter_rate")
         low, high = DELIMITER_RANGE
         if rate is not None and case.get("sweep") != "insertions" and not low <= rate <= high:
@@ -202,11 +155,3 @@ def table(title: str, rows: Rows) -> Table:
     for line in lines:
         made.add_row(*line)
     return made
-
-
-def markdown(rows: Rows) -> str:
-    """For a document."""
-    header, lines = rows
-    written = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    written += ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join(written)

@@ -1,7 +1,7 @@
-"""How a figure is taken: all sides of a comparison in turn, several times, in one process.
+"""Timing of all sides of a comparison in turn, several times, in one process.
 
 A machine's speed drifts. So the sides alternate within each repeat, every other repeat runs them in reverse order, a
-ratio is taken within a repeat, and the median over repeats is quoted. The first pass warms up and is dropped.
+ratio is taken within a repeat, and the median over repeats is reported. The first pass warms up and is dropped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Sample:
     cpu: float
     """Seconds of this process's threads."""
     peak_bytes: int | None
-    """Most memory held during the run, weights included; None where the machine cannot say."""
+    """Peak memory during the run, weights included; None where the system does not report it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Timing:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Most memory over all runs."""
+        """Peak memory over all runs."""
         peaks = [sample.peak_bytes for sample in self.samples if sample.peak_bytes is not None]
         return max(peaks) if peaks else None
 
@@ -73,11 +73,11 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 class Meter(ABC):
-    """Runs a piece of work and says what it took."""
+    """Measures time and memory of a function."""
 
     @abstractmethod
     def measure(self, work: Callable[[], object]) -> Sample:
-        """Runs it once."""
+        """Calls it once."""
 
 
 @final
@@ -85,7 +85,7 @@ class ProcessMeter(Meter):
     """The clocks and the memory of this process.
 
     Args:
-        device: waited for before and after the work; its memory is measured if it has its own.
+        device: synchronised before and after the work; a CUDA device's memory is measured instead of the process's.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -104,7 +104,7 @@ class ProcessMeter(Meter):
         return Sample(wall=wall, cpu=cpu, peak_bytes=self.peak())
 
     def reset_peak(self) -> None:
-        """Begins a new peak at what is held now."""
+        """Resets the peak to the current memory."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         elif CLEAR.exists():
@@ -133,7 +133,7 @@ def _status(key: str) -> int | None:
     return None
 
 
-def interleave(
+def measure_in_turn(
     sides: Mapping[str, Callable[[], object]],
     repeats: int,
     meter: Meter,
@@ -151,7 +151,7 @@ def interleave(
         warm_up: whether one more pass comes first and is dropped.
 
     Raises:
-        ValueError: if there is nothing to count.
+        ValueError: if `repeats` is below 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")

@@ -24,9 +24,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from typing_extensions import override
 
-from memgen.bench.counts import Counts, stream_counts
-from memgen.bench.shapes import ModelSettings, memory_parts, plain_model, weight_bytes
-from memgen.bench.timing import Meter, Timing, interleave, paired_ratio
+from memgen.bench.shapes import ModelSettings, memgen_components, plain_model, weight_bytes
+from memgen.bench.timing import Meter, Timing, measure_in_turn, paired_ratio
 from memgen.model.trigger import ConstantTrigger
 from memgen.objectives.sft import token_loss
 from memgen.types import InsertionPlan, TokenBatch, WorkCount
@@ -34,21 +33,21 @@ from memgen.types import InsertionPlan, TokenBatch, WorkCount
 # B rows, L tokens per row, V vocabulary
 
 Stage = Literal["sft", "grpo"]
-"""What is learnt from: reference answers, or answers of the model's own with advantages."""
+"""Training stage: sft learns from reference answers, grpo from the model's own answers with advantages."""
 
 STAGES: tuple[Stage, ...] = ("sft", "grpo")
 
 
 @dataclass(frozen=True)
-class StepWork:
-    """One batch of a training step."""
+class TrainingWorkload:
+    """Size of a training batch."""
 
     batch: int = 8
     """Rows."""
     length: int = 512
     """Tokens per row, prompt included."""
     prompt: int = 128
-    """Tokens of each row's prompt, which are no targets."""
+    """Tokens of each row's prompt, which are not supervised."""
     points: int = 6
     """Insertions per row, the one at the prompt's end included."""
     group: int = 1
@@ -66,11 +65,11 @@ class StepWork:
 
     @property
     def labels(self) -> int:
-        """Targets in the batch."""
+        """Supervised tokens in the batch."""
         return self.batch * (self.length - self.prompt)
 
 
-def training_batch(settings: ModelSettings, work: StepWork) -> TokenBatch:
+def training_batch(settings: ModelSettings, work: TrainingWorkload) -> TokenBatch:
     """Random rows whose tokens behind the prompt are supervised.
 
     Every `spacing`-th token id is a delimiter, so delimiters come as often as in the decoded texts.
@@ -92,14 +91,14 @@ def training_batch(settings: ModelSettings, work: StepWork) -> TokenBatch:
 
 
 def policy_gradient(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """The gradient of a GRPO update's first step: ratio to what was sampled, times advantage."""
+    """The loss of a GRPO update's first step: ratio to the sampling policy, times advantage."""
     return -((logprobs - logprobs.detach()).exp() * advantages).mean()
 
 
 class Step(ABC):
     """One side: a batch, its advantages, and a training step on it."""
 
-    def __init__(self, settings: ModelSettings, work: StepWork) -> None:
+    def __init__(self, settings: ModelSettings, work: TrainingWorkload) -> None:
         self.work = work
         self.batch = training_batch(settings, work)
         generator = torch.Generator().manual_seed(settings.seed + 1)
@@ -120,7 +119,7 @@ class PlainStep(Step):
         work: the batch.
     """
 
-    def __init__(self, settings: ModelSettings, work: StepWork) -> None:
+    def __init__(self, settings: ModelSettings, work: TrainingWorkload) -> None:
         super().__init__(settings, work)
         config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
         with warnings.catch_warnings():
@@ -147,7 +146,7 @@ class PlainStep(Step):
 
 
 @final
-class MemoryStep(Step):
+class MemGenStep(Step):
     """MemGen's teacher-forced forward and its backward, into the weaver.
 
     Args:
@@ -158,11 +157,11 @@ class MemoryStep(Step):
         ValueError: if some row has too few delimiters for the points asked for.
     """
 
-    def __init__(self, settings: ModelSettings, work: StepWork) -> None:
+    def __init__(self, settings: ModelSettings, work: TrainingWorkload) -> None:
         settings = replace(settings, cap=work.points - 1)
         super().__init__(settings, work)
-        self.parts = memory_parts(plain_model(settings), settings)
-        self.model = self.parts.model(ConstantTrigger(1.0))
+        self.components = memgen_components(plain_model(settings), settings)
+        self.model = self.components.model(ConstantTrigger(1.0))
         self.model.train_only(self.model.weaver)
         self.model.train()
         self.plan: InsertionPlan = self.model.boundaries.cpu().plan(self.batch.to("cpu"))
@@ -186,23 +185,6 @@ class MemoryStep(Step):
         loss.backward()
         return loss.detach()
 
-    def counts(self) -> Counts:
-        """The work that one forward should take."""
-        work = self.work
-        counts = stream_counts(
-            [work.length] * work.batch,
-            [work.prompt] * work.batch,
-            self.plan.rows(),
-            self.parts.weaver.config.latents,
-        )
-        spared = work.prompt * (work.batch - work.batch // work.group)
-        return replace(
-            counts,
-            reasoner_positions=counts.reasoner_positions - spared,
-            # The weaver's reading of the prompt is shared as well.
-            weaver_positions=counts.weaver_positions - spared,
-        )
-
     def free_positions(self) -> int:
         """Reasoner positions before a row's first latent: they keep no activations and need no backward."""
         firsts = sum(row[0][0] for row in self.plan.rows())
@@ -211,7 +193,7 @@ class MemoryStep(Step):
 
 def measure_training(
     settings: ModelSettings,
-    work: StepWork,
+    work: TrainingWorkload,
     stages: Sequence[Stage],
     repeats: int,
     meter: Meter,
@@ -230,14 +212,14 @@ def measure_training(
         progress: called after each run and each memory probe.
         memory: whether to measure peak memory too, each side in a process of its own.
     """
-    plain, ours = PlainStep(settings, work), MemoryStep(settings, work)
+    plain, ours = PlainStep(settings, work), MemGenStep(settings, work)
     weights = weight_bytes(plain.model)
     for stage in stages:
         runs: dict[str, Callable[[], object]] = {
             "plain": lambda stage=stage: plain.step(stage),  # type: ignore[misc]
             "ours": lambda stage=stage: ours.step(stage),  # type: ignore[misc]
         }
-        timings = interleave(runs, repeats, meter, progress)
+        timings = measure_in_turn(runs, repeats, meter, progress)
         peaks: dict[str, dict[str, Any]] = {}
         for side in ("plain", "ours") if memory else ():
             peaks[side] = peak_in_own_process(
@@ -249,15 +231,15 @@ def measure_training(
 
 def _case(
     settings: ModelSettings,
-    work: StepWork,
+    work: TrainingWorkload,
     stage: Stage,
     timings: dict[str, Timing],
     peaks: dict[str, dict[str, Any]],
-    step: MemoryStep,
+    step: MemGenStep,
     weights: int,
 ) -> dict[str, Any]:
     ours, plain = timings["ours"], timings["plain"]
-    done, counts = step.done, step.counts()
+    done = step.done
     positions = work.batch * work.length
     tokens = work.batch * work.length
     extra = {side: peaks[side]["peak_above_weights_bytes"] for side in peaks}
@@ -277,9 +259,7 @@ def _case(
         "reasoner_positions_without_gradient": step.free_positions(),
         "weaver_forwards": done.weaver_forwards,
         "weaver_positions": done.weaver_positions,
-        "counts_match_formula": (done.reasoner_positions, done.weaver_positions)
-        == (counts.reasoner_positions, counts.weaver_positions),
-        "insertions": counts.insertions,
+        "insertions": sum(len(row) for row in step.plan.rows()),
         "labels": work.labels,
         "weight_bytes": weights,
         "ours": ours.as_dict()
@@ -303,7 +283,7 @@ def work_floor(done: WorkCount, free: int, plain_positions: int) -> float:
     A frozen matrix needs no weight gradient, so its backward costs one forward and not two, on both sides.
 
     Args:
-        done: our work.
+        done: our work counts.
         free: positions without gradient among the reasoner's.
         plain_positions: of the plain step.
     """
@@ -312,10 +292,10 @@ def work_floor(done: WorkCount, free: int, plain_positions: int) -> float:
 
 
 def peak_in_own_process(request: dict[str, Any]) -> dict[str, Any]:
-    """Peak memory of one side, measured where nothing else has run.
+    """Peak memory of one side, measured in a new process.
 
     Args:
-        request: what `memgen.bench.probe` understands.
+        request: arguments of `memgen.bench.probe`.
 
     Raises:
         RuntimeError: if the process fails.

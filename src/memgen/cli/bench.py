@@ -1,4 +1,4 @@
-"""`memgen bench`: what memory costs in time and space, against plain work measured in the same process."""
+"""`memgen bench`: cost of latent memory in time and space, against plain work measured in the same process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ EXAMPLES = """\
 examples:
   memgen bench generation                                    # small model, batch 1, 8 and 32
   memgen bench generation --model small medium --batch 8 --memory always --json bench.json
-  memgen bench generation --sweep batch insertions others    # how cost grows; --sweep all for everything
   memgen bench training --model small medium                 # a weaver step against a plain LoRA step
   memgen bench memory --batch 8 32                           # peak memory, each side in its own process
   memgen bench kernels                                       # fused operations against plain torch
@@ -36,7 +35,7 @@ it is rewritten after each case, so an interrupted run leaves its finished cases
 
 @dataclass(frozen=True)
 class _Session:
-    """Where results and progress go."""
+    """Options of the command, and where results and progress go."""
 
     options: argparse.Namespace
     recorder: Recorder
@@ -67,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 
     Raises:
         UsageError: if the device is absent, or the model is too large for it.
-        ValueError: if a model, sweep or size cannot be used.
+        ValueError: if a model or size cannot be used.
     """
     options = _parser().parse_args(argv)
 
@@ -97,8 +96,6 @@ def main(argv: Sequence[str]) -> int:
         console.print(table(title, rows))
     for note in [*kind.remarks(options), *notes(recorder.cases)]:
         console.print(f"Note: {note}", highlight=False)
-    for line in _summary(recorder.content):
-        console.print(line, highlight=False)
     if options.json is not None:
         console.print(f"Figures: {options.json}")
     return 0
@@ -112,11 +109,11 @@ class _Kind:
     """How many times `tick` will be called."""
     measure: Callable[[_Session], None]
     tables: Callable[[argparse.Namespace, list[dict[str, Any]]], list[tuple[str, Rows]]]
-    remarks: Callable[[argparse.Namespace], list[str]]
+    remarks: Callable[[argparse.Namespace], list[str]] = lambda options: []
 
 
 def _check(options: argparse.Namespace) -> None:
-    """What would fail later, or take hours.
+    """Refuses options that would fail later, or take hours.
 
     Raises:
         UsageError: saying what to change.
@@ -125,7 +122,7 @@ def _check(options: argparse.Namespace) -> None:
 
     from memgen.bench.shapes import find_shape
 
-    if options.threads < 1 or (options.repeats is not None and options.repeats < 1):
+    if options.threads < 1 or options.repeats < 1:
         raise UsageError(
             f"--threads and --repeats must be at least 1, got {options.threads} and {options.repeats}"
         )
@@ -173,25 +170,19 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
 
 
 def _measure_generation(session: _Session) -> None:
-    from memgen.bench.generation import Work, measure_decoding
+    from memgen.bench.generation import Decoding, DecodingWorkload, decoding_case, measure_decoding
     from memgen.bench.kernels import copy_bandwidth
     from memgen.bench.timing import ProcessMeter
 
     options, meter = session.options, ProcessMeter(session.options.device)
     bandwidth = copy_bandwidth(options.device, meter) if meter.cuda else None
     for model in options.model:
+        decoding = Decoding(session.settings(model))
         for batch in options.batch:
-            cases = measure_decoding(
-                session.settings(model),
-                Work(batch=batch, prompt=options.prompt, new=options.new),
-                options.memory,
-                options.repeats or 7,
-                meter,
-                session.tick,
-                bandwidth=bandwidth,
-            )
-            for case in cases:
-                session.recorder.add(case)
+            work = DecodingWorkload(batch=batch, prompt=options.prompt, new=options.new)
+            measured = measure_decoding(decoding, work, options.memory, options.repeats, meter, session.tick)
+            for mode in options.memory:
+                session.recorder.add(decoding_case(decoding, work, mode, measured, bandwidth))
     session.recorder.finish()
 
 
@@ -199,44 +190,14 @@ def _generation_runs(options: argparse.Namespace) -> int:
     from memgen.bench.generation import sides
     from memgen.bench.shapes import ModelSettings
 
+    passes: int = options.repeats + 1
     own = sides(ModelSettings(device=options.device), options.memory)
-    return len(options.model) * len(options.batch) * own * ((options.repeats or 7) + 1)
-
-
-def _measure_sweeps(session: _Session) -> None:
-    from memgen.bench.scaling import measure_point, points, summarise, warm_up
-    from memgen.bench.timing import ProcessMeter
-
-    options, meter = session.options, ProcessMeter(session.options.device)
-    for model in options.model:
-        settings = session.settings(model)
-        warm_up(settings, meter)
-        for sweep in _sweeps(options):
-            for point in points(sweep, settings):
-                session.recorder.add(measure_point(point, options.repeats or 2, meter, session.tick))
-    session.recorder.finish(scaling=summarise(session.recorder.cases))
-
-
-def _sweeps(options: argparse.Namespace) -> list[Any]:
-    from memgen.bench.scaling import SWEEPS, find_sweep
-
-    return list(SWEEPS.values()) if "all" in options.sweep else [find_sweep(name) for name in options.sweep]
-
-
-def _sweep_runs(options: argparse.Namespace) -> int:
-    from memgen.bench.scaling import points, runs_of
-    from memgen.bench.shapes import ModelSettings
-
-    settings = ModelSettings(device=options.device)
-    own = sum(runs_of(point, options.repeats or 2) for s in _sweeps(options) for point in points(s, settings))
-    return own * len(options.model)
+    return len(options.model) * len(options.batch) * own * passes
 
 
 def _generation_tables(options: argparse.Namespace, cases: list[dict[str, Any]]) -> list[tuple[str, Rows]]:
-    from memgen.bench.tables import generation_rows, sweep_rows
+    from memgen.bench.tables import generation_rows
 
-    if options.sweep:
-        return [("Decoding with memory, one quantity at a time", sweep_rows(cases))]
     title = (
         f"Decoding against plain Hugging Face generate: prompt {options.prompt}, {options.new} new tokens, "
         f"K = {options.latents}, cap {options.cap}"
@@ -244,33 +205,7 @@ def _generation_tables(options: argparse.Namespace, cases: list[dict[str, Any]])
     return [(title, generation_rows(cases))]
 
 
-GENERATION = _Kind(
-    runs=lambda options: _sweep_runs(options) if options.sweep else _generation_runs(options),
-    measure=lambda session: (_measure_sweeps if session.options.sweep else _measure_generation)(session),
-    tables=_generation_tables,
-    remarks=lambda options: [],
-)
-
-
-def _summary(content: dict[str, Any]) -> list[str]:
-    """The sweeps' result in words."""
-    lines = []
-    for model, found in content.get("scaling", {}).items():
-        if "others" in found:
-            others = found["others"]
-            lines.append(
-                f"{model}: another row's insertion costs {1000 * others['cpu_seconds_per_insertion']:.2f} CPU ms; "
-                f"{others['most_insertions']} of them change a step in which nobody inserts by "
-                f"{100 * others['quiet_step_growth_at_most_insertions']:+.1f} %."
-            )
-        if "fit" in found:
-            fit = found["fit"]
-            prices = ", ".join(
-                f"{1e6 * price:.3g} us per {name.removesuffix('s').replace('_', ' ')}"
-                for name, price in fit["prices_seconds"].items()
-            )
-            lines.append(f"{model}: {prices} (R2 {fit['r_squared']:.3f}).")
-    return lines
+GENERATION = _Kind(runs=_generation_runs, measure=_measure_generation, tables=_generation_tables)
 
 
 # training
@@ -278,15 +213,17 @@ def _summary(content: dict[str, Any]) -> list[str]:
 
 def _measure_training(session: _Session) -> None:
     from memgen.bench.timing import ProcessMeter
-    from memgen.bench.training import StepWork, measure_training
+    from memgen.bench.training import TrainingWorkload, measure_training
 
     options = session.options
     for model in options.model:
         for case in measure_training(
             session.settings(model),
-            StepWork(options.batch, options.length, options.prompt, options.points, options.group_size),
+            TrainingWorkload(
+                options.batch, options.length, options.prompt, options.points, options.group_size
+            ),
             options.stage,
-            options.repeats or 7,
+            options.repeats,
             ProcessMeter(options.device),
             session.tick,
             memory=not options.no_memory,
@@ -307,11 +244,10 @@ def _training_tables(options: argparse.Namespace, cases: list[dict[str, Any]]) -
 
 TRAINING = _Kind(
     runs=lambda options: (
-        len(options.model) * len(options.stage) * 2 * ((options.repeats or 7) + 1 + (not options.no_memory))
+        len(options.model) * len(options.stage) * 2 * (options.repeats + 1 + (not options.no_memory))
     ),
     measure=_measure_training,
     tables=_training_tables,
-    remarks=lambda options: [],
 )
 
 
@@ -326,7 +262,7 @@ def _measure_kernels(session: _Session) -> None:
     for case in measure_kernels(
         options.device,
         options.dtype,
-        options.repeats or 7,
+        options.repeats,
         ProcessMeter(options.device),
         options.seed,
         session.tick,
@@ -344,7 +280,7 @@ def _kernel_tables(options: argparse.Namespace, cases: list[dict[str, Any]]) -> 
 def _kernel_runs(options: argparse.Namespace) -> int:
     from memgen.bench.kernels import runs_of
 
-    return runs_of(options.device, options.repeats or 7)
+    return runs_of(options.device, options.repeats)
 
 
 def _kernel_remarks(options: argparse.Namespace) -> list[str]:
@@ -363,20 +299,22 @@ KERNELS = _Kind(runs=_kernel_runs, measure=_measure_kernels, tables=_kernel_tabl
 
 
 def _measure_memory(session: _Session) -> None:
-    from memgen.bench.generation import Work
+    from memgen.bench.generation import DecodingWorkload
     from memgen.bench.memory import measure_decoding_memory, measure_training_memory
-    from memgen.bench.training import StepWork
+    from memgen.bench.training import TrainingWorkload
 
     options = session.options
     for model in options.model:
         settings = session.settings(model)
         for batch in options.batch:
             for new in options.new:
-                work = Work(batch=batch, prompt=options.prompt, new=new)
+                work = DecodingWorkload(batch=batch, prompt=options.prompt, new=new)
                 for case in measure_decoding_memory(settings, work, session.tick):
                     session.recorder.add(case)
         for length in options.length:
-            step = StepWork(batch=options.train_batch, length=length, prompt=min(options.prompt, length // 4))
+            step = TrainingWorkload(
+                batch=options.train_batch, length=length, prompt=min(options.prompt, length // 4)
+            )
             for case in measure_training_memory(settings, step, session.tick):
                 session.recorder.add(case)
     session.recorder.finish()
@@ -399,7 +337,6 @@ MEMORY = _Kind(
     runs=_memory_runs,
     measure=_measure_memory,
     tables=_memory_tables,
-    remarks=lambda options: [],
 )
 
 
@@ -433,7 +370,7 @@ def _subparser(kinds: Any, name: str, kind: _Kind, summary: str) -> argparse.Arg
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write machine and cases here; always a whole file"
     )
-    parser.add_argument("--repeats", type=int, metavar="N", help="counted passes (7; with --sweep 2)")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="counted passes (7)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch's CPU threads (1)")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (cpu)")
     parser.add_argument(
@@ -467,13 +404,6 @@ def _generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=128, metavar="N", help="tokens of each prompt (128)")
     parser.add_argument("--new", type=int, default=128, metavar="N", help="new tokens of each row (128)")
     parser.add_argument("--cap", type=int, default=5, metavar="N", help="insertions inside an answer (5)")
-    parser.add_argument(
-        "--sweep",
-        nargs="+",
-        metavar="NAME",
-        help="vary one quantity: batch, new, insertions, latents, prompt, others, or all; "
-        "then --batch, --memory, --prompt and --new are the sweep's own",
-    )
 
 
 def _training_options(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`memgen collect`: the current agent plays the training items, and what went well becomes training data."""
+"""`memgen collect`: lets an agent play the training items and keeps good trajectories as training data."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _FLAGS = ("--best", "--help", "-h")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Collects trajectories, or goes on with what was begun.
+    """Collects trajectories; an interrupted collection is continued.
 
     Args:
-        argv: the arguments behind the command.
+        argv: the arguments after the command's name.
 
     Returns:
         The exit status.
@@ -31,13 +31,13 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UsageError: if the command line or the configuration cannot be used.
         ValueError: if the file was begun with other settings.
-        KeyboardInterrupt: after Ctrl-C; what was played is safe.
+        KeyboardInterrupt: after Ctrl-C; finished items are on disk.
     """
     own, rest = take_options(argv, _VALUED, _FLAGS)
     options = _parser().parse_args(own)
     if options.out is None:
         raise UsageError("--out is missing; for example: --out trajectories.jsonl")
-    # Nothing is logged of what is no training and no test.
+    # Collecting is not recorded in MLflow.
     request = Request.from_argv([*rest, "--trainer.logger=false"])
 
     from memgen.cli.run import TrainerCommand, execute
@@ -61,20 +61,22 @@ def _collect(command: Any, options: argparse.Namespace) -> None:
             f"ckpt_path is {resolved['ckpt_path']}, a checkpoint to resume training from; memgen collect plays a checkpoint "
             "directory: --checkpoint DIR"
         )
-    drawn = getattr(stage, "rollout", stage.generation)
+    sampling = getattr(stage, "rollout", stage.generation)
     given = {"group_size": options.samples, "temperature": options.temperature, "seed": options.seed}
-    drawn = dataclasses.replace(drawn, **{key: value for key, value in given.items() if value is not None})
+    sampling = dataclasses.replace(
+        sampling, **{key: value for key, value in given.items() if value is not None}
+    )
     rule = KeepRule(min_reward=options.min_reward, best=options.best, max_per_item=options.max_per_item)
     collector = Collector(
         memgen=stage.config,
         data=data,
-        rollout=drawn,
+        rollout=sampling,
         episodes=stage.episodes,
         keep=rule,
         out=Path(options.out),
         init_from=stage.init_from,
         environment=resolved["data"]["environment"],
-        resolve_asset=stage.resolve_asset,
+        resolve_asset=data.resolve_asset,
     )
     try:
         trainer.predict(collector, return_predictions=False)
@@ -88,17 +90,17 @@ def _collect(command: Any, options: argparse.Namespace) -> None:
 
 def _outlook(collected: Collected, out: str) -> str:
     if collected.items < collected.total:
-        return f"{out} is not complete; the same command goes on with it"
+        return f"{out} is not complete; the same command continues it"
     if not collected.kept:
-        return f"{out} is empty: lower --min-reward, or draw more --samples"
-    return f"{out} is complete: learn from it with --config conf/data/trajectories.yaml"
+        return f"{out} is empty: lower --min-reward, or sample more (--samples)"
+    return f"{out} is complete: train on it with --config conf/data/trajectories.yaml"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="memgen collect",
         description="Play the training items of a configuration with its checkpoint (--checkpoint DIR; without one: the "
-        "bare reasoner), and keep trajectories by their reward. Run again with the same settings, it goes on where it "
+        "bare reasoner), and keep trajectories by their reward. Run again with the same settings, it continues where it "
         "stopped.",
         usage="memgen collect --config FILE [--config OVERLAY ...] [--checkpoint DIR] --out FILE [options] "
         "[--key value ...]",
@@ -114,9 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature",
         type=float,
         metavar="T",
-        help="of the draws (that of model.rollout, or model.generation)",
+        help="sampling temperature (that of model.rollout, or model.generation)",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="of the draws (likewise)")
+    parser.add_argument("--seed", type=int, metavar="N", help="sampling seed (likewise)")
     parser.add_argument(
         "--min-reward", type=float, default=1.0, metavar="R", help="lowest reward that is kept (1)"
     )

@@ -3,8 +3,8 @@
 LightningCLI resolves `${...}` file by file and replaces what a later file only adds to. So the files and the overrides
 are merged here, deeply and in their order, and resolved once; LightningCLI gets a single document.
 
-Below `model` and `data` the arguments stand beside `class_path`, without `init_args` in between. This is the form that
-files, overrides, references and `--print_config` use; a document with `init_args` is read as well.
+The arguments of a class stand beside its `class_path`. jsonargparse puts them below `init_args`; documents, overrides and
+references in that form are read as well, and rewritten here.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from memgen.cli import renamed
 from memgen.cli.errors import UsageError, nearest
 
 Document = dict[str, Any]
 
 SECTIONS = ("model", "data")
-"""Where the arguments of a class stand beside its `class_path`."""
+"""Sections that are a class, so that `--model CLASS` names it."""
 VARIABLES = "vars"
 """A section of a person's own, for values that several places refer to; it ends with the resolution."""
 CLASS_KEYS = ("class_path", "dict_kwargs")
@@ -42,7 +43,7 @@ COMMAND_LINE = "the command line"
 """The name of the layer of overrides."""
 
 _OVERRIDE = re.compile(r"--([A-Za-z_][\w]*(?:\.\w+)*)(?:=(.*))?", re.DOTALL)
-_SECTION_REFERENCE = re.compile(r"\$\{(\s*)(" + "|".join(SECTIONS) + r")\.init_args\.")
+_REFERENCE = re.compile(r"\$\{[^{}]*\}")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Layer:
     Attributes:
         name: what to call it in a message: a file name, or "the command line".
         text: as the person wrote it.
-        values: what it sets, in tidy form, unresolved.
+        values: what it sets, without `init_args`, unresolved.
     """
 
     name: str
@@ -135,7 +136,7 @@ class Request:
                 Layer(
                     name=COMMAND_LINE,
                     text=shlex.join(self.arguments),
-                    values=_nest_overrides(self.overrides),
+                    values=renamed.update(_nest_overrides(self.overrides)),
                 )
             )
         return layers
@@ -150,7 +151,7 @@ def merge(layers: Sequence[Layer]) -> DictConfig:
         layers: sources in order.
 
     Returns:
-        The configuration in tidy form, unresolved.
+        The configuration, unresolved.
     """
     merged: Document = {}
     for layer in layers:
@@ -174,28 +175,32 @@ def resolve(merged: DictConfig, layers: Sequence[Layer]) -> Document:
     return resolved
 
 
-def to_lightning(document: Document) -> Document:
-    """The same document with `init_args`, as LightningCLI reads it."""
-    nested = dict(document)
-    for section in SECTIONS:
-        values = document.get(section)
-        if isinstance(values, dict):
-            arguments = {key: value for key, value in values.items() if key not in CLASS_KEYS}
-            nested[section] = {key: values[key] for key in CLASS_KEYS if key in values}
-            if arguments:
-                nested[section]["init_args"] = arguments
-    return nested
+def with_init_args(value: Any) -> Any:
+    """The same document in jsonargparse's form: the arguments of each class below `init_args`."""
+    if isinstance(value, list):
+        return [with_init_args(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    items = {key: with_init_args(item) for key, item in value.items()}
+    if "class_path" not in items:
+        return items
+    arguments = {key: item for key, item in items.items() if key not in CLASS_KEYS}
+    chosen = {key: items[key] for key in CLASS_KEYS if key in items}
+    return {**chosen, "init_args": arguments} if arguments else chosen
 
 
-def to_tidy(document: Mapping[str, Any]) -> Document:
-    """The same document without `init_args` below `model` and `data`."""
-    tidy = dict(document)
-    for section in SECTIONS:
-        values = document.get(section)
-        if isinstance(values, Mapping) and isinstance(values.get("init_args"), Mapping | None):
-            rest = {key: value for key, value in values.items() if key != "init_args"}
-            tidy[section] = _merge_values(rest, dict(values.get("init_args") or {}))
-    return cast(Document, _rewrite_references(tidy))
+def without_init_args(value: Any) -> Any:
+    """The same document with the arguments of each class beside its `class_path`, and references that follow."""
+    if isinstance(value, list):
+        return [without_init_args(item) for item in value]
+    if isinstance(value, str):
+        return _REFERENCE.sub(lambda found: re.sub(r"\.init_args(?=[.\[}\s])", "", found[0]), value)
+    if not isinstance(value, dict):
+        return value
+    items = {key: without_init_args(item) for key, item in value.items()}
+    if isinstance(items.get("init_args"), dict | None):
+        return _merge_values(items, items.pop("init_args", None) or {})
+    return items
 
 
 def to_yaml(document: Document) -> str:
@@ -268,7 +273,7 @@ def _read_layer(path: Path) -> Layer:
         )
     if any(not isinstance(key, str) for key in values):
         raise UsageError(f"{path}: keys must be text, got {[k for k in values if not isinstance(k, str)]}")
-    return Layer(name=str(path), text=text, values=to_tidy(cast(Document, values)))
+    return Layer(name=str(path), text=text, values=renamed.update(without_init_args(values)))
 
 
 def _missing_file(path: Path) -> str:
@@ -288,18 +293,15 @@ def _missing_file(path: Path) -> str:
 
 
 def _nest_overrides(overrides: Sequence[tuple[str, str]]) -> Document:
-    """The overrides as a nested document; the keys below `model` and `data` in tidy form."""
+    """The overrides as a nested document without `init_args`."""
     nested: Document = {}
     for key, text in overrides:
         value = parse_value(text)
         if key in SECTIONS and isinstance(value, str):
             key = f"{key}.class_path"
-        parts = key.split(".")
-        if parts[0] in SECTIONS and len(parts) > 2 and parts[1] == "init_args":
-            del parts[1]
-        for part in reversed(parts):
+        for part in reversed(key.split(".")):
             value = {part: value}
-        nested = cast(Document, _merge_values(nested, to_tidy(value)))
+        nested = cast(Document, _merge_values(nested, without_init_args(value)))
     return nested
 
 
@@ -329,17 +331,6 @@ def _merge_values(base: Any, layer: Any) -> Any:
     for key, value in layer.items():
         merged[key] = _merge_values(base[key], value) if key in base else value
     return merged
-
-
-def _rewrite_references(value: Any) -> Any:
-    """References that go through `model.init_args` or `data.init_args`, in tidy form."""
-    if isinstance(value, dict):
-        return {key: _rewrite_references(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rewrite_references(item) for item in value]
-    if isinstance(value, str):
-        return _SECTION_REFERENCE.sub(r"${\1\2.", value)
-    return value
 
 
 def _escape(value: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str]) -> int:
-    """Converts a directory, in the direction that the source says.
+    """Converts a directory: a released checkpoint to ours, or ours to a released one.
 
     Args:
         argv: the arguments behind the command.

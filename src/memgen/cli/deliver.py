@@ -1,9 +1,8 @@
-"""`memgen deliver`: sends what a run could not deliver to MLflow."""
+"""`memgen deliver`: sends records to MLflow that a run could not deliver."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,27 +15,27 @@ def main(argv: Sequence[str]) -> int:
     """Delivers the records of one or more outboxes.
 
     Args:
-        argv: the arguments behind the command.
+        argv: the arguments after the command's name.
 
     Returns:
         The exit status: 1 if something could not be delivered.
 
     Raises:
-        UsageError: if there is nothing of the kind.
+        UsageError: if a file does not exist or is not an outbox.
     """
     parser = argparse.ArgumentParser(prog="memgen deliver", description=__doc__)
     parser.add_argument(
         "outbox",
         nargs="*",
         type=Path,
-        help=f"files that a run has named in its message; default: all in {DEFAULT_FOLDER}",
+        help=f"files named in a run's warning; default: all in {DEFAULT_FOLDER}",
     )
     given: list[Path] = parser.parse_args(argv).outbox
     paths = given or sorted(
         path for path in DEFAULT_FOLDER.glob("*.jsonl") if not path.name.endswith(".refused.jsonl")
     )
     if not paths:
-        print(f"nothing waits in {DEFAULT_FOLDER}")
+        print(f"no undelivered records in {DEFAULT_FOLDER}")
         return 0
     missing = [path for path in paths if not path.is_file()]
     if missing:
@@ -51,14 +50,14 @@ def _deliver(path: Path) -> int:
     try:
         header, records = read_outbox(path)
     except BlockingIOError:
-        print(f"{path}: a running process takes care of it")
+        print(f"{path}: a running process still delivers it")
         return 0
     except ValueError as error:
         raise UsageError(str(error)) from error
     try:
         run_id, refused = deliver(header, records)
     except Exception as error:  # noqa: BLE001 - networks, databases and disks fail in many ways
-        print(f"{path}: {header['uri']} does not take the records ({error}); they are kept")
+        print(f"{path}: {header['uri']} does not accept the records ({error}); they are kept")
         return 1
     for reason in refused:
         print(f"{path}: refused: {reason}")
@@ -66,6 +65,5 @@ def _deliver(path: Path) -> int:
         print(f"{path}: the other records are in run {run_id}; the file is kept")
         return 1
     path.unlink()
-    shutil.rmtree(path.with_suffix(".files"), ignore_errors=True)
     print(f"{path}: {len(records)} records are in run {run_id} now")
     return 0

@@ -18,7 +18,7 @@ CONF = Path("conf")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Builds the reasoner, trains every stage, tests, and prints what memory was worth.
+    """Builds the reasoner, trains every stage, tests, and prints the accuracy of every stage and control.
 
     Args:
         argv: the arguments behind the command.
@@ -46,12 +46,12 @@ def main(argv: Sequence[str]) -> int:
     from memgen.lab.trained import asset_query
     from memgen.model.backbone import BackboneConfig, load_backbone
     from memgen.tracking.family import PARENT_VARIABLE
-    from memgen.tracking.mlflow import open_parent
+    from memgen.tracking.run_logger import open_parent
 
     logging.getLogger("memgen").setLevel(logging.WARNING)
     begin = time.perf_counter()
     pipeline = open_parent("demo", "pipeline", tags={"seed": str(options.seed)})
-    # The commands below become children of it.
+    # The commands below record child runs of it.
     os.environ[PARENT_VARIABLE] = pipeline.run_id or ""
     _say("1/6  reasoner: built on first use, then cached")
     resolve_asset("lab:reasoner")

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
-from memgen.cli.config import CLASS_KEYS, SECTIONS, Document
+from memgen.cli.config import CLASS_KEYS, Document, with_init_args
 from memgen.cli.errors import nearest
 
 
@@ -48,29 +48,26 @@ class Problem:
 
 
 def find_problem(
-    document: Document, top_level: Mapping[str, Any], sections: Mapping[str, Any]
+    document: Document, top_level: Mapping[str, Any], arguments_of: Mapping[str, Callable[..., Any]]
 ) -> Problem | None:
-    """Walks a resolved document in tidy form.
+    """Walks a resolved document along the signatures.
 
     Args:
-        document: the configuration.
+        document: the configuration, without `init_args`.
         top_level: the keys that may stand at the top, each with its type.
-        sections: the class whose arguments a section takes (trainer), or the base class that its `class_path` names
-            (model, data).
+        arguments_of: more keys of the top, each with the class whose arguments stand directly below it (trainer).
 
     Returns:
         The first problem, or None if nothing can be found that way.
     """
-    valid = [*sections, *top_level]
+    valid = [*arguments_of, *top_level]
     for key, value in document.items():
-        if key not in valid:
-            return Problem(key, unknown_key(key, valid))
-        if key in top_level:
+        if key in arguments_of:
+            problem = _check_arguments(value, arguments_of[key], key)
+        elif key in top_level:
             problem = _check(value, top_level[key], key)
-        elif key in SECTIONS:
-            problem = _check_section(value, sections[key], key)
         else:
-            problem = _check_arguments(value, sections[key], key)
+            problem = Problem(key, unknown_key(key, valid))
         if problem is not None:
             return problem
     return None
@@ -160,24 +157,16 @@ def _members(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-def _check_section(value: Any, base: Any, key: str) -> Problem | None:
-    """A class chosen by `class_path`, with its arguments beside it."""
-    if not isinstance(value, dict):
-        return Problem(key, f"must be a mapping with class_path, got {value!r}")
-    arguments = {name: item for name, item in value.items() if name not in CLASS_KEYS}
-    return _check_class(value.get("class_path"), arguments, base, key, separator="")
-
-
-def _check_class(path: Any, arguments: Any, base: Any, key: str, separator: str) -> Problem | None:
-    """A class named by `class_path` and the arguments given for it."""
-    if path is None:
-        return Problem(key, f"has no class_path, which names the {describe(base)} to build")
+def _check_class(value: Document, base: Any, key: str) -> Problem | None:
+    """A class named by `class_path`, with its arguments beside it."""
+    path = value["class_path"]
     target, reason = load_class(path, base)
     if reason is not None:
         return Problem(f"{key}.class_path", reason)
-    if target is None or not isinstance(arguments, dict):
+    if target is None:
         return None
-    return _check_arguments(arguments, target, f"{key}{separator}", complete=True, name=str(path))
+    arguments = {name: item for name, item in value.items() if name not in CLASS_KEYS}
+    return _check_arguments(arguments, target, key, complete=True, name=str(path))
 
 
 def _check_arguments(
@@ -204,68 +193,62 @@ def _check_arguments(
 def _check(value: Any, annotation: Any, key: str) -> Problem | None:
     """A value against a type: deeper problems first, as they say more."""
     members = list(_members(annotation))
+    problem = None
     if isinstance(value, dict):
         problem = _check_mapping(value, members, key)
-        if problem is not None:
-            return problem
-    if isinstance(value, list):
+    elif isinstance(value, list):
         element = next(
-            (
-                get_args(member)[0]
-                for member in members
-                if get_origin(member) in (list, tuple) and get_args(member)
-            ),
-            None,
+            (get_args(m)[0] for m in members if get_origin(m) in (list, tuple) and get_args(m)), None
         )
-        for index, item in enumerate(value if element is not None else []):
-            problem = _check(item, element, f"{key}.{index}")
-            if problem is not None:
-                return problem
-    elif not isinstance(value, dict) and dataclasses.is_dataclass(members[0]) and value is not None:
-        return Problem(
-            key, f"must be a mapping ({describe(annotation)}), got {value!r} ({type(value).__name__})"
+        checked = (
+            [] if element is None else [_check(item, element, f"{key}.{i}") for i, item in enumerate(value)]
         )
-    return _check_type(value, annotation, key)
+        problem = next((found for found in checked if found is not None), None)
+    # jsonargparse lets a number through to the constructor where a record belongs.
+    misplaced = dataclasses.is_dataclass(members[0]) and not isinstance(value, dict) and value is not None
+    if problem is None and (misplaced or not _fits(value, annotation)):
+        hint = ""
+        if str in members and isinstance(value, bool | int | float):
+            hint = f"; to mean the text, quote it: '\"{value}\"'"
+        wanted = describe(annotation)
+        if misplaced:
+            wanted = f"a mapping ({wanted})"
+        return Problem(key, f"must be {wanted}, got {value!r} ({type(value).__name__}){hint}")
+    return problem
 
 
 def _check_mapping(value: Document, members: list[Any], key: str) -> Problem | None:
     """A mapping that stands for a record, or for a class with its arguments."""
-    records = [member for member in members if dataclasses.is_dataclass(member)]
+    classes = [member for member in members if inspect.isclass(member) and member is not type(None)]
     if "class_path" in value:
-        others = [name for name in value if name not in (*CLASS_KEYS, "init_args")]
-        if others:
-            return Problem(f"{key}.{others[0]}", f"belongs below init_args: {key}.init_args.{others[0]}")
-        bases = [member for member in members if inspect.isclass(member) and member is not type(None)]
-        return _check_class(
-            value["class_path"],
-            value.get("init_args") or {},
-            bases[0] if bases else object,
-            key,
-            ".init_args",
-        )
+        return _check_class(value, classes[0] if classes else object, key)
+    records = [member for member in members if dataclasses.is_dataclass(member)]
     if len(records) == 1:
         return _check_arguments(value, records[0], key, complete=True)
+    if (
+        classes
+        and not any(issubclass(member, Mapping) for member in classes)
+        and len(classes) == len(members)
+    ):
+        return Problem(key, f"has no class_path, which names the {describe(classes[0])} to build")
     return None
 
 
-def _check_type(value: Any, annotation: Any, key: str) -> Problem | None:
+def _fits(value: Any, annotation: Any) -> bool:
     """Asks jsonargparse about one value."""
     if annotation is Any:
-        return None
+        return True
     parser = ArgumentParser(exit_on_error=False)
     try:
         parser.add_argument("--value", type=annotation)
     except ValueError:
         # A type that jsonargparse takes only inside a signature.
-        return None
+        return True
     try:
-        parser.parse_object({"value": value})
+        parser.parse_object({"value": with_init_args(value)})
     except ArgumentError:
-        hint = ""
-        if str in _members(annotation) and isinstance(value, bool | int | float):
-            hint = f"; to mean the text, quote it: '\"{value}\"'"
-        return Problem(key, f"must be {describe(annotation)}, got {value!r} ({type(value).__name__}){hint}")
-    return None
+        return False
+    return True
 
 
 def load_class(path: Any, base: Any) -> tuple[Any, str | None]:

@@ -1,4 +1,4 @@
-"""`memgen generate`: streams an answer and marks where memory was woven in."""
+"""`memgen generate`: streams an answer and marks where latents were inserted."""
 
 from __future__ import annotations
 
@@ -59,7 +59,11 @@ def main(argv: Sequence[str]) -> int:
         printer.close()
         work: WorkCount = generation.work
         insertions = int(generation.plan.counts[0])
-        ending = "" if bool(generation.finished[0]) else f"; cut at --max-new-tokens {options.max_new_tokens}"
+        ending = (
+            ""
+            if bool(generation.finished[0])
+            else f"; truncated at --max-new-tokens {options.max_new_tokens}"
+        )
         print(
             f"[{int(generation.lengths[0])} tokens, {insertions} insertions, "
             f"{work.reasoner_positions} reasoner and {work.weaver_positions} weaver positions{ending}]",
@@ -69,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 class _Printer:
-    """Writes text as soon as it is complete: a token may hold half a character."""
+    """Writes text as soon as its characters are complete: a token may hold half a character."""
 
     def __init__(self, tokenizer: object, mark: str) -> None:
         self._decode = tokenizer.decode  # type: ignore[attr-defined]
@@ -106,7 +110,7 @@ class _Printer:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="memgen generate", description="Answer a prompt and mark where memory was woven in."
+        prog="memgen generate", description="Answer a prompt and mark where latents were inserted."
     )
     parser.add_argument(
         "--checkpoint",
@@ -122,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1: off)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of sampling (0)")
     parser.add_argument(
         "--mark", default="⟦memory⟧", metavar="TEXT", help="written where latents were inserted"
     )

@@ -34,6 +34,6 @@ def lost_link(error: BaseException) -> str | None:
     reason = re.sub(r"^\[\S+\]\s*", "", text.strip().splitlines()[0]).rstrip(".")
     return (
         f"this process lost its connection to another process of this run ({reason}). How long one waits for "
-        "another is trainer.strategy.init_args.timeout; the run goes on from its last checkpoint by the same command "
+        "another is trainer.strategy.timeout; the run goes on from its last checkpoint by the same command "
         "with --run FOLDER, or with --ckpt_path FOLDER/resume/last.ckpt"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import sys
@@ -25,21 +24,17 @@ from memgen.cli import config, explain
 from memgen.cli.config import Document, Layer, Request
 from memgen.cli.errors import UsageError, refuses_input
 from memgen.cli.links import STATUS, lost_link
+from memgen.cli.names import Resolver, names_in
 from memgen.cli.options import take_options
-from memgen.files import LAST, standing
+from memgen.files import current
 from memgen.results.recorded_test import RecordedTest
+from memgen.run_context import RunContext, run_context
 from memgen.running.interrupt import Interrupted
-from memgen.running.resume import ResumeCheckpoint, StepSeeds, last_checkpoint
-from memgen.tracking.mlflow import (
-    DEFAULT_ROOT,
-    RunDescription,
-    RunLogger,
-    RunRecord,
-    resumed_logger,
-    run_id_of,
-    run_logger,
-)
-from memgen.training.callbacks import RESUME, AdapterCheckpoint
+from memgen.running.resume import LAST, ResumeCheckpoint, StepSeeds, last_checkpoint
+from memgen.tracking.run_description import RunDescription
+from memgen.tracking.run_logger import DEFAULT_ROOT, RunLogger, resumed_logger, run_id_of, run_logger
+from memgen.tracking.run_record import RunRecord
+from memgen.training.callbacks import RESUME
 from memgen.training.checkpoint import CONFIG_FILE
 
 STAGE_EXAMPLE = "conf/weaver_sft.yaml"
@@ -160,7 +155,7 @@ class TrainerCommand(LightningCLI):
         command: fit, validate, test or predict.
         request: what was asked for; None only to print help.
         layers: the sources of the configuration.
-        document: the resolved configuration, in tidy form; None only to print help.
+        document: the resolved configuration, without `init_args`; None only to print help.
         records: folder of a test's records, or None for the usual one.
         instead: called in the place of the Trainer's `predict`.
         without_trainer: build everything but the Trainer, and run nothing.
@@ -218,7 +213,7 @@ class TrainerCommand(LightningCLI):
             return
         try:
             self.config = parser.parse_object(
-                {"subcommand": self._command, self._command: config.to_lightning(self._document)}
+                {"subcommand": self._command, self._command: config.with_init_args(self._document)}
             )
         except ArgumentError as error:
             raise UsageError(self._explain(error)) from error
@@ -245,19 +240,9 @@ class TrainerCommand(LightningCLI):
             if problem is not None:
                 raise UsageError(_locate(problem, self._layers)) from error
             raise cause from None
-        from memgen.cli.names import resolve_name
-
-        resolve = functools.partial(resolve_name, store=_store_of(self.trainer))
-        for part in (self.model, self.datamodule):
-            if hasattr(part, "resolve_asset"):
-                part.resolve_asset = resolve
-        for callback in getattr(self.trainer, "callbacks"):  # noqa: B009 - Lightning sets it later than it is typed
-            if hasattr(callback, "resumed_from"):
-                callback.resumed_from = self._get(self.config, "ckpt_path")
-            if isinstance(callback, AdapterCheckpoint):
-                callback.run_folder = self._run_folder
-            if isinstance(callback, ResumeCheckpoint):
-                callback.run = self._run_folder
+        # Assets that must be trained or fetched first are made here, before the Trainer starts processes and a run.
+        for name in names_in(self.resolved()):
+            run_context(self.trainer).resolve_asset(name)
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
@@ -271,6 +256,14 @@ class TrainerCommand(LightningCLI):
             # Lightning switches every logger off for a fast_dev_run.
             kwargs["logger"] = False if settings.get("fast_dev_run") else run_logger()
         callbacks = _as_list(settings.get("callbacks"))
+        ckpt = self._get(self.config_init, "ckpt_path")
+        callbacks.append(
+            RunContext(
+                folder=self._run_folder,
+                resumed_from=None if ckpt is None else Path(ckpt),
+                resolve_asset=Resolver(_store_of(kwargs.get("logger", settings.get("logger")))),
+            )
+        )
         if self._command == "fit":
             callbacks.append(StepSeeds())
             wanted = settings.get("enable_checkpointing") is not False and not settings.get("fast_dev_run")
@@ -344,10 +337,10 @@ class TrainerCommand(LightningCLI):
         print(f"predictions: {path}")
 
     def resolved(self) -> Document:
-        """The complete configuration in tidy form, defaults included."""
+        """The complete configuration, without `init_args`, defaults included."""
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_link_targets=False))
         values = {key: value for key, value in dumped[self._command].items() if key != "config"}
-        return config.to_tidy(values)
+        return cast(Document, config.without_init_args(values))
 
     def resolved_yaml(self) -> str:
         """The complete configuration as YAML that `--config` reads back as the same."""
@@ -371,16 +364,16 @@ class TrainerCommand(LightningCLI):
         skipped = {"self", *LightningCLI.subcommands()[self._command]}
         top_level: dict[str, Any] = {"seed_everything": bool | int}
         top_level |= {name: item.annotation for name, item in method.items() if name not in skipped}
-        return explain.find_problem(self._document, top_level, {"trainer": Trainer, **SECTION_CLASSES})
+        return explain.find_problem(self._document, {**SECTION_CLASSES, **top_level}, {"trainer": Trainer})
 
     def _explain(self, error: ArgumentError) -> str:
         problem = self._find_problem()
         return _locate(problem, self._layers) if problem is not None else _one_line(str(error))
 
 
-def _store_of(trainer: Trainer) -> str | None:
+def _store_of(loggers: Any) -> str | None:
     """Where the Trainer's runs are recorded, if they are."""
-    return next((found.address.uri for found in trainer.loggers if isinstance(found, RunLogger)), None)
+    return next((found.address.uri for found in _as_list(loggers) if isinstance(found, RunLogger)), None)
 
 
 def _records_folder(own: Sequence[str]) -> str | None:
@@ -429,7 +422,7 @@ def _require_checkpoints(document: Document) -> None:
     """A checkpoint that is not there is told before anything is loaded."""
     start = document["model"].get("init_from")
     # A name with a colon, such as lab:weaver_sft, is resolved by the stage.
-    if isinstance(start, str) and ":" not in start and not (standing(Path(start)) / CONFIG_FILE).is_file():
+    if isinstance(start, str) and ":" not in start and not (current(Path(start)) / CONFIG_FILE).is_file():
         raise UsageError(
             f"{start} is no checkpoint directory: it has no {CONFIG_FILE} (--checkpoint, model.init_from)"
         )

@@ -13,15 +13,17 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Literal
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import BeforeValidator
 
 from memgen.cli.errors import UsageError, nearest
+from memgen.parsing import UnknownKeyError, parse
 from memgen.running.interrupt import CONTINUES, END_TIME, seconds_of
 
 DEFAULT_SITE = Path("conf/slurm/default.yaml")
@@ -76,7 +78,7 @@ class Site:
     """More options of srun, such as --container-image of pyxis."""
     setup: tuple[str, ...] = ()
     """Lines of the script before the run: modules, a virtual environment."""
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, Annotated[str, BeforeValidator(str)]] = field(default_factory=dict)
     """Variables of the run."""
     container: tuple[str, ...] = ()
     """Put before the command in every task: `apptainer exec --nv IMAGE`."""
@@ -115,44 +117,14 @@ def read_site(path: Path) -> Site:
         raise UsageError(f"{path}: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a site's options are a mapping of keys to values")
-    settings = {str(key): value for key, value in values.items()}
-    known = {found.name for found in fields(Site)}
-    for key in settings:
-        if key not in known:
-            guess = nearest(key, known)
-            meant = f"did you mean {guess}?" if guess else f"known are {', '.join(sorted(known))}"
-            raise UsageError(f"{path}: unknown option {key}; {meant}")
     try:
-        return Site(**{key: _fitting(key, value) for key, value in settings.items()})
-    except UsageError as error:
+        return parse(Site, {str(key): value for key, value in values.items()})
+    except UnknownKeyError as error:
+        guess = nearest(error.key, error.known)
+        meant = f"did you mean {guess}?" if guess else f"known are {', '.join(sorted(error.known))}"
+        raise UsageError(f"{path}: unknown option {error.key}; {meant}") from error
+    except (UsageError, ValueError) as error:
         raise UsageError(f"{path}: {error}") from error
-
-
-_KINDS = get_type_hints(Site)
-
-
-def _fitting(key: str, value: Any) -> Any:
-    """A value of a site's file as its field wants it."""
-    kind = str(_KINDS[key])
-    if value is None and "None" in kind:
-        return None
-    if "Mapping" in kind:
-        if not isinstance(value, dict):
-            raise UsageError(f"{key} must be a mapping, got {value!r}")
-        return {str(name): str(item) for name, item in value.items()}
-    if "tuple" in kind:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise UsageError(f"{key} must be a list of texts, got {value!r}")
-        return tuple(value)
-    if "Literal" in kind:
-        allowed = re.findall(r"'([^']+)'", kind)
-        if value not in allowed:
-            raise UsageError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
-        return value
-    wanted = int if "int" in kind else str
-    if isinstance(value, bool) or not isinstance(value, wanted):
-        raise UsageError(f"{key} must be {'a number' if wanted is int else 'a text'}, got {value!r}")
-    return value
 
 
 @dataclass(frozen=True)

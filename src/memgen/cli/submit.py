@@ -39,11 +39,12 @@ from memgen.cli.slurm import (
 from memgen.running.interrupt import seconds_of
 
 if TYPE_CHECKING:
-    from memgen.tracking.mlflow import RunDescription, RunLogger
+    from memgen.tracking.run_description import RunDescription
+    from memgen.tracking.run_logger import RunLogger
 
 VALUED = ("--nodes", "--gpus", "--tasks", "--time", "--array", "--sbatch", "--site", "--name", "--run")
 FLAGS = ("--dry-run",)
-RUN_LOGGER = "memgen.tracking.mlflow.run_logger"
+RUN_LOGGER = "memgen.tracking.run_logger.run_logger"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -212,7 +213,7 @@ def _root(resolved: Mapping[str, Any]) -> Path:
     """The folder of the stage's runs."""
     for callback in (resolved.get("trainer") or {}).get("callbacks") or []:
         if isinstance(callback, dict) and callback.get("class_path", "").endswith(".AdapterCheckpoint"):
-            return Path(callback["init_args"]["root"])
+            return Path(callback["root"])
     return Path("runs")
 
 
@@ -281,7 +282,9 @@ def _record(job: Job, description: RunDescription) -> tuple[str, str] | None:
     Returns:
         The record's id and its address; None if the run has no record, or MLflow does not answer.
     """
-    from memgen.tracking.mlflow import RUN_FILE, open_parent, run_name, run_tags
+    from memgen.tracking.run_description import run_name, run_tags
+    from memgen.tracking.run_file import RUN_FILE
+    from memgen.tracking.run_logger import open_parent
 
     logger = _logger(description.resolved)
     if logger is None:
@@ -311,7 +314,7 @@ def _record(job: Job, description: RunDescription) -> tuple[str, str] | None:
 
 
 def _logger(resolved: Mapping[str, Any]) -> RunLogger | None:
-    from memgen.tracking.mlflow import run_logger
+    from memgen.tracking.run_logger import run_logger
 
     chosen = (resolved.get("trainer") or {}).get("logger")
     if chosen is False:
@@ -320,7 +323,7 @@ def _logger(resolved: Mapping[str, Any]) -> RunLogger | None:
     if isinstance(chosen, dict):
         if chosen.get("class_path") != RUN_LOGGER:
             return None
-        settings = dict(chosen.get("init_args") or {})
+        settings = {key: value for key, value in chosen.items() if key != "class_path"}
     elif chosen not in (None, True):
         return None
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -1,4 +1,4 @@
-"""`memgen ui`: MLflow's pages on the record of runs."""
+"""`memgen ui`: MLflow's user interface for the recorded runs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ OUTBOX = Path("runs/outbox")
 
 
 def main(argv: list[str]) -> int:
-    """Starts `mlflow ui` on the store that the stages write to, and waits until it is stopped.
+    """Starts `mlflow ui` on the store that runs are recorded in, and waits until it is stopped.
 
     Args:
-        argv: the arguments behind `memgen ui`.
+        argv: the arguments after `memgen ui`.
 
     Returns:
         The exit status of MLflow.
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
 
     if options.store.startswith(("http://", "https://")):
-        print(f"The runs are kept by a server, which has pages of its own: {options.store}")
+        print(f"The runs are on a server with its own user interface: {options.store}")
         return 0
     if is_missing(options.store):
         raise UsageError(
@@ -53,8 +53,8 @@ def main(argv: list[str]) -> int:
         return 0
     print(f"MLflow on http://{options.host}:{options.port} in about 20 seconds (Ctrl-C stops it)")
     if list(OUTBOX.glob("*.jsonl")):
-        print(f"{OUTBOX} holds what runs could not deliver: `memgen deliver` sends it")
-    # Jobs (judges, prompt optimisation) would be seven more processes, and a minute of waiting.
+        print(f"{OUTBOX} holds undelivered records: `memgen deliver` sends them")
+    # MLflow's jobs (judges, prompt optimisation) would take seven more processes and a minute to start.
     environment = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

@@ -7,7 +7,7 @@ otherwise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
@@ -82,6 +82,10 @@ class Environment(ABC):
     def conversation(self, example: Example) -> list[Message]:
         """The prompt followed by the reference completion: what SFT trains on. Multi-turn tasks override it."""
         return [*self.messages(example), {"role": "assistant", "content": example.target}]
+
+    def conversations(self, examples: Sequence[Example]) -> Iterator[list[Message]]:
+        """Conversations of many items, in their order. Environments that play them override it to do so in parallel."""
+        return map(self.conversation, examples)
 
 
 @dataclass(frozen=True)

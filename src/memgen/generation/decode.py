@@ -22,12 +22,12 @@ from torch import Tensor
 
 from memgen.generation.sampling import Draw, GenerationSettings, choose, row_uniforms
 from memgen.generation.static_step import StaticStep
-from memgen.kernels import weave
+from memgen.kernels import interleave
 from memgen.model.cache import RowCache, Segment, upload
 from memgen.model.memgen import MemGenModel
 from memgen.model.stream import Stream
 from memgen.model.trigger import Boundary, ConstantTrigger
-from memgen.types import Decision, Generation, InsertionKind, InsertionPlan, TokenBatch, WorkCount
+from memgen.types import Decision, Generation, InsertionKind, InsertionPlan, RowWork, TokenBatch, WorkCount
 
 # P prompts, n live rows, K latents, H hidden size
 
@@ -161,6 +161,7 @@ class _Row:
     weaver_pending: list[Tensor] = field(default_factory=list)
     weaver_unread: list[int] = field(default_factory=list)
     trigger_read: int = 0  # tokens of prompt + answer that the trigger has read
+    work: dict[str, float] = field(default_factory=lambda: {"reasoner": 0.0, "weaver": 0.0, "trigger": 0.0})
 
 
 class _Decoder:
@@ -216,6 +217,7 @@ class _Decoder:
         self.token_draws = [line[:steps] for line in draws] if draws else None
         self.decision_draws = [line[steps:] for line in draws] if draws else None
         self.work = dict.fromkeys(WorkCount.__dataclass_fields__, 0)
+        self.rows_of: Callable[[int], Sequence[int]] = self._group  # rows that a cache line is read for
 
     def _size_caches(self) -> None:
         weaver = self.model.weaver.config
@@ -242,6 +244,7 @@ class _Decoder:
     def run(self) -> Generation:
         live = list(range(len(self.rows)))  # row of each cache line
         self._choose(self._read_prompts(), live, 0)
+        self.rows_of = lambda line: (live[line],)
         if self.static_step:
             self.static = StaticStep(self.model.reasoner, self.reasoner_cache, self.settings)
         for step in range(1, self.settings.max_new_tokens + 1):
@@ -262,7 +265,7 @@ class _Decoder:
         streams = self.woven_prompts.streams
         lengths = [stream.length for stream in streams]
         lines = list(range(count))
-        embeddings = weave(
+        embeddings = interleave(
             model.reasoner.backbone.embedding,
             upload(np.concatenate([stream.ids for stream in streams]), self.device),
             self.woven_prompts.latents,
@@ -491,8 +494,7 @@ class _Decoder:
         return Segment(range(len(live)), [1] * len(live)), self.model.reasoner.backbone.embed(tokens)
 
     def _run_static(self, static: StaticStep, live: list[int], step: int) -> None:
-        self.work["reasoner_forwards"] += 1
-        self.work["reasoner_positions"] += len(live)
+        self._count("reasoner", range(len(live)), [1] * len(live))
         static.run([self.rows[row].tokens[-1] for row in live], self._draws(live, step))
 
     def _read_latents(self, inserting: list[int], live: list[int]) -> Tensor:
@@ -559,8 +561,8 @@ class _Decoder:
 
     def _reasoner(self, embeddings: Tensor, segments: Sequence[Segment]) -> Tensor:
         view = self.reasoner_cache.open(segments)
-        self.work["reasoner_forwards"] += 1
-        self.work["reasoner_positions"] += embeddings.shape[0]
+        lines = [line for segment in segments for line in segment.rows]
+        self._count("reasoner", lines, [count for segment in segments for count in segment.counts])
         return self.model.reasoner.read(embeddings, view)
 
     def _weave(
@@ -575,18 +577,25 @@ class _Decoder:
         weaver = self.model.weaver
         sizes = [weaver.config.latents(kind) for kind in kinds]
         latents = weaver.weave(states, counts, kinds, lines, self.weaver_cache)
-        self.work["weaver_forwards"] += 1
-        self.work["weaver_positions"] += states.shape[0] + latents.shape[0]
+        self._count("weaver", lines, [read + size for read, size in zip(counts, sizes, strict=True)])
         blocks = list(latents.split(sizes))
         return blocks if self.intervene is None else self.intervene(rows, events, blocks)
 
     def _ask(self, boundary: Boundary) -> Tensor:
         """Probability of INVOKE for each row; not waited for yet. A constant one is on the host."""
         if self.trigger_cache is not None:
-            self.work["trigger_forwards"] += 1
-            self.work["trigger_positions"] += sum(len(ids) for ids in boundary.unread)
+            self._count("trigger", boundary.rows, [len(ids) for ids in boundary.unread])
         probs: Tensor = self.model.trigger.invoke_probs(boundary, self.trigger_cache)
         return probs
+
+    def _count(self, model: str, lines: Sequence[int], positions: Sequence[int]) -> None:
+        """Counts a pass of a model that reads so many positions of each cache line."""
+        self.work[f"{model}_forwards"] += 1
+        self.work[f"{model}_positions"] += sum(positions)
+        for line, count in zip(lines, positions, strict=True):
+            rows = self.rows_of(line)
+            for row in rows:
+                self.rows[row].work[model] += count / len(rows)
 
     def _decide(self, index: int, row: _Row, prob: float, step: int) -> bool:
         if self.draws_decisions:
@@ -636,6 +645,7 @@ class _Decoder:
             invoke_probs=probs.to(on),
             plan=InsertionPlan.from_rows([row.points for row in rows], [row.kinds for row in rows]),
             work=WorkCount(**self.work),
+            row_work=tuple(RowWork(**row.work) for row in rows),
             latents=[row.latents for row in rows] if self.keep_latents else None,
         )
 

@@ -3,7 +3,8 @@
 Differs from the released code: (1) tokens go in and come out, nothing that the agent wrote is decoded and encoded
 again; (2) episodes of unequal length run side by side and leave when they are over; (3) a trajectory keeps its
 insertion plan, so that later passes read exactly what the rollout read; (4) an environment that fails marks its
-episode instead of scoring it.
+episode instead of scoring it; (5) a turn keeps its text, and the text observed before it, beside its tokens: an
+observation cannot be had back from token ids through an arbitrary chat template.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from memgen.environments.base import Environment, Episode, Example, InteractiveE
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
-from memgen.types import AgentTurn, Decision, Generation, InsertionPlan, TokenBatch, Trajectory, WorkCount
+from memgen.types import (
+    AgentTurn,
+    Decision,
+    Generation,
+    InsertionPlan,
+    RowWork,
+    TokenBatch,
+    Trajectory,
+    WorkCount,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +98,7 @@ class Rollouts:
         work: exact work counts of all turns.
         seconds: wall time of decoding.
         environment_seconds: wall time of environment and rewards.
+        row_work: each trajectory's share of the work, all its turns together.
     """
 
     trajectories: list[Trajectory]
@@ -95,6 +106,7 @@ class Rollouts:
     work: WorkCount
     seconds: float
     environment_seconds: float
+    row_work: Sequence[RowWork] = ()
 
 
 def rollout(
@@ -121,14 +133,17 @@ class _Playing:
 
     example: Example
     seed: int
+    prompt: list[Message]
     context: list[int]
     episode: Episode | None  # None for a single-turn task
+    observation: str = ""  # read since the last turn
     turns: list[AgentTurn] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     over: bool = False
     cut: bool = False
     fault: str | None = None
     reward: Reward | None = None
+    work: RowWork = field(default_factory=RowWork)
 
 
 class _Rollout:
@@ -168,6 +183,7 @@ class _Rollout:
             work=WorkCount(**self.work),
             seconds=self.seconds,
             environment_seconds=self.environment_seconds,
+            row_work=[p.work for p in playing],
         )
 
     # One turn
@@ -176,8 +192,12 @@ class _Rollout:
         playing: list[_Playing] = []
         for index, (example, seed) in enumerate(zip(self.examples, self.seeds, strict=True)):
             first = index - index % self.actor.generation.group_size
-            context = playing[first].context if first < index else self._prompt(environment.messages(example))
-            playing.append(_Playing(example, seed, context, episode=None))
+            if first < index:
+                messages, context = playing[first].prompt, playing[first].context
+            else:
+                messages = environment.messages(example)
+                context = self._prompt(messages)
+            playing.append(_Playing(example, seed, messages, context, episode=None))
         texts = self._turn(playing, grouped=True)
         clock = time.perf_counter()
         for episode, reward in zip(playing, environment.rewards(self.examples, texts), strict=True):
@@ -198,7 +218,7 @@ class _Rollout:
             messages = environment.messages(example)
             if observation.text:
                 messages = [*messages, Message(role="user", content=observation.text)]
-            playing.append(_Playing(example, seed, self._prompt(messages), episode))
+            playing.append(_Playing(example, seed, messages, self._prompt(messages), episode))
         return playing
 
     def _play(self, environment: InteractiveEnvironment, playing: list[_Playing]) -> None:
@@ -220,10 +240,11 @@ class _Rollout:
                 p.fault = step.fault
                 p.over = step.done or step.fault is not None
                 if not p.over:
+                    p.observation = self._truncated(step.observation)
                     p.context = [
                         *p.turns[-1].context,
                         *p.turns[-1].tokens,
-                        *self._observation(p, step.observation),
+                        *self._observation_ids(p),
                     ]
         for p in playing:
             p.cut = p.cut or not p.over
@@ -250,14 +271,23 @@ class _Rollout:
         ]
         return min(room, default=0)
 
-    def _observation(self, playing: _Playing, text: str) -> list[int]:
-        """Token ids of an observation; an agent that did not end its turn itself has it ended here."""
+    def _truncated(self, observation: str) -> str:
+        """An observation's text, as much of it as fits into the limit when it is encoded."""
+        tokenizer, limit = self.actor.tokenizer, self.actor.episodes.max_observation_tokens
+        ids = tokenizer.encode(observation, add_special_tokens=False)
+        if len(ids) <= limit:
+            return observation
+        for keep in range(limit, 1, -1):
+            text: str = tokenizer.decode(ids[:keep])
+            # A character that is truncated in the middle may need more tokens than it had.
+            if len(tokenizer.encode(text, add_special_tokens=False)) <= limit:
+                return text
+        return str(tokenizer.decode(ids[:1]))
+
+    def _observation_ids(self, playing: _Playing) -> list[int]:
+        """Token ids of the last observation; a turn that the agent did not end itself is ended here."""
         tokenizer, template = self.actor.tokenizer, self.actor.template
-        limit = self.actor.episodes.max_observation_tokens
-        words = tokenizer.encode(text, add_special_tokens=False)
-        if len(words) > limit:
-            text = tokenizer.decode(words[:limit])
-        ids = observation_ids(tokenizer, text, template)
+        ids = observation_ids(tokenizer, playing.observation, template)
         self._require_known(ids, f"an observation of {self.actor.environment.name}")
         end = end_of_turn_id(tokenizer, template)
         return ids if playing.turns[-1].tokens[-1] == end else [end, *ids]
@@ -297,12 +327,14 @@ class _Rollout:
         self.seconds += time.perf_counter() - clock
         for name in self.work:
             self.work[name] += getattr(generation.work, name)
-        for p, turn in zip(playing, agent_turns(generation), strict=True):
-            p.turns.append(turn)
+        texts: list[str] = actor.tokenizer.batch_decode(generation.answers(), skip_special_tokens=True)
+        played = zip(playing, agent_turns(generation), texts, generation.row_work, strict=True)
+        for p, turn, text, work in played:
+            p.turns.append(dataclasses.replace(turn, text=text, observation=p.observation))
+            p.work += work
         if generation.latents is not None:
             for p, blocks in zip(playing, generation.latents, strict=True):
                 p.latents += blocks
-        texts: list[str] = actor.tokenizer.batch_decode(generation.answers(), skip_special_tokens=True)
         return texts
 
     def _stop(self) -> Callable[[Sequence[int]], bool] | None:
@@ -343,6 +375,7 @@ def _trajectory(playing: _Playing) -> Trajectory:
         parts=dict(reward.parts),
         truncated=playing.cut or any(not turn.finished for turn in playing.turns),
         fault=playing.fault,
+        prompt=tuple(playing.prompt),
     )
 
 

@@ -16,26 +16,23 @@ from torch import Tensor
 
 from memgen.kernels import reference
 from memgen.kernels.dispatch import Implementation, chosen, forced
-from memgen.kernels.reference import Logprobs, WovenRows, chunk_rows
+from memgen.kernels.reference import Logprobs, chunk_rows
 
 __all__ = [
     "Implementation",
     "Logprobs",
-    "WovenRows",
     "chosen",
     "chunk_rows",
     "forced",
+    "interleave",
     "linear_logprob",
-    "weave",
-    "weave_rows",
 ]
 
-# T packed positions or positions of the longest row, M latents, V vocabulary, H hidden, N labels,
-# B rows, L token positions, E insertion points
+# T packed positions, M latents, V vocabulary, H hidden, N labels
 
 
-def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
-    """Interleaves token embeddings and latents in one packed line.
+def interleave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
+    """Interleaves token embeddings and latents in one packed stream.
 
     Args:
         table: embedding table, (V, H). It is frozen: no gradient is computed for it.
@@ -44,7 +41,7 @@ def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Te
         sources: index into `latents` where the position holds a latent, -1 where it holds a token, integers (T,).
 
     Returns:
-        The woven rows, (T, H), in the table's type. Gradient reaches the latents, the sum over a latent's places,
+        The stream, (T, H), in the table's type. Gradient reaches the latents, the sum over a latent's places,
         accumulated in float32 or wider.
 
     Raises:
@@ -57,69 +54,10 @@ def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Te
             f"tokens and sources must be lines of the same length, got {_shape(tokens)} and {_shape(sources)}"
         )
     if chosen(table.device) == "reference":
-        return reference.weave(table, tokens, latents, sources)
-    from memgen.kernels import insert
+        return reference.interleave(table, tokens, latents, sources)
+    from memgen.kernels import triton_interleave
 
-    return insert.weave(table, tokens, latents, sources)
-
-
-def weave_rows(
-    table: Tensor,
-    tokens: Tensor,
-    lengths: Tensor,
-    latents: Tensor,
-    points: Tensor,
-    sizes: Tensor,
-    firsts: Tensor | None = None,
-    width: int | None = None,
-) -> WovenRows:
-    """Weaves latents into rows of different length, from an insertion plan.
-
-    Args:
-        table: embedding table, (V, H). It is frozen: no gradient is computed for it.
-        tokens: token ids, left-aligned, integers (B, L).
-        lengths: tokens of each row, integers (B,).
-        latents: those of all rows, (M, H).
-        points: token index before which latents go, ascending in a row, at most the row's length, -1 where there is
-            no insertion, integers (B, E).
-        sizes: latents of each point, 0 or more, integers (B, E).
-        firsts: index of each point's first latent, integers (B, E); points may share latents. Default: latents lie
-            row by row, point by point.
-        width: T, at least the longest row's tokens and latents. Default: just that, for which the device is waited
-            for once.
-
-    Returns:
-        Embeddings, position ids, is-latent mask and attention mask. Gradient reaches the latents as in `weave`.
-
-    Raises:
-        ValueError: if shapes do not fit, an index is no integer, or the table would need a gradient.
-    """
-    _check_table(table, latents)
-    _check_integers(tokens=tokens, lengths=lengths, points=points, sizes=sizes)
-    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
-        raise ValueError(
-            f"tokens must be (rows, length) with one length per row, got {_shape(tokens)} and lengths {_shape(lengths)}"
-        )
-    if points.ndim != 2 or points.shape[0] != tokens.shape[0] or points.shape != sizes.shape:
-        raise ValueError(
-            f"points and sizes must be (rows, insertions) with {tokens.shape[0]} rows, got {_shape(points)} and "
-            f"{_shape(sizes)}"
-        )
-    if firsts is None:
-        firsts = reference.rowwise(points, sizes)
-    _check_integers(firsts=firsts)
-    if firsts.shape != points.shape:
-        raise ValueError(
-            f"every point has a first latent: points are {_shape(points)}, firsts {_shape(firsts)}"
-        )
-    if width is None:
-        totals = lengths + torch.where(points >= 0, sizes, 0).sum(dim=1)
-        width = int(totals.max()) if totals.numel() else 0
-    if chosen(table.device) == "reference":
-        return reference.weave_rows(table, tokens, lengths, latents, points, sizes, firsts, width)
-    from memgen.kernels import insert
-
-    return insert.weave_rows(table, tokens, lengths, latents, points, sizes, firsts, width)
+    return triton_interleave.interleave(table, tokens, latents, sources)
 
 
 @overload
@@ -184,9 +122,9 @@ def linear_logprob(
         raise ValueError(f"a chunk has at least one row, got {chunk}")
     if chosen(hidden.device) == "reference":
         return reference.linear_logprob(hidden, weight, targets, bias, entropy=entropy, chunk=chunk)
-    from memgen.kernels import logprob
+    from memgen.kernels import triton_logprob
 
-    return logprob.linear_logprob(hidden, weight, targets, bias, entropy=entropy, chunk=chunk)
+    return triton_logprob.linear_logprob(hidden, weight, targets, bias, entropy=entropy, chunk=chunk)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-# T packed positions or positions of the longest row, M latents, V vocabulary, H hidden, N labels,
-# B rows, L token positions, E insertion points
+# T packed positions, M latents, V vocabulary, H hidden, N labels
 
 
-def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
-    """Interleaves token embeddings and latents in one packed line.
+def interleave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Tensor:
+    """Interleaves token embeddings and latents in one packed stream.
 
     Args:
         table: embedding table, (V, H). It is frozen.
@@ -22,95 +21,16 @@ def weave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) -> Te
         sources: index into `latents` where the position holds a latent, -1 where it holds a token, integers (T,).
 
     Returns:
-        The woven rows, (T, H), in the table's type. Gradient reaches the latents, the sum over a latent's places,
+        The stream, (T, H), in the table's type. Gradient reaches the latents, the sum over a latent's places,
         accumulated in float32 or wider.
     """
-    woven = table[tokens]
+    packed = table[tokens]
     if latents.shape[0] == 0:
-        return woven
+        return packed
     places = torch.nonzero(sources >= 0).squeeze(1)
     exact = latents.to(torch.promote_types(latents.dtype, torch.float32))
-    # In place: `woven` is a copy of the table's rows already.
-    return woven.index_copy_(0, places, exact[sources[places]].to(woven.dtype))
-
-
-@dataclass(frozen=True)
-class WovenRows:
-    """Rows of tokens with their latents, left-aligned; all is zero and False behind a row's end.
-
-    Attributes:
-        embeddings: (B, T, H), in the table's type.
-        positions: position ids, int64 (B, T).
-        is_latent: True where a latent stands, bool (B, T).
-        valid: True up to a row's end: the attention mask, beside causality, bool (B, T).
-        sources: index of the latent that stands there, -1 where none does, int64 (B, T).
-    """
-
-    embeddings: Tensor
-    positions: Tensor
-    is_latent: Tensor
-    valid: Tensor
-    sources: Tensor
-
-
-def rowwise(points: Tensor, sizes: Tensor) -> Tensor:
-    """Where each block of latents begins if they lie row by row, point by point: `firsts` of `weave_rows`, (B, E)."""
-    used = torch.where(points >= 0, sizes, 0)
-    return (used.flatten().cumsum(0) - used.flatten()).view_as(sizes)
-
-
-def weave_rows(
-    table: Tensor,
-    tokens: Tensor,
-    lengths: Tensor,
-    latents: Tensor,
-    points: Tensor,
-    sizes: Tensor,
-    firsts: Tensor,
-    width: int,
-) -> WovenRows:
-    """Weaves latents into rows of different length, from an insertion plan.
-
-    Args:
-        table: embedding table, (V, H). It is frozen.
-        tokens: token ids, left-aligned, integers (B, L).
-        lengths: tokens of each row, integers (B,).
-        latents: those of all rows, (M, H).
-        points: token index before which latents go, ascending in a row, at most the row's length, -1 where there is
-            no insertion, integers (B, E).
-        sizes: latents of each point, 0 or more, integers (B, E).
-        firsts: index of each point's first latent, integers (B, E). Points may share latents.
-        width: T, at least the longest row's tokens and latents.
-
-    Returns:
-        The rows. Gradient reaches the latents as in `weave`.
-    """
-    rows, length = tokens.shape
-    sizes = torch.where(points >= 0, sizes, 0).long()
-    begins = points + sizes.cumsum(1) - sizes  # (B, E)
-    ends = lengths.long() + sizes.sum(1)
-    places = torch.arange(width, device=tokens.device)
-    into = places[None, :, None] - begins[:, None, :]  # (B, T, E): how far behind the block's first latent
-    inside = (into >= 0) & (into < sizes[:, None, :])
-    is_latent = inside.any(-1)
-    sources = torch.where(is_latent, (inside * (firsts[:, None, :] + into)).sum(-1), -1)
-    before = into.clamp(min=0).minimum(sizes[:, None, :]).sum(-1)  # latents in front of the position
-    valid = places < ends[:, None]
-    is_latent &= valid
-    sources = torch.where(valid, sources, -1)
-    if length == 0:
-        ids = torch.zeros_like(before)
-    else:
-        ids = tokens.gather(1, (places - before).clamp(0, length - 1))
-    ids = torch.where(valid & ~is_latent, ids, 0)
-    woven = weave(table, ids.flatten(), latents, sources.flatten()).view(rows, width, table.shape[1])
-    return WovenRows(
-        embeddings=torch.where(valid[..., None], woven, 0),
-        positions=torch.where(valid, places, 0),
-        is_latent=is_latent,
-        valid=valid,
-        sources=sources,
-    )
+    # In place: `packed` is a copy of the table's rows already.
+    return packed.index_copy_(0, places, exact[sources[places]].to(packed.dtype))
 
 
 # What one chunk of logits may take, float32. Measured on a CPU, where chunks that fit its caches are as fast as large

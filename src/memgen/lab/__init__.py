@@ -1,1 +1,1 @@
-"""The embedded default: a tiny tokenizer, a tiny reasoner and generated tasks that run on two CPU cores in minutes."""
+"""The embedded default: a tiny tokenizer, reasoner and generated tasks that train on two CPU cores in minutes."""

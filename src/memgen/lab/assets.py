@@ -1,7 +1,7 @@
-"""Names of things that are built here instead of downloaded: `lab:reasoner`, `tiny:PATH`.
+"""Names of assets that are built on this machine instead of downloaded: `lab:reasoner`, `tiny:PATH`.
 
-The command line hands `resolve_asset` to the stages and the data module, so that a configuration may say
-`lab:reasoner` wherever it may say a directory or a name on the hub.
+The command line resolves them, so a configuration may say `lab:reasoner` wherever it may say a directory or a name on
+the hub.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RECIPE_VERSION = 5
 
 
 def resolve_asset(name: str) -> str:
-    """Turns a name into something that `from_pretrained` or a checkpoint load takes.
+    """Turns a name into a directory for `from_pretrained` or `load_checkpoint`.
 
     Args:
         name: one of
@@ -38,7 +38,7 @@ def resolve_asset(name: str) -> str:
             - anything else: a directory or a name on the hub.
 
     Returns:
-        The absolute path of a directory for what is built; any other name unchanged.
+        The absolute path of an asset's directory; any other name unchanged.
 
     Raises:
         ValueError: if a `lab:` name or its parameters are not known, or PATH has no text.
@@ -89,7 +89,7 @@ def build_tiny(source: Path) -> Path:
 
 
 def _resolve_lab(name: str, rest: str) -> Path:
-    from memgen.lab.trained import TRAINED, build_trained
+    from memgen.lab.trained import TRAINED, asset_query, build_trained
 
     asset, _, query = rest.partition("?")
     if asset != "reasoner" and asset not in TRAINED:
@@ -102,7 +102,10 @@ def _resolve_lab(name: str, rest: str) -> Path:
 
         return build_reasoner(ReasonerRecipe(seed=_numbers(name, query, ("seed",))["seed"]))
     numbers = _numbers(name, query, ("seed", "base"))
-    return build_trained(asset, numbers["seed"], numbers["base"], RECIPE_VERSION, resolve_asset)
+    seed, base_seed = numbers["seed"], numbers["base"]
+    earlier = TRAINED[asset].start
+    start = None if earlier is None else resolve_asset(f"lab:{earlier}{asset_query(seed, base_seed)}")
+    return build_trained(asset, seed, base_seed, RECIPE_VERSION, start)
 
 
 def _numbers(name: str, query: str, known: tuple[str, ...]) -> dict[str, int]:

@@ -1,9 +1,8 @@
-"""Directories that are built once and never seen half-written.
+"""Folders that are built once and kept: the lab's assets.
 
-A directory is built under a temporary name, its files are flushed to disk, and it is renamed to its final name: whoever
-finds that name finds a complete directory. A manifest with every file's size and checksum tells a damaged one, which is
-built again. A lock file lets one process build while the others wait. The name holds a hash of the recipe, so that
-another recipe is another directory.
+A folder appears under its name only when it is complete (`memgen.files`). A manifest with every file's size and checksum
+shows damage, and a damaged folder is built again. A lock lets one process build while the others wait. The name holds a
+hash of the recipe, so another recipe is another folder.
 """
 
 from __future__ import annotations
@@ -12,16 +11,13 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import platformdirs
-from filelock import FileLock, Timeout
 
-from memgen.training.checkpoint import sync
+from memgen.files import lock, new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +25,7 @@ MANIFEST = "manifest.json"
 
 
 def memgen_home() -> Path:
-    """Where built assets are kept: `MEMGEN_HOME`, else the platform's cache directory."""
+    """Folder of built assets: `MEMGEN_HOME`, else the platform's cache folder."""
     chosen = os.environ.get("MEMGEN_HOME")
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("memgen"))
 
@@ -40,16 +36,16 @@ def recipe_hash(recipe: Mapping[str, Any]) -> str:
 
 
 def build_once(root: Path, name: str, recipe: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
-    """The directory of a recipe, built if it is missing or damaged.
+    """The folder of a recipe, built if it is missing or damaged.
 
     Args:
-        root: where built directories are kept; made if missing.
-        name: what is built; the first part of the directory's name.
+        root: folder of all built folders; made if missing.
+        name: first part of the folder's name.
         recipe: everything that decides the result, as JSON values.
-        build: writes the files into the empty directory that it is given.
+        build: writes the files into the empty folder that it is given.
 
     Returns:
-        An absolute path to a complete directory.
+        An absolute path to a complete folder.
 
     Raises:
         OSError: if `root` cannot be written.
@@ -57,58 +53,32 @@ def build_once(root: Path, name: str, recipe: Mapping[str, Any], build: Callable
     final = root.resolve() / f"{name}-{recipe_hash(recipe)}"
     if _is_complete(final):
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(final.parent / f"{final.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("another process is building %s; waiting for it", final)
-        lock.acquire()
-    try:
+    with lock(final):
         if not _is_complete(final):
-            _build(final, recipe, build)
-    finally:
-        lock.release()
+            if final.exists():
+                logger.warning("%s is damaged (a file is missing or has changed); it is built again", final)
+            with new_folder(final) as folder:
+                build(folder)
+                _write_manifest(folder, recipe)
     return final
 
 
-def _build(final: Path, recipe: Mapping[str, Any], build: Callable[[Path], None]) -> None:
-    """Builds `final`; the caller holds its lock."""
-    # With the lock held no other build is alive: what stands under a temporary name is from one that was killed.
-    for leftover in final.parent.glob(f"{final.name}.building-*"):
-        logger.warning("removing %s, left by a build that did not finish", leftover)
-        shutil.rmtree(leftover)
-    working = Path(tempfile.mkdtemp(prefix=f"{final.name}.building-", dir=final.parent))
-    try:
-        build(working)
-        files = {
-            str(path.relative_to(working)): _describe(path)
-            for path in sorted(working.rglob("*"))
-            if path.is_file()
-        }
-        manifest = {"recipe": dict(recipe), "files": files}
-        (working / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        for path in [*working.rglob("*"), working]:
-            sync(path)
-        working.chmod(0o755)  # a temporary directory is its owner's alone
-        if final.exists():
-            logger.warning("%s is damaged (a file is missing or has changed); it was built again", final)
-            shutil.rmtree(final)
-        working.replace(final)
-        sync(final.parent)
-    except BaseException:
-        shutil.rmtree(working, ignore_errors=True)
-        raise
+def _write_manifest(folder: Path, recipe: Mapping[str, Any]) -> None:
+    files = {
+        str(path.relative_to(folder)): _describe(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    manifest = {"recipe": dict(recipe), "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_complete(directory: Path) -> bool:
-    """Whether the directory has the files of its manifest, unchanged."""
+def _is_complete(folder: Path) -> bool:
+    """Whether the folder has the files of its manifest, unchanged."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest.get("files") if isinstance(manifest, dict) else None
         if not isinstance(files, dict) or not files:
             return False
-        return all(_describe(directory / name) == known for name, known in files.items())
+        return all(_describe(folder / name) == known for name, known in files.items())
     except (OSError, ValueError):
         return False
 

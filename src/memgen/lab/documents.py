@@ -1,7 +1,7 @@
-"""The text on which the lab's reasoner is pretrained.
+"""Documents on which the lab's reasoner is pretrained.
 
-Solved problems of all tasks, episodes of the text world, and recalls: a few facts said again and again, from which
-looking up is learnt first. Prices and homes are drawn anew in every document, so that no world can be learnt here.
+Solved problems of all tasks, episodes of the text world, and recalls: a few facts said again and again, on which
+look-up is learnt first. Prices and homes are sampled anew in every document, so that no world can be learnt here.
 
 In half of the documents notes stand where a weaver may insert latents: at the end of a prompt and after the delimiters
 of a solution. A note is a few facts; where a world would tell them, most notes say what is asked, everywhere else they
@@ -17,19 +17,19 @@ from typing import Literal
 
 from memgen.lab.text_world import MAX_TURNS, House
 from memgen.lab.tokenizer import END
-from memgen.lab.world import ITEMS, PRICES, ROOMS, Problem, Task, draw_problem, split_of
+from memgen.lab.world import ITEMS, PRICES, ROOMS, Problem, TaskName, random_problem, split_of
 
 DELIMITERS = (",", ".", "\n")
 
-Kind = Task | Literal["recall", "text_world"]
-"""What a document may be."""
+Kind = TaskName | Literal["recall", "text_world"]
+"""Kind of a document."""
 
 KINDS: tuple[Kind, ...] = ("recall", "open", "shop", "bill", "text_world", "add", "rev", "walk")
 
 
 @dataclass(frozen=True)
 class DocumentMix:
-    """What pretraining documents are made of."""
+    """Shares of the kinds of documents, and how notes are written into them."""
 
     recall: float = 0.12
     """Share of recalls."""
@@ -59,14 +59,14 @@ class DocumentMix:
         shares = {other: float(other == kind) for other in KINDS}
         return cls(**shares, noted=noted, note_rate=note_rate, relevant=relevant)
 
-    def draw_kind(self, rng: random.Random) -> Kind:
-        """Draws what a document is by its share."""
+    def random_kind(self, rng: random.Random) -> Kind:
+        """Samples a kind by its share."""
         return rng.choices(KINDS, weights=[getattr(self, kind) for kind in KINDS])[0]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text as tokens, and which of them carry loss: what an assistant would write, end tokens included."""
+    """A text as tokens, and which of them carry loss: those of an assistant, end tokens included."""
 
     tokens: tuple[str, ...]
     supervised: tuple[bool, ...]
@@ -87,18 +87,18 @@ class _Draft:
         return Document(tuple(self.tokens), tuple(self.supervised))
 
 
-def draw_document(mix: DocumentMix, rng: random.Random) -> Document:
-    """Draws a document. Prompts of the val and test splits never occur, but for those of a world, which is drawn."""
-    kind = mix.draw_kind(rng)
+def random_document(mix: DocumentMix, rng: random.Random) -> Document:
+    """Samples a document. Prompts of the val and test splits occur only in tasks about a world, and with other facts."""
+    kind = mix.random_kind(rng)
     if kind == "recall":
         return _recall(rng)
     note_rate = mix.note_rate if rng.random() < mix.noted else 0.0
     relevant = rng.random() < mix.relevant
     if kind == "text_world":
         return _episode(note_rate, relevant, rng)
-    problem = draw_problem(kind, rng)
+    problem = random_problem(kind, rng)
     while kind not in ("shop", "bill") and split_of(problem.prompt) != "train":
-        problem = draw_problem(kind, rng)
+        problem = random_problem(kind, rng)
     return _solved(problem, note_rate, relevant, rng)
 
 

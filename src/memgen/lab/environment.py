@@ -9,12 +9,12 @@ from functools import cache
 from typing import final, get_args
 
 from memgen.environments.base import Environment, Example, Message, Reward, Split
-from memgen.lab.world import Problem, Task, World, bill_problems, sample_problems, shop_problems
+from memgen.lab.world import Problem, TaskName, World, bill_problems, sample_problems, shop_problems
 
 
 @dataclass(frozen=True)
 class ConstantAnswer:
-    """The best score that can be had without looking at the prompt."""
+    """The best score of an answer that does not depend on the prompt."""
 
     completion: str
     """The full completion (steps and answer) that is right most often."""
@@ -31,7 +31,7 @@ class Lab(Environment):
     """Generated problems over a world of fixed prices.
 
     Args:
-        tasks: what is asked. A name that occurs n times gets n shares of every split.
+        tasks: names of tasks. A name that occurs n times gets n shares of every split.
         world_seed: decides the prices of `shop` and `bill`.
         train_size: examples to train on.
         val_size: examples to choose settings on.
@@ -49,7 +49,7 @@ class Lab(Environment):
         val_size: int = 240,
         test_size: int = 600,
     ) -> None:
-        known = get_args(Task)
+        known = get_args(TaskName)
         unknown = [task for task in tasks if task not in known]
         if unknown or not tasks:
             raise ValueError(f"tasks must be some of {', '.join(known)}, got {list(tasks)}")
@@ -95,7 +95,7 @@ class Lab(Environment):
         """1 if the steps (the price list) and the answer after "#" are both exactly right, else 0.
 
         Parts: `answer` (what follows "#"), `prices` (the list before it; `steps` in tasks without prices) and `exact`;
-        in a mixture of tasks also `TASK/exact`, so that a person sees which of them moved.
+        in a mixture of tasks also `TASK/exact`, so each task has its own curve.
         """
         steps, mark, result = answer.strip().partition("#")
         right_answer = bool(mark) and _words(result.strip()) == _words(example.answer)
@@ -122,7 +122,7 @@ class Lab(Environment):
 
 
 @cache
-def _sampled(task: Task, split: Split, count: int) -> Sequence[Problem]:
+def _sampled(task: TaskName, split: Split, count: int) -> Sequence[Problem]:
     return tuple(sample_problems(task, split, count))
 
 

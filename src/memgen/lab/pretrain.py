@@ -1,6 +1,6 @@
 """Pretrains the lab's reasoner: a Qwen3 of about 0.3 million parameters, on the documents of `lab.documents`.
 
-It first learns to look up, on recalls alone, then everything on the mixture. What made the difference, at equal steps:
+It is trained on recalls alone until it can look up, then on the mixture. What made the difference, at equal steps:
 large embeddings and small output maps at the start, this order, and Muon for the matrices in the second part.
 
 Qwen3 rather than Qwen2 for two reasons: with its normalised queries and keys the tasks are learnt in fewer steps, and
@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from memgen.lab.documents import Document, DocumentMix, draw_document
+from memgen.lab.documents import Document, DocumentMix, random_document
 from memgen.types import TokenBatch
 
 # B rows, L token positions, V vocabulary size
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReasonerRecipe:
-    """All that decides the reasoner's weights, on a given machine."""
+    """Settings that decide the reasoner's weights, on a given machine."""
 
     seed: int = 0
     """Seed of the initial weights and of the documents."""
@@ -41,7 +41,7 @@ class ReasonerRecipe:
     recall_loss: float = 0.1
     """Mean loss at which looking up counts as learnt and the mixture begins."""
     recall_learning_rate: float = 1.2e-3
-    """Constant behind a linear warm-up, AdamW."""
+    """AdamW's; constant after a linear warm-up."""
     steps: int = 2400
     """Steps on the mixture."""
     batch_size: int = 32
@@ -63,7 +63,7 @@ class ReasonerRecipe:
     """Spread of the initial embeddings: large against what the layers add, so that looking up forms early."""
     output_std: float = 0.02
     mix: DocumentMix = field(default_factory=DocumentMix)
-    """What the documents of the mixture are."""
+    """The mixture of documents."""
 
 
 def pretrain_reasoner(recipe: ReasonerRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -73,7 +73,7 @@ def pretrain_reasoner(recipe: ReasonerRecipe, tokenizer: PreTrainedTokenizerFast
     gradient mode and thread count are as before when it returns.
 
     Args:
-        recipe: what to train.
+        recipe: the settings.
         tokenizer: the lab's tokenizer.
 
     Returns:
@@ -211,7 +211,10 @@ def _adamw(recipe: ReasonerRecipe, parameters: list[torch.nn.Parameter]) -> torc
 
 
 def schedule(step: int, warmup_steps: int, steps: int) -> float:
-    """The share of the peak learning rate at a step: linear warm-up, then half a cosine to zero."""
+    """The share of the peak learning rate at a step: linear warm-up, then half a cosine to zero.
+
+    transformers' cosine schedules are others: they start their warm-up at 0, or end their cosine a step earlier.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
@@ -224,7 +227,7 @@ def _batches(
     rng = random.Random(seed)
     pool_batches = 16
     while True:
-        pool = [draw_document(mix, rng) for _ in range(pool_batches * batch_size)]
+        pool = [random_document(mix, rng) for _ in range(pool_batches * batch_size)]
         pool.sort(key=lambda document: len(document.tokens))
         starts = list(range(0, len(pool), batch_size))
         rng.shuffle(starts)

@@ -1,4 +1,4 @@
-"""What memory is worth on the lab: one table of every stage's result against its controls."""
+"""The table of `memgen demo`: accuracy of every stage on the lab, against its controls."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OTHERS = ("open", "add", "rev", "walk")
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What the stages left behind.
+    """The stages' checkpoints.
 
     Attributes:
         weaver: of weaver SFT.
@@ -54,11 +54,11 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Condition:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
         outcome: on the target's held-out items.
-        others: on those of the tasks that need no memory; None where it says nothing.
+        others: on those of the tasks that need no memory; None: not scored.
     """
 
     outcome: Outcome
@@ -74,7 +74,7 @@ class LabReport:
         items: how many of the target.
         constant: the best constant answer of the split.
         conditions: in the order of the table.
-        base_hash: SHA-256 of all frozen tensors after everything.
+        base_hash: SHA-256 of all frozen tensors after the last condition.
     """
 
     split: Split
@@ -136,13 +136,13 @@ def report_on_stages(
     items: int = 600,
     progress: Callable[[str], None] = lambda name: None,
 ) -> LabReport:
-    """Scores what the stages left behind, and the controls.
+    """Scores the stages' checkpoints, and the controls.
 
     Args:
         checkpoints: of all stages, of one reasoner, trained on the lab of the default world.
         split: which items to answer: val to choose settings, test to report.
         items: how many of the target, and of the other tasks together.
-        progress: told of each condition before it is scored.
+        progress: called with the name of each condition before it is scored.
     """
     environment = Lab(val_size=items, test_size=items)
     config = read_config(checkpoints.weaver)

@@ -1,4 +1,4 @@
-"""Writes a tied-embedding model and its tokenizer as a directory that `from_pretrained` reads."""
+"""Writes a model with tied embeddings and its tokenizer as a folder that `from_pretrained` reads."""
 
 from __future__ import annotations
 

@@ -48,10 +48,10 @@ class House:
 
     Attributes:
         homes: the room in which each thing was at the beginning.
-        thing: what is to be brought.
-        goal: the thing to whose room it is to be brought.
+        thing: the thing to bring.
+        goal: the thing to whose room it is brought.
         here: the room that the agent is in.
-        held: what it holds.
+        held: the thing it holds, if any.
         rooms: where each thing that is not held lies now.
     """
 
@@ -67,7 +67,7 @@ class House:
 
     @property
     def task(self) -> str:
-        """What is to be done, and what the first room shows."""
+        """The task, and the things in the first room."""
         return f"task : bring {self.thing} to {self.goal} .\n{self.look()}"
 
     @property
@@ -76,7 +76,7 @@ class House:
         return self.rooms.get(self.thing) == self.homes[self.goal]
 
     def look(self) -> str:
-        """What lies here."""
+        """The things in this room."""
         things = [item for item in ITEMS if self.rooms.get(item) == self.here]
         return f"{self.here} : {' , '.join(things or ['nothing'])} .\n"
 
@@ -89,7 +89,7 @@ class House:
         return [*others, *(f"go {room}" for room in ROOMS if room != self.here)]
 
     def act(self, action: str) -> str | None:
-        """Changes the state and says what the agent sees; None if the action is not possible now."""
+        """Changes the state and returns the observation; None if the action is not possible now."""
         action = " ".join(action.split())
         if action not in self.admissible():
             return None
@@ -129,11 +129,11 @@ def optimal_actions(example: Example) -> list[str]:
 
 @final
 class TextWorld(InteractiveEnvironment):
-    """Tasks in a house whose order only experience tells.
+    """Tasks in a house in which things are kept in fixed rooms, learnt from experience only.
 
     Args:
         world_seed: decides where things are kept.
-        max_turns: actions after which an episode is cut.
+        max_turns: actions after which an episode is truncated.
         train_size: examples to train on.
         val_size: examples to choose settings on.
         test_size: examples to report.

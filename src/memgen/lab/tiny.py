@@ -28,7 +28,7 @@ MAX_CHARACTERS = 1_000_000
 
 @dataclass(frozen=True)
 class TinyRecipe:
-    """All that decides the model and its tokenizer."""
+    """Settings that decide the model and its tokenizer."""
 
     text_sha256: str
     """Checksum of the text that the tokenizer is made from."""
@@ -51,7 +51,7 @@ class TinyRecipe:
 
 
 def read_text(source: Path) -> str:
-    """The text of a data file or directory, cut at one million characters.
+    """The text of a data file or directory, truncated at one million characters.
 
     Args:
         source: a `.txt` file, a `.jsonl` or `.json` file (every string value in it), or a directory with such files, of

@@ -1,6 +1,6 @@
-"""Trained assets of the lab: each is the checkpoint that a stage's own command writes, made once and kept.
+"""Trained assets of the lab: each is the checkpoint that `memgen fit` writes for a stage, trained once and kept.
 
-A stage file of `conf/` says how it is trained; here stands only which one, from what, and for how many steps.
+A stage file of `conf/` has the settings; this file says which stage, from which checkpoint, and when it stops.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,17 +49,15 @@ TRAINED = {
 at which a weaver has learnt half of the prices varies between seeds."""
 
 
-def build_trained(
-    name: str, seed: int, base_seed: int, version: int, resolve_asset: Callable[[str], str]
-) -> Path:
-    """The checkpoint directory of a trained asset; it and what it starts from are trained first if they are missing.
+def build_trained(name: str, seed: int, base_seed: int, version: int, start: str | None) -> Path:
+    """The checkpoint directory of a trained asset, trained first if it is missing.
 
     Args:
         name: one of `TRAINED`.
-        seed: of the stage's initial weights, data order and draws.
+        seed: of the stage's initial weights, data order and sampling.
         base_seed: of the reasoner.
         version: of the recipes.
-        resolve_asset: resolves what it starts from.
+        start: checkpoint directory of the asset that it starts from, if it starts from one.
 
     Raises:
         FileNotFoundError: if the stage files are not where the package is, nor below the working directory.
@@ -75,43 +73,47 @@ def build_trained(
         "stop_at": asset.stop_at,
         "stage": hashlib.sha256(config.read_bytes()).hexdigest(),
     }
-    query = asset_query(seed, base_seed)
-    # Before the lock is taken: what it starts from has a lock of its own.
-    start = None if asset.start is None else resolve_asset(f"lab:{asset.start}{query}")
+    full_name = f"lab:{name}{asset_query(seed, base_seed)}"
 
     def build(directory: Path) -> None:
         logger.warning(
-            "Training lab:%s%s, once (memgen fit --config %s); it takes about %d CPU minutes.",
-            name,
-            query,
+            "Training %s, once (memgen fit --config %s); it takes about %d CPU minutes.",
+            full_name,
             config,
             asset.minutes,
         )
         clock = time.perf_counter()
-        with tempfile.TemporaryDirectory() as scratch:
-            root = Path(scratch)
-            overrides: dict[str, object] = {
-                "model.memgen.backbone.name": base_name(base_seed),
-                "seed_everything": seed,
-                "model.seed": seed,
-                "data.seed": seed,
-                "trainer.logger": "false",
-                "trainer.default_root_dir": root,
-                "trainer.callbacks.0.init_args.root": root / "runs",
-            }
-            if start is not None:
-                overrides["model.init_from"] = start
-            if asset.stop_at is not None:
-                overrides |= stopping_at(asset.stop_at)
-            fit([config], overrides)
-            run = root / "runs" / "latest"
-            found = run / "best" if (run / "best").is_dir() else run / "last"
-            shutil.copytree(found, directory, dirs_exist_ok=True)
-        logger.warning("Trained lab:%s%s in %.0f s.", name, query, time.perf_counter() - clock)
+        _train(asset, config, seed, base_seed, start, directory)
+        logger.warning("Trained %s in %.0f s.", full_name, time.perf_counter() - clock)
 
     path = build_once(memgen_home(), f"lab-{name}", settings, build)
-    logger.info("lab:%s%s is %s", name, query, path)
+    logger.info("%s is %s", full_name, path)
     return path
+
+
+def _train(
+    asset: TrainedAsset, config: Path, seed: int, base_seed: int, start: str | None, directory: Path
+) -> None:
+    """Trains an asset and copies its best checkpoint into a directory."""
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        overrides: dict[str, object] = {
+            "model.memgen.backbone.name": base_name(base_seed),
+            "seed_everything": seed,
+            "model.seed": seed,
+            "data.seed": seed,
+            "trainer.logger": "false",
+            "trainer.default_root_dir": root,
+            "trainer.callbacks.0.root": root / "runs",
+        }
+        if start is not None:
+            overrides["model.init_from"] = start
+        if asset.stop_at is not None:
+            overrides |= stopping_at(asset.stop_at)
+        fit([config], overrides)
+        run = root / "runs" / "latest"
+        found = run / "best" if (run / "best").is_dir() else run / "last"
+        shutil.copytree(found, directory, dirs_exist_ok=True)
 
 
 def stopping_at(score: float, monitor: str = "val/exact_match") -> dict[str, object]:
@@ -119,10 +121,10 @@ def stopping_at(score: float, monitor: str = "val/exact_match") -> dict[str, obj
     return {
         "trainer.val_check_interval": 4,
         "trainer.callbacks.2.class_path": "lightning.pytorch.callbacks.EarlyStopping",
-        "trainer.callbacks.2.init_args.monitor": monitor,
-        "trainer.callbacks.2.init_args.mode": "max",
-        "trainer.callbacks.2.init_args.patience": 1_000_000,
-        "trainer.callbacks.2.init_args.stopping_threshold": score,
+        "trainer.callbacks.2.monitor": monitor,
+        "trainer.callbacks.2.mode": "max",
+        "trainer.callbacks.2.patience": 1_000_000,
+        "trainer.callbacks.2.stopping_threshold": score,
     }
 
 
@@ -172,7 +174,7 @@ def fit(files: Sequence[Path], overrides: Mapping[str, object]) -> None:
     command = [sys.executable, "-m", "memgen.cli.main", "fit"]
     for file in files:
         command += ["--config", str(file)]
-    # Its own report goes where progress goes: what this process prints to stdout may be a pipe's input.
+    # Its report goes to stderr, since this process's own stdout may be a pipe.
     done = subprocess.run(
         [*command, *(f"--{key}={value}" for key, value in overrides.items())], stdout=sys.stderr, check=False
     )

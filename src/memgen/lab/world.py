@@ -1,9 +1,9 @@
-"""The lab's tasks: a shop and its bills, whose prices only experience tells, and four skills that need no memory.
+"""The lab's tasks: a shop and its bills, whose prices are learnt from experience only, and four skills that need no memory.
 
 `shop` is closed book: the prices of 16 items are fixed by a world seed and stand in no prompt and in no pretraining
 text, so a model can answer only after learning them from solved problems. `bill` is closed book too and asks for the
-prices of six items one after another: more facts than a few latents carry at once, so memory at the end of the prompt
-does not suffice and each item needs it again. `open` is `shop` with the prices written in the prompt (drawn per problem,
+prices of six items one after another: more facts than a few latents carry at once, so latents at the end of the prompt
+do not suffice and each item needs new ones. `open` is `shop` with the prices written in the prompt (sampled per problem,
 so they contradict the world); `add`, `rev` and `walk` have nothing to do with a world.
 
 Shop problems are split by their unordered triple of items, and bills by their unordered items: every item's price occurs
@@ -21,8 +21,7 @@ from typing import Literal, get_args
 
 from memgen.environments.base import Split
 
-Task = Literal["shop", "bill", "open", "add", "rev", "walk"]
-"""What can be asked."""
+TaskName = Literal["shop", "bill", "open", "add", "rev", "walk"]
 
 ITEMS = (
     "fig", "nut", "tea", "oat", "ham", "egg", "jam", "pie",
@@ -35,7 +34,7 @@ PLACES = (
 )  # fmt: skip
 BILL_ITEMS = 6
 """Items of a bill."""
-DRAWN_BILL_ITEMS = (3, 8)
+RANDOM_BILL_ITEMS = (3, 8)
 """Fewest and most items of a bill in a pretraining document."""
 ROOMS = PLACES[:10]
 """Places of the text world."""
@@ -43,8 +42,8 @@ ROOMS = PLACES[:10]
 TEST_PERCENT = 27
 VAL_PERCENT = 10
 
-MAX_MISSES = 20_000
-"""Draws in a row without a new problem, after which a task counts as exhausted."""
+MAX_ATTEMPTS = 20_000
+"""Samples in a row without a new problem, after which a task counts as exhausted."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,14 @@ class Problem:
     r"""A prompt and its worked solution.
 
     Attributes:
-        task: what is asked.
+        task: name of the task.
         prompt: ends in a newline, e.g. "shop : fig , nut , tea .\n".
         steps: the working before the answer, e.g. "4 , 1 , 5 .".
         answer: what follows "#", digits apart, e.g. "1 0".
         items: the items it is about, in the order in which they are asked.
     """
 
-    task: Task
+    task: TaskName
     prompt: str
     steps: str
     answer: str
@@ -73,7 +72,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class World:
-    """What only experience tells: prices, and where things are kept."""
+    """Prices, and the rooms in which things are kept: facts that no prompt tells."""
 
     seed: int = 0
     """Decides all of it; the split into train, val and test does not depend on it."""
@@ -162,7 +161,7 @@ def bill_problem(items: Sequence[str], prices: Sequence[int]) -> Problem:
     )
 
 
-def sample_problems(task: Task, split: Split, count: int) -> list[Problem]:
+def sample_problems(task: TaskName, split: Split, count: int) -> list[Problem]:
     """Different problems of a task without a world, the same ones in every run; a longer list begins with the shorter.
 
     Raises:
@@ -172,31 +171,31 @@ def sample_problems(task: Task, split: Split, count: int) -> list[Problem]:
         raise ValueError(f"the problems of {task!r} depend on a world; use {task}_problems(world, ...)")
     rng = random.Random(f"{task} {split}")
     found: dict[str, Problem] = {}
-    misses = 0  # since the last one that was found
+    attempts = 0  # since the last one that was found
     while len(found) < count:
-        problem = draw_problem(task, rng)
+        problem = random_problem(task, rng)
         if split_of(problem.prompt) != split or problem.prompt in found:
-            misses += 1
-            if misses > MAX_MISSES:
+            attempts += 1
+            if attempts > MAX_ATTEMPTS:
                 raise ValueError(
                     f"task {task!r} has fewer than {count} different problems in its {split} split "
                     f"({len(found)} found); ask for fewer"
                 )
             continue
         found[problem.prompt] = problem
-        misses = 0
+        attempts = 0
     return list(found.values())
 
 
-def draw_problem(task: Task, rng: random.Random) -> Problem:
-    """Draws a problem; shops and bills get prices of their own, unrelated to any world."""
+def random_problem(task: TaskName, rng: random.Random) -> Problem:
+    """Samples a problem; shops and bills get prices of their own, unrelated to any world."""
     match task:
         case "shop":
             return shop_problem(rng.sample(ITEMS, 3), rng.choices(PRICES, k=3))
         case "open":
             return _open(rng)
         case "bill":
-            count = rng.randint(*DRAWN_BILL_ITEMS)
+            count = rng.randint(*RANDOM_BILL_ITEMS)
             return bill_problem(rng.sample(ITEMS, count), rng.choices(PRICES, k=count))
         case "add":
             return _add(rng)
@@ -204,7 +203,7 @@ def draw_problem(task: Task, rng: random.Random) -> Problem:
             return _rev(rng)
         case "walk":
             return _walk(rng)
-    raise ValueError(f"unknown task {task!r}; there are {', '.join(get_args(Task))}")
+    raise ValueError(f"unknown task {task!r}; there are {', '.join(get_args(TaskName))}")
 
 
 def _price_list(rng: random.Random) -> tuple[dict[str, int], str]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from memgen.kernels import weave
+from memgen.kernels import interleave
 from memgen.model.backbone import Backbone, BackboneConfig, load_backbone
 from memgen.model.boundary import Boundaries, BoundaryConfig
 from memgen.model.cache import PackedStore, Segment
@@ -367,7 +367,7 @@ class _Forward:
         """Reasoner-space embeddings of stream spans (row, begin, end), packed."""
         ids = np.concatenate([self.streams[row].ids[begin:end] for row, begin, end in spans])
         sources = np.concatenate([self.streams[row].sources[begin:end] for row, begin, end in spans])
-        return weave(
+        return interleave(
             self.model.reasoner.backbone.embedding,
             torch.from_numpy(ids).to(self.device),
             self.latents,

@@ -1,7 +1,8 @@
-"""An agent's own experience as training data: it plays the training items, and what went well is kept.
+"""An agent's own trajectories as training data: it plays the training items, and good trajectories are kept.
 
-Rejection sampling, as in STaR (arXiv 2203.14465) and RFT (arXiv 2308.01825). A trajectory is kept if its reward is high enough, none of its turns was cut (it would teach not to end), it can be
-learned from with the tokenizer's chat template, and no other one of its item says the same.
+Rejection sampling, as in STaR (arXiv 2203.14465) and RFT (arXiv 2308.01825). A trajectory is kept if its reward is high
+enough, none of its turns was truncated (training on it would teach not to end), the tokenizer's chat template can render
+it, and it is no duplicate of another one of its item.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader, Dataset
@@ -23,9 +24,8 @@ from memgen.chat import conversation_ids
 from memgen.data import EnvironmentData, EvalBatch, Item
 from memgen.distributed.collectives import objects_of_all_ranks
 from memgen.environments.base import Message
-from memgen.generation.rollout import Actor, EpisodeSettings
+from memgen.generation.rollout import Actor, EpisodeSettings, rollout
 from memgen.generation.sampling import GenerationSettings
-from memgen.generation.transcript import Transcript, rollout_with_text
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.results.controls import without_memory
 from memgen.results.ledger import Entry, Ledger, read_journal
@@ -45,11 +45,11 @@ class KeepRule:
     """Which trajectories are kept."""
 
     min_reward: float = 1.0
-    """Lowest total reward."""
+    """Lowest total reward of a kept trajectory."""
     best: bool = False
-    """Of an item's trajectories, only those with the highest reward among them."""
+    """Keep only those trajectories of an item that have its highest reward."""
     max_per_item: int | None = None
-    """At most so many of an item, those of higher reward first. null: all."""
+    """Most trajectories kept per item, those of higher reward first. null: all."""
 
     def __post_init__(self) -> None:
         if self.max_per_item is not None and self.max_per_item < 1:
@@ -58,14 +58,14 @@ class KeepRule:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One trajectory of an item, as far as the choice depends on it.
+    """What `select` needs to know about a trajectory.
 
     Attributes:
-        text: what was said, to tell equal ones.
-        reward: total.
-        cut: whether a turn was cut at its limit.
-        fault: whether the environment failed.
-        flaw: why it cannot be learned from, or None.
+        text: the agent's turns, to recognise duplicates.
+        reward: total reward.
+        cut: whether a turn was truncated at its limit.
+        fault: whether there was an environment error.
+        flaw: why it cannot be trained on, or None.
     """
 
     text: tuple[str, ...]
@@ -76,15 +76,15 @@ class Candidate:
 
 
 def select(candidates: Sequence[Candidate], rule: KeepRule) -> tuple[list[int], Counter[str]]:
-    """Chooses among an item's trajectories.
+    """Selects an item's trajectories to keep.
 
     Args:
-        candidates: all that were played.
-        rule: what is kept.
+        candidates: all trajectories of the item.
+        rule: the rule.
 
     Returns:
-        The chosen ones in the order of their playing, and for every other one the first reason against it: `faulted`,
-        `below` the reward, `cut`, `unlearnable`, `worse` than the best, `repeated`, `beyond` the most of an item.
+        Indices of the kept ones, ascending, and counts of the reasons against the others (the first that applies):
+        `faulted`, `below` the reward, `cut`, `unlearnable`, `worse` than the best, `repeated`, `beyond` the most per item.
     """
     reasons: Counter[str] = Counter()
     passed: list[int] = []
@@ -123,16 +123,16 @@ def _against(candidate: Candidate, rule: KeepRule) -> str | None:
 
 @dataclass(frozen=True)
 class Collected:
-    """What came of collecting, over all that is in the file.
+    """Totals over a file of collected trajectories.
 
     Attributes:
-        total: items that there are.
-        items: of them, those that were played.
-        empty: of these, those of which nothing was kept.
-        played: trajectories.
-        kept: of them.
-        reasons: against the others, by name.
-        reward: mean over the trajectories that the environment did not fail; None if there is none.
+        total: number of items to play.
+        items: number of items played so far.
+        empty: number of those without a kept trajectory.
+        played: number of trajectories.
+        kept: number of kept trajectories.
+        reasons: number of the others by the reason against them.
+        reward: mean reward over the trajectories without an environment error; None if there is none.
     """
 
     total: int
@@ -145,7 +145,7 @@ class Collected:
 
     @classmethod
     def of(cls, notes: Mapping[int, Mapping[str, Any]], total: int) -> Collected:
-        """Adds up what the journal says of the items."""
+        """Sums the notes of the journal."""
         reasons: Counter[str] = Counter()
         for note in notes.values():
             reasons.update(note["reasons"])
@@ -164,15 +164,15 @@ class Collected:
         )
 
     def lines(self, rule: KeepRule) -> list[str]:
-        """The counts as text."""
+        """The totals as lines of text."""
         what = {
             "below": f"below a reward of {rule.min_reward:g}",
             "worse": "worse than the best of their item",
-            "repeated": "repetitions",
+            "repeated": "duplicates",
             "beyond": f"beyond {rule.max_per_item} of an item",
-            "cut": "with a turn that was cut",
-            "unlearnable": "not learnable with this chat template",
-            "faulted": "failed by the environment",
+            "cut": "with a truncated turn",
+            "unlearnable": "not trainable with this chat template",
+            "faulted": "with an environment error",
         }
         others = [f"{self.reasons[name]} {text}" for name, text in what.items() if self.reasons.get(name)]
         lines = [
@@ -186,17 +186,17 @@ class Collected:
 
 @final
 class Collector(LightningModule):
-    """Plays the training items of a stage's data and keeps trajectories, by `Trainer.predict`.
+    """Plays the training items of a stage's data with `Trainer.predict` and keeps good trajectories.
 
-    Nothing is trained. Where a checkpoint is given its weaver and trigger play, else the bare reasoner.
+    Nothing is trained. With a checkpoint, its weaver and trigger play, without one the bare reasoner.
 
     Args:
         memgen: the model.
         data: the items; its training split is played.
-        rollout: how trajectories are drawn; `group_size` of each item.
+        rollout: sampling settings; `group_size` trajectories per item.
         episodes: limits of episodes.
         keep: which trajectories are kept.
-        out: where they go, one JSON line each. The journal lies beside it.
+        out: file for them, one JSON line each. The journal lies beside it.
         init_from: a checkpoint directory or an asset's name; None: the bare reasoner.
         environment: the environment's settings, so that others are noticed.
         resolve_asset: turns an asset's name into a directory.
@@ -226,7 +226,7 @@ class Collector(LightningModule):
         self.resolve_asset = resolve_asset
         self.memgen: MemGenModel
         self.ledger: Ledger | None = None
-        """Of the first rank alone."""
+        """Open on the first rank only."""
         self._remaining: list[int] = []
 
     # Set-up
@@ -274,12 +274,12 @@ class Collector(LightningModule):
 
     @property
     def items(self) -> list[Item]:
-        """All items that are to be played."""
+        """All items to play."""
         return self.data.items["train"]
 
     @override
     def predict_dataloader(self) -> DataLoader[EvalBatch]:
-        """Batches of this rank, of the items that are left. All ranks have equally many; some may be empty."""
+        """Batches of this rank, of the remaining items. All ranks have the same number; some may be empty."""
         size, rank, ranks = self.data.val_batch_size, self.trainer.global_rank, self.trainer.world_size
         mine = self._remaining[rank::ranks]
         steps = max(1, -(-len(self._remaining) // (size * ranks)))
@@ -290,7 +290,7 @@ class Collector(LightningModule):
 
     @override
     def predict_step(self, batch: EvalBatch, batch_idx: int) -> int:
-        """Plays a batch and writes down what is kept. Returns how many items of all ranks were in it."""
+        """Plays a batch and writes the kept trajectories. Returns the number of items over all ranks."""
         entries = [entry for part in objects_of_all_ranks(self._played(batch)) for entry in part]
         if self.ledger is not None and entries:
             self.ledger.add(entries)
@@ -304,27 +304,21 @@ class Collector(LightningModule):
             self.memgen, data.tokenizer_object, data.environment, self.rollout, self.episodes, data.template
         )
         size = self.rollout.group_size
-        # They do not depend on how many are drawn, so more of them begin with the same.
+        # Independent of group_size, so that a larger group begins with the same trajectories.
         seeds = [
             seed_of("collect", self.rollout.seed, index, sample)
             for index in batch.indices
             for sample in range(size)
         ]
-        rollouts, transcripts = rollout_with_text(actor, batch.examples, seeds)
+        trajectories = rollout(actor, batch.examples, seeds).trajectories
         entries = []
         for number, index in enumerate(batch.indices):
             part = slice(number * size, (number + 1) * size)
-            entries.append(self._entry(index, rollouts.trajectories[part], transcripts[part], seeds[part]))
+            entries.append(self._entry(index, trajectories[part], seeds[part]))
         return entries
 
-    def _entry(
-        self,
-        index: int,
-        trajectories: Sequence[Trajectory],
-        transcripts: Sequence[Transcript],
-        seeds: Sequence[int],
-    ) -> Entry:
-        candidates = [self._candidate(t, script) for t, script in zip(trajectories, transcripts, strict=True)]
+    def _entry(self, index: int, trajectories: Sequence[Trajectory], seeds: Sequence[int]) -> Entry:
+        candidates = [self._candidate(trajectory) for trajectory in trajectories]
         chosen, reasons = select(candidates, self.keep)
         lines = [
             {
@@ -335,7 +329,7 @@ class Collector(LightningModule):
                 "seed": seeds[sample],
                 "reward": trajectories[sample].reward,
                 "parts": dict(trajectories[sample].parts),
-                "messages": _marked(transcripts[sample]),
+                "messages": _marked(trajectories[sample]),
             }
             for sample in chosen
         ]
@@ -348,9 +342,9 @@ class Collector(LightningModule):
         }
         return Entry(index, {self.out.name: lines}, note)
 
-    def _candidate(self, trajectory: Trajectory, transcript: Transcript) -> Candidate:
+    def _candidate(self, trajectory: Trajectory) -> Candidate:
         candidate = Candidate(
-            text=transcript.answers,
+            text=tuple(turn.text for turn in trajectory.turns),
             reward=trajectory.reward,
             # An episode may be cut at its last turn; a turn may not.
             cut=any(not turn.finished for turn in trajectory.turns),
@@ -359,7 +353,9 @@ class Collector(LightningModule):
         if _against(candidate, self.keep) is not None:
             return candidate
         try:
-            conversation_ids(self.data.tokenizer_object, transcript.messages(), self.data.template)
+            conversation_ids(
+                self.data.tokenizer_object, cast(list[Message], trajectory.messages()), self.data.template
+            )
         except ValueError as error:
             return dataclasses.replace(candidate, flaw=str(error))
         return candidate
@@ -369,31 +365,27 @@ class Collector(LightningModule):
         self.close()
 
     def close(self) -> None:
-        """Lets the files go."""
+        """Closes the files."""
         if self.ledger is not None:
             self.ledger.close()
 
     def collected(self) -> Collected | None:
-        """What is in the file; None on other ranks than the first, and before anything began."""
+        """Totals over the file; None on other ranks than the first, and before anything was opened."""
         if self.ledger is None:
             return None
-        # From the file: what was written may not be in memory yet when Ctrl-C comes.
+        # From the file: after Ctrl-C, what was written last may not be in `ledger.notes` yet.
         journal = read_journal(self.ledger.path)
         assert journal is not None, "an open ledger has begun its journal"
         return Collected.of(journal.notes, len(self.items))
 
 
-def _marked(transcript: Transcript) -> list[dict[str, Any]]:
+def _marked(trajectory: Trajectory) -> list[dict[str, Any]]:
     """The conversation, the agent's own turns marked and with their insertion points."""
-    messages: list[dict[str, Any]] = [dict(message) for message in transcript.messages()]
-    turns = [index for index in range(len(transcript.prompt), len(messages)) if _is_answer(messages[index])]
-    for index, points in zip(turns, transcript.insertions, strict=True):
-        messages[index] |= {"agent": True, "insertion_points": list(points)}
+    messages = trajectory.messages()
+    # From the end of the prompt on, every other message is the agent's.
+    for message, turn in zip(messages[len(trajectory.prompt) :: 2], trajectory.turns, strict=True):
+        message |= {"agent": True, "insertion_points": turn.insertion_points}
     return messages
-
-
-def _is_answer(message: Message | Mapping[str, Any]) -> bool:
-    return message["role"] == "assistant"
 
 
 @final

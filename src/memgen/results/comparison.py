@@ -1,4 +1,4 @@
-"""Two recorded tests on the same items, compared item by item."""
+"""Paired comparison of two recorded tests on the same items."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from memgen.results.ledger import differences
-from memgen.results.records import Recorded, Row, item_score
+from memgen.results.score_files import Recorded
 from memgen.results.statistics import Interval, PairedTest, mean_interval, paired_test
+from memgen.results.summary import Row, item_score
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What B is worth against A, over the items that both have answered.
+    """Paired comparison of runs A and B, over the items with a valid answer in both.
 
     Attributes:
-        metric: what was compared: the reward, or a part of it.
-        items: pairs.
-        a: mean of the first run.
-        b: mean of the second.
-        difference: B - A, with a bootstrap interval over pairs.
-        won: items on which B has the higher score.
-        lost: items on which A has it.
-        tied: the others.
-        test: whether the difference could be chance.
-        left_out: items without a pair: the environment failed one of the runs on them, or only one has them.
-        settings: in which the runs differ.
+        metric: `reward`, or the name of a reward component.
+        items: number of paired items.
+        a: mean of run A.
+        b: mean of run B.
+        difference: mean of B - A, with a bootstrap interval over pairs.
+        won: number of items on which B scores higher.
+        lost: number of items on which A scores higher.
+        tied: number of items with equal scores.
+        test: significance test of the difference.
+        left_out: number of items without a valid answer in one of the runs.
+        settings: the settings in which the runs differ, with both values.
     """
 
     metric: str
@@ -43,11 +44,11 @@ class Comparison:
     settings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """The comparison as JSON values."""
         return dataclasses.asdict(self)
 
     def lines(self) -> list[str]:
-        """The comparison as text."""
+        """The comparison as lines of text."""
         lines = [
             f"{self.metric} of A: {self.a}",
             f"{self.metric} of B: {self.b}",
@@ -66,10 +67,10 @@ def compare(a: Recorded, b: Recorded, metric: str = "reward", *, common: bool = 
     """Compares two runs, paired by item. An item's score is the mean over its valid answers.
 
     Args:
-        a: a run.
-        b: another.
-        metric: `reward`, or a part of it by name.
-        common: compare the items that both runs have, if those are not all.
+        a: run A.
+        b: run B.
+        metric: `reward`, or the name of a reward component.
+        common: compare the items that both runs have, even if those are not all.
 
     Raises:
         ValueError: if the runs are of different data or not complete (unless `common`), if no item has a valid answer

@@ -1,7 +1,7 @@
-"""Does memory do the work? The same items answered with and without it, and with what only looks like it.
+"""Control conditions for the effect of latent memory: the same items answered with it, without it and with swapped latents.
 
-Conditions: the bare reasoner; untrained latents; the trained weaver at all boundaries and at the prompt's end only;
-and the trained weaver with each item's latents given to another item, which keeps everything that is not about the item.
+Conditions: the bare reasoner; untrained latents; the trained weaver at all boundaries, or at the end of the prompt only;
+and the trained weaver with every item's latents given to another item, which keeps everything but the item's content.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What is answered, and how.
+    """Items to answer, and the sampling settings.
 
     Attributes:
-        environment: rewards the answers.
+        environment: computes the rewards.
         examples: the items.
         prompts: token ids of each item's prompt.
-        tokenizer: the reasoner's.
-        settings: how answers are drawn.
-        batch_size: items decoded together.
+        tokenizer: the reasoner's tokenizer.
+        settings: sampling settings.
+        batch_size: number of items decoded together.
     """
 
     environment: Environment
@@ -51,12 +51,12 @@ class Outcome:
     """One condition's score.
 
     Attributes:
-        name: the condition.
+        name: name of the condition.
         rewards: total reward of each item, in the items' order.
-        parts: mean of each part of the reward over the items that have it.
-        insertions: mean insertions per answer.
-        offered: mean decisions that the trigger was asked for per answer.
-        cpu_seconds: process CPU time that answering took.
+        parts: mean of each reward component over the items that have it.
+        insertions: mean number of insertions per answer.
+        offered: mean number of trigger decisions per answer.
+        cpu_seconds: process CPU time of answering.
     """
 
     name: str
@@ -80,23 +80,23 @@ class Outcome:
 
 
 def without_memory(model: MemGenModel) -> MemGenModel:
-    """The same model that never invokes."""
+    """The model with a trigger that never invokes."""
     return MemGenModel(model.reasoner, model.weaver, ConstantTrigger(0.0), model.boundaries).eval()
 
 
 def always_invoking(model: MemGenModel, insertions: int | None = None) -> MemGenModel:
-    """The same model that invokes at every boundary.
+    """The model with a trigger that invokes at every boundary.
 
     Args:
-        model: whose weaver to use.
-        insertions: cap inside an answer; 0 leaves the prompt's end. None: the model's own.
+        model: the model.
+        insertions: most insertions inside an answer; 0: at the end of the prompt only. None: the model's own limit.
     """
     boundaries = model.boundaries if insertions is None else model.boundaries.capped(insertions)
     return MemGenModel(model.reasoner, model.weaver, ConstantTrigger(1.0), boundaries).eval()
 
 
 def invoking_at(model: MemGenModel, probability: float) -> MemGenModel:
-    """The same model that invokes at random, with one probability at every boundary."""
+    """The model with a trigger that invokes at random, with the same probability at every boundary."""
     return MemGenModel(model.reasoner, model.weaver, ConstantTrigger(probability), model.boundaries).eval()
 
 
@@ -106,9 +106,12 @@ def score(name: str, model: MemGenModel, task: Task) -> Outcome:
 
 
 def score_with_swapped_latents(name: str, model: MemGenModel, task: Task) -> Outcome:
-    """Gives every item the latents that the next item got, insertion by insertion.
+    """Answers every item with the latents of the next item, insertion by insertion.
 
-    Where the other item had fewer insertions, its last latents are repeated.
+    If the other item had fewer insertions, its last latents are repeated.
+
+    Raises:
+        ValueError: if an item got no latents.
     """
     recorded: list[list[Tensor]] = []
     for begin, prompts in _batches(task):
@@ -118,7 +121,9 @@ def score_with_swapped_latents(name: str, model: MemGenModel, task: Task) -> Out
         assert generation.latents is not None, "they were asked for"
         recorded += generation.latents
     if not all(recorded):
-        raise ValueError("an item got no latents, so there is nothing to swap; let the trigger invoke always")
+        raise ValueError(
+            "an item got no latents, so there is nothing to swap; use a trigger that always invokes"
+        )
 
     def swap(begin: int) -> Intervention:
         def intervene(rows: Sequence[int], events: Sequence[int], latents: list[Tensor]) -> list[Tensor]:
@@ -169,5 +174,5 @@ def _batches(task: Task) -> Iterator[tuple[int, list[list[int]]]]:
 
 
 def _seeds(task: Task, begin: int, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """A seed for each item: its draws are the same whatever the batch size."""
+    """A seed for each item, so that its samples do not depend on the batch size."""
     return [task.settings.seed * 1_000_003 + begin + row for row in range(len(prompts))]

@@ -1,10 +1,12 @@
-"""Files that grow item by item and survive being killed: the lines of an item are there whole, or not at all.
+"""JSON Lines files that grow item by item: after a crash, an item's lines are there completely or not at all.
 
-Beside the data files lies a journal. An item's lines are appended to the data files and forced to disk, and only then
-does the journal get its line: the item, what was said of it, and how long the data files are now. What a killed process
-left behind the last such length (half a line, or lines of an item that was not finished) is cut off when the files
-are opened again. The journal's first line holds the settings that everything was made with; under others nothing is
-added.
+A journal lies beside the data files. An item's lines are appended to the data files and forced to disk; only then does
+the journal get a line with the item, a note about it, and the sizes of the data files. Reopening truncates the data files
+to the last recorded sizes, which removes what a killed process had not finished. The journal's first line holds the
+settings that everything was made with; under other settings nothing is added.
+
+Not an SQLite database: these files are what users read, and what training reads, while they grow. A database would be a
+second copy of every line, with an export, and a reader for the files that exist.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, final
+from typing import Any, BinaryIO, final
+
+from memgen.files import sync
 
 FORMAT_VERSION = 1
 SHOWN_DIFFERENCES = 6
@@ -25,12 +29,12 @@ SHOWN_DIFFERENCES = 6
 
 @dataclass(frozen=True)
 class Entry:
-    """What is to be written about one item.
+    """What to write about one item.
 
     Attributes:
         index: the item.
         lines: for each data file by its name, records that become a line each.
-        note: what the journal says of the item.
+        note: what the journal keeps about the item.
     """
 
     index: int
@@ -40,52 +44,64 @@ class Entry:
 
 @dataclass(frozen=True)
 class Journal:
-    """What a journal says.
+    """Contents of a journal.
 
     Attributes:
         settings: what everything was made with.
-        about: what else was said when it was begun; nothing depends on it.
-        notes: of each item that is done.
-        ends: bytes of each data file that are good.
+        about: further facts from when it was begun; nothing depends on them.
+        notes: note of each completed item, by index.
+        ends: size in bytes of each data file after the last completed item.
+        size: bytes of the journal's own complete lines.
     """
 
     settings: Mapping[str, Any]
     about: Mapping[str, Any]
     notes: Mapping[int, Mapping[str, Any]]
     ends: Mapping[str, int]
+    size: int
 
 
 def read_journal(path: Path) -> Journal | None:
-    """Reads a journal, also one that another process is writing; None if not even its first line is whole.
+    """Reads a journal, also one that another process is writing; None if not even its first line is complete.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is broken anywhere but behind its last whole line.
+        ValueError: if it is broken anywhere but behind its last complete line.
     """
-    return _parsed(path, path.read_bytes())[0]
+    content = path.read_bytes()
+    size = content.rfind(b"\n") + 1
+    if not size:
+        return None
+    header, *items = _objects(path, content[:size])
+    if header.get("format") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} is no journal of this version of memgen: its format is {header.get('format')!r}, not {FORMAT_VERSION}"
+        )
+    return Journal(
+        settings=header["settings"],
+        about=header.get("about", {}),
+        notes={int(item["index"]): item["note"] for item in items},
+        ends=items[-1]["ends"] if items else {},
+        size=size,
+    )
 
 
 def read_lines(journal_path: Path, name: str) -> list[dict[str, Any]]:
-    """The records of a data file, as far as the journal vouches for them.
+    """Records of the completed items in a data file.
 
     Raises:
         FileNotFoundError: if there is no such journal.
         ValueError: if a file is broken.
     """
     journal = read_journal(journal_path)
-    end = 0 if journal is None else journal.ends.get(name, 0)
     path = journal_path.parent / name
-    content = path.read_bytes()[:end] if path.exists() else b""
-    if len(content) < end:
-        raise ValueError(f"{path} has {len(content)} bytes, but its journal {journal_path} vouches for {end}")
-    return [
-        _object(line, f"{path}, line {number}")
-        for number, line in enumerate(content.split(b"\n")[:-1], start=1)
-    ]
+    end = 0 if journal is None else journal.ends.get(name, 0)
+    _require_size(path, end, journal_path)
+    return _objects(path, path.read_bytes()[:end]) if end else []
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Says of each setting in which two differ what it was and what it is."""
+    """For each setting that differs, a phrase with its old and new value."""
     flat_before, flat_now = _flat(before), _flat(now)
     names = [*flat_before, *(name for name in flat_now if name not in flat_before)]
     return [
@@ -103,7 +119,7 @@ class Ledger:
         journal: the journal's path. Data files lie beside it. Folders are made.
         files: names of the data files.
         settings: what everything is made with, as JSON values.
-        about: anything else to be kept with it when it is begun.
+        about: further facts to keep when it is begun.
 
     Raises:
         ValueError: if the files were made with other settings, have been changed since, have no journal, or are being
@@ -120,67 +136,46 @@ class Ledger:
         self.path = journal
         settings = json.loads(json.dumps(settings))
         journal.parent.mkdir(parents=True, exist_ok=True)
-        self._journal = _Appended(journal)
+        self._files: dict[str, BinaryIO] = {}
+        self._journal = journal.open("ab")
         try:
             _lock(self._journal, journal)
-            found, whole = _parsed(journal, journal.read_bytes())
+            found = read_journal(journal)
             if found is None:
-                self._begin(files, settings, about or {})
-                found = Journal(settings, about or {}, {}, {})
-            else:
-                _require_same(journal, found.settings, settings)
-                self._journal.cut(whole)
-            self.about = found.about
-            self.notes: dict[int, Mapping[str, Any]] = dict(found.notes)
-            """What was said of each item that is done."""
-            self._files = {name: self._opened(name, found.ends.get(name, 0)) for name in files}
+                found = Journal(settings, about or {}, {}, {}, 0)
+                _require_unused([journal.parent / name for name in files], journal)
+            _require_same(journal, found.settings, settings)
+            _truncate(self._journal, found.size)
+            if not found.size:
+                header = {"format": FORMAT_VERSION, "settings": found.settings, "about": found.about}
+                _append(self._journal, [header])
+                os.fsync(self._journal.fileno())
+            for name in files:
+                self._files[name] = _opened(journal.parent / name, found.ends.get(name, 0), journal)
+            sync(journal.parent)
         except BaseException:
-            self._journal.close()
+            self.close()
             raise
-
-    def _begin(self, files: Sequence[str], settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        for name in files:
-            data = self.path.parent / name
-            if data.exists() and data.stat().st_size:
-                raise ValueError(
-                    f"{data} exists, but its journal {self.path} does not, so it is not known what it was made with; "
-                    "give another name, or move it away"
-                )
-        self._journal.cut(0)
-        header = {"format": FORMAT_VERSION, "settings": settings, "about": about}
-        self._journal.append([header])
-        _sync_folder(self.path.parent)
-
-    def _opened(self, name: str, end: int) -> _Appended:
-        data = self.path.parent / name
-        if data.is_dir():
-            raise ValueError(f"{data} is a folder; give the name of a file")
-        size = data.stat().st_size if data.exists() else 0
-        if size < end:
-            raise ValueError(
-                f"{data} has {size} bytes, but its journal {self.path} vouches for {end}: it was changed since; "
-                "give another name, or move both away"
-            )
-        file = _Appended(data)
-        file.cut(end)
-        _sync_folder(data.parent)
-        return file
+        self.about = found.about
+        self.notes: dict[int, Mapping[str, Any]] = dict(found.notes)
+        """Note of each completed item."""
 
     def add(self, entries: Sequence[Entry]) -> None:
-        """Writes items. When it returns, they survive whatever happens to the process or the machine."""
+        """Writes items. When it returns, they are on disk."""
         noted = []
         for entry in entries:
             for name, records in entry.lines.items():
-                self._files[name].append(records, sync=False)
-            ends = {name: file.size for name, file in self._files.items()}
+                _append(self._files[name], records)
+            ends = {name: file.tell() for name, file in self._files.items()}
             noted.append({"index": entry.index, "note": dict(entry.note), "ends": ends})
         for file in self._files.values():
-            file.sync()
-        self._journal.append(noted)
+            os.fsync(file.fileno())
+        _append(self._journal, noted)
+        os.fsync(self._journal.fileno())
         self.notes |= {entry.index: dict(entry.note) for entry in entries}
 
     def close(self) -> None:
-        """Lets the files go. It can be called twice."""
+        """Closes the files. It can be called twice."""
         for file in (*self._files.values(), self._journal):
             file.close()
 
@@ -193,86 +188,73 @@ class Ledger:
         self.close()
 
 
-@final
-class _Appended:
-    """A file that is written at its end only."""
+def _opened(path: Path, end: int, journal: Path) -> BinaryIO:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file")
+    _require_size(path, end, journal)
+    file = path.open("ab")
+    _truncate(file, end)
+    return file
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
-        self.size = path.stat().st_size
 
-    def fileno(self) -> int:
-        return self._file.fileno()
+def _append(file: BinaryIO, records: Sequence[Mapping[str, Any]]) -> None:
+    file.write(b"".join(map(_line, records)))
+    file.flush()
 
-    def append(self, records: Sequence[Mapping[str, Any]], *, sync: bool = True) -> None:
-        rest = memoryview(b"".join(_line(record) for record in records))
-        while rest:
-            written = self._file.write(rest)
-            self.size += written
-            rest = rest[written:]
-        if sync:
-            self.sync()
 
-    def cut(self, size: int) -> None:
-        self._file.truncate(size)
-        self.sync()
-        self.size = size
-
-    def sync(self) -> None:
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
+def _truncate(file: BinaryIO, size: int) -> None:
+    file.truncate(size)
+    file.seek(size)
+    os.fsync(file.fileno())
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # Half of a surrogate pair stands in a text: JSON can say it, UTF-8 cannot.
+    except (
+        UnicodeEncodeError
+    ):  # A text has half of a surrogate pair: JSON can escape it, UTF-8 cannot encode it.
         return json.dumps(record).encode() + b"\n"
 
 
-def _lock(file: _Appended, path: Path) -> None:
-    """Ends with the process, however that ends."""
+def _lock(file: BinaryIO, path: Path) -> None:
+    """The lock ends with the process, however that ends."""
     try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(f"another process is writing {path}; wait for it, or give another name") from error
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _objects(path: Path, content: bytes) -> list[dict[str, Any]]:
+    records = []
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from error
+        if not isinstance(record, dict):
+            message = f"{path}, line {number}: expected an object, got {record!r:.80}"
+            raise ValueError(message)  # noqa: TRY004 - the file is broken, not the call
+        records.append(record)
+    return records
 
 
-def _parsed(path: Path, content: bytes) -> tuple[Journal | None, int]:
-    """What the whole lines say, and how many bytes they take."""
-    whole = content.rfind(b"\n") + 1
-    lines = content[:whole].split(b"\n")[:-1]
-    if not lines:
-        return None, 0
-    header, *items = (_object(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1))
-    if header.get("format") != FORMAT_VERSION:
+def _require_unused(files: Sequence[Path], journal: Path) -> None:
+    for path in files:
+        if path.is_file() and path.stat().st_size:
+            raise ValueError(
+                f"{path} exists, but its journal {journal} does not, so it is not known what it was made with; "
+                "give another name, or move it away"
+            )
+
+
+def _require_size(path: Path, end: int, journal: Path) -> None:
+    size = path.stat().st_size if path.exists() else 0
+    if size < end:
         raise ValueError(
-            f"{path} is no journal of this version of memgen: its format is {header.get('format')!r}, not {FORMAT_VERSION}"
+            f"{path} has {size} bytes, but {end} by its journal {journal}: it was changed since; "
+            "give another name, or move both away"
         )
-    notes = {int(item["index"]): item["note"] for item in items}
-    ends = items[-1]["ends"] if items else {}
-    return Journal(header["settings"], header.get("about", {}), notes, ends), whole
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not a JSON object: {error}") from error
-    if not isinstance(record, dict):
-        message = f"{where}: expected an object, got {record!r:.80}"
-        raise ValueError(message)  # noqa: TRY004 - the file is broken, not the call
-    return record
 
 
 def _require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

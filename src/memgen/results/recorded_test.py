@@ -21,16 +21,15 @@ import memgen
 from memgen.data import EnvironmentData, EvalBatch
 from memgen.distributed.collectives import objects_of_all_ranks
 from memgen.environments.base import Example, InteractiveEnvironment, Split
-from memgen.generation.rollout import Actor, EpisodeSettings, Rollouts
+from memgen.generation.rollout import Actor, EpisodeSettings, Rollouts, rollout
 from memgen.generation.sampling import GenerationSettings
-from memgen.generation.transcript import Transcript, rollout_with_text
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.weaver import WeaverConfig
-from memgen.results.cost import Cost, costs
-from memgen.results.records import Answered, Records, Row, Summary, data_hash, item_hash, summarise
+from memgen.results.score_files import Answered, Records, data_hash, item_hash
+from memgen.results.summary import Row, Summary, summarise
 from memgen.tracking.metrics import Measured
 from memgen.training.evaluation import Recorder
-from memgen.types import Trajectory
+from memgen.types import RowWork, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +141,8 @@ class ItemRecorder(Recorder):
     @override
     def play(self, actor: Actor, batch: EvalBatch, seeds: Sequence[int], *, keep_latents: bool) -> Rollouts:
         """Plays the items of a batch and writes them down."""
-        rollouts, transcripts = rollout_with_text(actor, batch.examples, seeds, keep_latents=keep_latents)
+        rollouts = rollout(actor, batch.examples, seeds, keep_latents=keep_latents)
         size = actor.generation.group_size
-        cost = costs(actor.model, rollouts.trajectories, size)
         seconds = (rollouts.seconds + rollouts.environment_seconds) / len(rollouts.trajectories)
         single = not isinstance(actor.environment, InteractiveEnvironment)
         items = []
@@ -152,36 +150,39 @@ class ItemRecorder(Recorder):
             answers, scores = [], []
             for sample in range(size):
                 place = number * size + sample
-                trajectory, transcript = rollouts.trajectories[place], transcripts[place]
+                trajectory = rollouts.trajectories[place]
                 name = {"index": index, "id": example.id, "sample": sample}
-                answers.append(name | _answer(trajectory, transcript, seeds[place], single=single))
-                scores.append(name | _score(trajectory, example, self.weaver, cost[place], seconds))
+                answers.append(name | _answer(trajectory, seeds[place], single=single))
+                scores.append(
+                    name | _score(trajectory, example, self.weaver, rollouts.row_work[place], seconds)
+                )
             items.append(Answered(index, answers, scores))
         self.records.add(items)
         self.rows += [row for item in items for row in item.scores]
         return rollouts
 
 
-def _answer(trajectory: Trajectory, transcript: Transcript, seed: int, *, single: bool) -> dict[str, Any]:
+def _answer(trajectory: Trajectory, seed: int, *, single: bool) -> dict[str, Any]:
+    texts = [turn.text for turn in trajectory.turns]
     return {
         "seed": seed,
-        "prompt": list(transcript.prompt),
-        "answer": transcript.answers[0] if single else list(transcript.answers),
-        "observations": list(transcript.observations),
-        "insertion_points": [list(points) for points in transcript.insertions],
+        "prompt": list(trajectory.prompt),
+        "answer": texts[0] if single else texts,
+        "observations": [turn.observation for turn in trajectory.turns[1:]],
+        "insertion_points": [turn.insertion_points for turn in trajectory.turns],
         "token_ids": [turn.tokens for turn in trajectory.turns],
     }
 
 
 def _score(
-    trajectory: Trajectory, example: Example, weaver: WeaverConfig, cost: Cost, seconds: float
+    trajectory: Trajectory, example: Example, weaver: WeaverConfig, work: RowWork, seconds: float
 ) -> dict[str, Any]:
     return {
         "item": item_hash(example),
         **asdict(Measured.of(trajectory, weaver)),
-        "reasoner_positions": cost.reasoner,
-        "weaver_positions": cost.weaver,
-        "trigger_positions": cost.trigger,
+        "reasoner_positions": work.reasoner,
+        "weaver_positions": work.weaver,
+        "trigger_positions": work.trigger,
         "seconds": seconds,
     }
 

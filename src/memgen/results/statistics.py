@@ -1,6 +1,6 @@
-"""Statistics of scores: intervals of means, pass@k, and paired tests of two runs on the same items.
+"""Statistics of scores: confidence intervals of means, pass@k, and paired tests of two runs on the same items.
 
-scipy computes what it has; its import takes a while, so it is imported where it is used.
+scipy is imported where it is used, because its import takes a while.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 LEVEL = 0.95
 """Confidence level of intervals."""
 RESAMPLES = 10_000
-"""Of a bootstrap, and of a permutation test that has more arrangements than this."""
+"""Resamples of a bootstrap, and of a permutation test that has more arrangements than this."""
 _NUMBERS_AT_ONCE = 5_000_000
-"""Resampled numbers that are held in memory together."""
+"""Resampled numbers that are held in RAM at once."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Interval:
 
     Attributes:
         mean: of the values.
-        low: lower end; None of a single value, which says nothing about others.
-        high: upper end, likewise.
-        count: values.
+        low: lower end; None for a single value.
+        high: upper end; None for a single value.
+        count: number of values.
     """
 
     mean: float
@@ -43,7 +43,11 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """Percentile bootstrap over the values, which are one per item.
+    """Mean with a percentile bootstrap interval.
+
+    Args:
+        values: one value per item.
+        seed: seed of the resampling.
 
     Raises:
         ValueError: if there is no value.
@@ -68,11 +72,11 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
 
 
 def pass_at_k(answers: int, right: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k answers is right (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
+    """Unbiased estimate of the probability that at least one of k answers is correct (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
 
     Args:
-        answers: how many were drawn.
-        right: how many of them are right.
+        answers: number of sampled answers.
+        right: number of correct ones among them.
         k: at most `answers`.
 
     Raises:
@@ -90,8 +94,8 @@ class PairedTest:
     """A two-sided test of whether two runs differ on the same items.
 
     Attributes:
-        name: of the test.
-        p_value: chance of a difference as large as this one, or larger, if the runs were exchangeable.
+        name: name of the test.
+        p_value: probability of a difference at least this large if the runs were exchangeable.
     """
 
     name: str
@@ -102,9 +106,9 @@ def paired_test(first: Sequence[float], second: Sequence[float], seed: int = 0) 
     """McNemar's exact test if every score is 0 or 1, else a sign-flip permutation test on the differences.
 
     Args:
-        first: a score for each item.
-        second: the other run's, in the same order.
-        seed: of the permutations, if there are too many to try all.
+        first: one run's score for each item.
+        second: the other run's scores, in the same order.
+        seed: seed of the sampled permutations, if there are too many to enumerate.
 
     Raises:
         ValueError: if there is no item, or the runs have different numbers of them.

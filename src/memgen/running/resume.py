@@ -12,7 +12,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
@@ -24,15 +24,19 @@ from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
 from memgen.distributed.collectives import over_ranks, world_size
-from memgen.files import LAST, discard, publish, sweep, take_place, temporary_beside
+from memgen.files import new_file, point_to, remove, remove_leftovers, write_whole
+from memgen.lightning_internals import log_step_metrics, validation_is_due
+from memgen.run_context import run_context
 from memgen.running.interrupt import LISTENER, Agreement, Interrupted, Limit, Wish
 from memgen.seeds import seed_of
-from memgen.tracking.mlflow import pause_runs
+from memgen.tracking.run_logger import pause_runs
 from memgen.training.callbacks import RESUME, AdapterCheckpoint
 from memgen.training.checkpoint import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+LAST = "last.ckpt"
+"""Link to the newest checkpoint."""
 PROGRESS = "progress.json"
 """File beside the checkpoints that says how far the run is."""
 _PROGRESS_SECONDS = 10.0
@@ -112,9 +116,7 @@ class ResumeCheckpoint(Checkpoint):
         self.keep = keep
         self.limit = Limit.find(time_limit, 60 * save_by_minutes)
         self.run: Path | None = None
-        """The run's folder. AdapterCheckpoint decides where it is; without one, the command line or the Trainer."""
-        self.resumed_from: str | None = None
-        """The .ckpt that the run goes on from. The Trainer knows it only after set-up, so the command line says it."""
+        """The run's folder, from set-up on: AdapterCheckpoint's; without one, the RunContext's or the Trainer's."""
         self._agreement: Agreement | None = None
         self._step = self._saved_step = -1
         self._saved_at = self._told_at = time.monotonic()
@@ -130,12 +132,13 @@ class ResumeCheckpoint(Checkpoint):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, AdapterCheckpoint):
                 self.run = callback.run
+        context = run_context(trainer)
         if self.run is None:
-            self.run = Path(trainer.default_root_dir)
-        if self.resumed_from is not None:
-            require_ranks(Path(self.resumed_from), trainer.world_size)
+            self.run = context.folder or Path(trainer.default_root_dir)
+        if context.resumed_from is not None:
+            require_ranks(context.resumed_from, trainer.world_size)
         if trainer.is_global_zero and (self.run / RESUME).is_dir():
-            for path in sweep(self.run / RESUME):
+            for path in remove_leftovers(self.run / RESUME):
                 logger.info("%s was left behind by a process that was killed: removed", path)
 
     @override
@@ -170,10 +173,7 @@ class ResumeCheckpoint(Checkpoint):
             return
         assert self._agreement is not None, "training has started"
         self._step = trainer.global_step
-        loop = trainer.fit_loop
-        fetcher = loop._data_fetcher
-        assert fetcher is not None, "it has fetched this batch"
-        self._validation_due = loop.epoch_loop._should_check_val_fx(fetcher)
+        self._validation_due = validation_is_due(trainer)
         minutes = (time.monotonic() - self._saved_at) / 60
         due = trainer.is_global_zero and self.every_minutes is not None and minutes >= self.every_minutes
         verdict = self._agreement.after_step(due, self._save_seconds)
@@ -185,7 +185,7 @@ class ResumeCheckpoint(Checkpoint):
         if verdict.wish and trainer.global_step != trainer.max_steps:
             LISTENER.forget()
             # Lightning would send this step's metrics to the loggers behind this hook.
-            trainer._logger_connector.update_train_step_metrics()
+            log_step_metrics(trainer)
             if verdict.wish is Wish.REQUEUE:
                 pause_runs(trainer.loggers)
             raise Interrupted(
@@ -223,18 +223,20 @@ class ResumeCheckpoint(Checkpoint):
         begun = time.monotonic()
         folder = (self.run / RESUME).absolute()
         path = folder / f"step_{trainer.global_step:06d}.ckpt"
-        temporary = path
+        with new_file(path) if trainer.is_global_zero else nullcontext(path) as temporary:
+            # Every process may write a part of it.
+            shared = Path(trainer.strategy.broadcast(str(temporary)))
+            trainer.save_checkpoint(shared)
+            if trainer.is_global_zero:
+                saved = Saved(
+                    step=trainer.global_step,
+                    epoch=trainer.current_epoch,
+                    world_size=trainer.world_size,
+                    saved_at=time.time(),
+                )
+                write_whole(_beside(path), json.dumps(asdict(saved)) + "\n")
         if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = temporary_beside(path)
-        temporary = Path(trainer.strategy.broadcast(str(temporary)))
-        try:
-            trainer.save_checkpoint(temporary)
-            if trainer.is_global_zero:
-                self._finish(trainer, temporary, path)
-        finally:
-            if trainer.is_global_zero:
-                discard(temporary)
+            keep_newest(path, self.keep)
         trainer.strategy.barrier("ResumeCheckpoint.save")
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
@@ -242,17 +244,6 @@ class ResumeCheckpoint(Checkpoint):
         if self._agreement is not None:
             self._agreement.paused()
         return path
-
-    def _finish(self, trainer: Trainer, temporary: Path, path: Path) -> None:
-        """Puts a written checkpoint in its place and removes older ones."""
-        saved = Saved(
-            step=trainer.global_step,
-            epoch=trainer.current_epoch,
-            world_size=trainer.world_size,
-            saved_at=time.time(),
-        )
-        _write_whole(_beside(path), asdict(saved))
-        publish(temporary, path, self.keep, beside=(".json",))
 
     def _tell(self, trainer: Trainer, *, at_once: bool = False) -> None:
         """Writes how far the run is, for `memgen status`, a few times in a minute."""
@@ -265,7 +256,6 @@ class ResumeCheckpoint(Checkpoint):
             # Behind the last step these would be computed over all ranks, which are not all here.
             self._metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         folder = self.run / RESUME
-        folder.mkdir(parents=True, exist_ok=True)
         progress = {
             "step": trainer.global_step,
             "max_steps": trainer.max_steps,
@@ -274,12 +264,7 @@ class ResumeCheckpoint(Checkpoint):
             "time": time.time(),
             "metrics": self._metrics,
         }
-        temporary = temporary_beside(folder / PROGRESS)
-        try:
-            temporary.write_text(json.dumps(progress) + "\n", encoding="utf-8")
-            temporary.replace(folder / PROGRESS)
-        finally:
-            discard(temporary)
+        write_whole(folder / PROGRESS, json.dumps(progress) + "\n")
 
 
 @final
@@ -319,6 +304,24 @@ class StepSeeds(Callback):
         self.seed = state_dict["seed"]
 
 
+def keep_newest(checkpoint: Path, keep: int) -> None:
+    """Points `last.ckpt` to a new checkpoint, and removes the oldest of the others and the records beside them.
+
+    Args:
+        checkpoint: the new one, `step_<number>.ckpt`. Other files in its folder are left alone.
+        keep: how many to keep.
+    """
+    folder = checkpoint.parent
+    point_to(folder / LAST, checkpoint)
+    others = [other for other in folder.glob("step_*.ckpt") if other != checkpoint]
+    others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
+    for old in others[keep - 1 :]:
+        remove(old)
+    for record in folder.glob("step_*.json"):
+        if not record.with_suffix(".ckpt").exists():
+            record.unlink()
+
+
 def require_ranks(checkpoint: Path, ranks: int) -> None:
     """Refuses a checkpoint that another number of processes wrote.
 
@@ -343,12 +346,3 @@ def _over_ranks(values: Any) -> list[float]:
 
 def _beside(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".json")
-
-
-def _write_whole(path: Path, value: Mapping[str, Any]) -> None:
-    temporary = temporary_beside(path)
-    try:
-        temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
-        take_place(temporary, path)
-    finally:
-        discard(temporary)

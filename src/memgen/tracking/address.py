@@ -1,22 +1,22 @@
-"""Names of stores: which one is meant, and where it lies."""
+"""MLflow tracking URIs: the default store, and paths of sqlite stores."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 STORE_VARIABLE = "MLFLOW_TRACKING_URI"
-"""The environment's word for the store."""
+"""Environment variable with the store's URI."""
 SQLITE = "sqlite:///"
-"""What the URI of a database in a file begins with."""
+"""Prefix of the URI of a sqlite store."""
 DEFAULT_STORE = f"{SQLITE}runs/mlflow.db"
-"""Where runs are recorded if nobody names another store."""
+"""Store that is used by default."""
 
 
 def absolute_uri(uri: str) -> str:
-    """The same store, whatever the working directory.
+    """The URI with the path of a sqlite store made absolute.
 
-    MLflow keeps one connection for each URI as it is spelled: a relative sqlite path would stay with the file of the
-    directory in which a process used it first.
+    MLflow caches one connection per URI string, so a relative sqlite path would keep pointing to the file in the directory
+    where the process used it first.
     """
     path = Path(uri.removeprefix(SQLITE))
     if not uri.startswith(SQLITE) or path.is_absolute() or str(path) in {".", ":memory:"}:
@@ -25,5 +25,5 @@ def absolute_uri(uri: str) -> str:
 
 
 def is_missing(uri: str) -> bool:
-    """Whether a URI names a database in a file that is not there. MLflow would make an empty one."""
+    """Whether a URI names a sqlite file that does not exist. MLflow would create an empty one."""
     return uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file()

@@ -1,4 +1,4 @@
-"""Checkpoints out of MLflow: `models:/NAME/VERSION` and `runs:/RUN_ID/PATH` as directories."""
+"""Fetches checkpoints from MLflow by `models:/NAME/VERSION` or `runs:/RUN_ID/PATH`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from memgen.tracking.store import client_of
 
 SCHEMES = ("models:/", "runs:/")
 CHECKPOINTS = "checkpoints"
-"""Folder of a run's artifacts with its checkpoints."""
+"""Folder among a run's artifacts that holds its checkpoints."""
 
 
 def is_recorded(name: str) -> bool:
-    """Whether a name is one of MLflow's."""
+    """Whether a name refers to a checkpoint in MLflow."""
     return name.startswith(SCHEMES)
 
 
 def fetch_checkpoint(name: str, store: str | None = None) -> Path:
-    """The directory of a checkpoint that MLflow keeps; downloaded if it is not on this machine.
+    """Local directory of a checkpoint in MLflow; downloaded if the store is not on this machine.
 
     Args:
         name: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `models:/NAME/latest`, `runs:/RUN_ID/PATH`, or `runs:/RUN_ID` for the last
@@ -46,14 +46,14 @@ def fetch_checkpoint(name: str, store: str | None = None) -> Path:
         reason = error.message.splitlines()[0]
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
             raise ValueError(f"there is no {name} in {uri}: {reason}") from error
-        raise ConnectionError(f"{uri} does not give out {name}: {reason}") from error
+        raise ConnectionError(f"{uri} does not deliver {name}: {reason}") from error
     except OSError as error:
         raise ValueError(f"{name} cannot be fetched from {uri}: {error}") from error
     return found
 
 
 def _source(name: str, uri: str) -> str:
-    """The URI of the artifacts that a name stands for."""
+    """The artifact URI that a name refers to."""
     client = client_of(uri)
     if name.startswith("runs:/"):
         run_id, _, path = name.removeprefix("runs:/").partition("/")
@@ -61,9 +61,7 @@ def _source(name: str, uri: str) -> str:
         if not path:
             present = [item.path for item in client.list_artifacts(run_id, CHECKPOINTS)]
             if not present:
-                raise ValueError(
-                    f"{name}: the run has no checkpoints; it has not ended, or it trained nothing"
-                )
+                raise ValueError(f"{name}: the run has no checkpoints: it has not ended, or it did not train")
             # Named by their step.
             path = max(present)
         return f"{run.info.artifact_uri}/{path}"

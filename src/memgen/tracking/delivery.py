@@ -1,8 +1,8 @@
-"""Records on their way to a store that may be slow, or down.
+"""Outbox: a queue of records for a store that may be slow or down.
 
-Whoever logs only appends to a queue and to a file beside it. A background thread delivers in order, tries again when
-the store does not answer, and empties the file when all has arrived. So a store that is down neither stops nor slows
-training, and what a run could not deliver outlives it: the file is said once, and `memgen deliver FILE` sends it later.
+Logging only appends to a queue and to a file. A background thread delivers in order, tries again while the store does not
+answer, and empties the file when everything has arrived. A store that is down neither stops nor slows training, and records
+that a run could not deliver outlive it: a warning names the file, and `memgen deliver FILE` sends it later.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import threading
 import time
 from collections import deque
@@ -24,48 +23,48 @@ from typing import Any, Protocol, final
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-"""What is delivered at once: `kind`, and what that kind needs, as JSON takes it."""
+"""One delivery: `kind` and the fields of that kind, as JSON values."""
 
 TOGETHER = 200
-"""Records of one kind that are handed to the recipient in one call."""
+"""Most records of one kind that the recipient gets in one call."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
-"""Seconds between two tries: doubled from the first to the longest."""
+"""Seconds between two attempts, doubled from the first to the longest."""
 PATIENCE = 10
-"""Tries in a row for a record that the store fails on although it answers otherwise. Then it is set aside."""
+"""Failed attempts for one record, by a store that answers otherwise, after which the record is set aside."""
 
 
 class RefusedError(Exception):
-    """The recipient answered, and will never take the record."""
+    """The recipient rejected the record for good."""
 
 
 class Recipient(Protocol):
-    """Where records go. Called from the delivery thread only."""
+    """Destination of records. Called from the delivery thread only."""
 
     def open(self) -> None:
-        """Makes ready; called until it succeeds."""
+        """Connects; called until it succeeds."""
 
     def send(self, records: Sequence[Record]) -> None:
-        """Delivers records of one kind. May be called again with the same ones, if it raised.
+        """Delivers records of one kind. Called again with the same records after an exception.
 
         Raises:
-            RefusedError: if it never will.
+            RefusedError: if another attempt would not help.
         """
 
     def answers(self) -> bool:
-        """Whether it can be reached at all."""
+        """Whether the recipient can be reached at all."""
 
     def header(self) -> Record:
-        """What a later process needs to deliver the rest."""
+        """What a later process needs to deliver the remaining records."""
 
 
 @final
 class Outbox:
-    """The queue, its file and its thread.
+    """The queue with its file and its delivery thread.
 
     Args:
-        recipient: where records go.
-        name: of the recipient, for messages.
-        path: of the file; its folder is made when the first record comes.
+        recipient: destination of the records.
+        name: the recipient's name, for messages.
+        path: path of the file; its folder is made with the first record.
     """
 
     def __init__(self, recipient: Recipient, name: str, path: Path) -> None:
@@ -81,12 +80,11 @@ class Outbox:
         self._failure: str | None = None
         self._gave_up = False
         self._stopping = False
-        self._spooled = itertools.count()
 
-    # The side that logs
+    # Called by the training process
 
     def start(self) -> None:
-        """Starts delivering, and with it opens the recipient."""
+        """Starts the delivery thread, which opens the recipient."""
         with self._change:
             self._start()
 
@@ -94,8 +92,8 @@ class Outbox:
         """Appends a record. Never waits for the recipient.
 
         Args:
-            kind: what the recipient knows it by.
-            fields: as JSON takes them.
+            kind: kind of record, as the recipient knows it.
+            fields: fields of the record, as JSON values.
         """
         record = {"kind": kind, **fields}
         with self._change:
@@ -105,29 +103,18 @@ class Outbox:
             self._start()
             self._change.notify_all()
 
-    def spool(self, ending: str) -> Path:
-        """A path for a file that a record refers to. Whoever delivers it deletes it."""
-        folder = self.spool_folder
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{next(self._spooled):06d}{ending}"
-
-    @property
-    def spool_folder(self) -> Path:
-        """Where files wait that records refer to."""
-        return self.path.with_suffix(".files")
-
     def opened(self, seconds: float) -> bool:
-        """Whether the recipient is open; waits until it is, or its first try has failed, or the time is over."""
+        """Whether the recipient is open, after waiting for the first attempt to open it, but not longer than `seconds`."""
         with self._change:
             self._start()
             self._change.wait_for(lambda: self._opened is not None, timeout=seconds)
             return bool(self._opened)
 
     def flush(self, seconds: float) -> int:
-        """Waits until all is delivered, but not longer than that.
+        """Waits until everything is delivered, but not longer than `seconds`.
 
         Returns:
-            The number of records that are left; a message says where they are kept.
+            Number of undelivered records; a warning says where they are kept.
         """
         with self._change:
             if not self._queue and self._thread is None:
@@ -152,7 +139,7 @@ class Outbox:
         return left
 
     def stop(self) -> None:
-        """Ends the thread at its next pause, whatever is left."""
+        """Ends the thread at its next pause, even if records are left."""
         atexit.unregister(self._at_exit)
         with self._change:
             self._stopping = True
@@ -166,14 +153,14 @@ class Outbox:
                 self._file = None
 
     def adopt(self, records: Sequence[Record]) -> None:
-        """Puts what an earlier process has left in front of everything else."""
+        """Puts undelivered records of an earlier process in front of the queue."""
         with self._change:
             assert self._thread is None, "before anything is delivered"
             self._queue.extendleft(reversed(records))
             for record in records:
                 self._append(record)
 
-    # The side that delivers
+    # The delivery thread
 
     def _start(self) -> None:
         if self._thread is None and os.getpid() == self._process:
@@ -182,7 +169,7 @@ class Outbox:
             atexit.register(self._at_exit)
 
     def _at_exit(self) -> None:
-        """For a process that ends without a word: what is queued gets a moment."""
+        """Gives queued records ten seconds if the process exits without `flush`."""
         if os.getpid() == self._process:
             self.flush(10.0)
 
@@ -201,7 +188,7 @@ class Outbox:
                 self._set_aside(batch, str(error))
             except Exception as error:  # noqa: BLE001 - networks, databases and disks fail in many ways
                 self._report_failure(error)
-                # Failures of an outage do not count: only a store that answers says something about the record.
+                # Failures during an outage do not count against the record.
                 tries = tries + 1 if self._recipient.answers() else 0
                 if tries < PATIENCE:
                     if self._pause(pause):
@@ -236,7 +223,7 @@ class Outbox:
             return
 
     def _pause(self, seconds: float) -> bool:
-        """Waits; whether the thread is to end."""
+        """Waits; returns whether the thread should end."""
         with self._change:
             return self._change.wait_for(lambda: self._stopping, timeout=seconds)
 
@@ -289,7 +276,7 @@ class Outbox:
     def _append(self, record: Record) -> None:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Open as long as records wait: the lock says that a process takes care of them.
+            # Kept open while records wait: the lock tells other processes that this one delivers them.
             self._file = self.path.open("w", encoding="utf-8")
             fcntl.flock(self._file, fcntl.LOCK_EX)
             self._write(self._recipient.header())
@@ -300,7 +287,7 @@ class Outbox:
         self._file.write(f"{json.dumps(record)}\n")
 
     def _rewrite(self) -> None:
-        """Leaves what is queued, under the header as it is now."""
+        """Rewrites the file with the current header and the queued records."""
         if self._file is None:
             return
         self._file.seek(0)
@@ -315,15 +302,14 @@ class Outbox:
             self._file.close()
             self._file = None
             self.path.unlink(missing_ok=True)
-        shutil.rmtree(self.spool_folder, ignore_errors=True)
 
 
 def read_outbox(path: Path) -> tuple[Mapping[str, Any], list[Record]]:
-    """Header and records of a file that a process has left. A last line that was cut short is left out.
+    """Header and records of an outbox file that a process has left behind, without an incomplete last line.
 
     Raises:
-        ValueError: if it is no such file.
-        BlockingIOError: if a process still takes care of it.
+        ValueError: if it is not an outbox file.
+        BlockingIOError: if a running process still delivers it.
     """
     with path.open("r+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -341,7 +327,7 @@ def read_outbox(path: Path) -> tuple[Mapping[str, Any], list[Record]]:
 
 
 def new_outbox_path(folder: Path) -> Path:
-    """A name of its own for this process's file."""
+    """A file name that is unique to this process."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return folder / f"{stamp}-{os.uname().nodename}-{os.getpid()}-{time.time_ns() % 1_000_000:06d}.jsonl"
 

@@ -1,19 +1,18 @@
-"""An evaluation's episodes as MLflow traces and as rows of a table.
+"""Episodes as MLflow shows them: a row of a table, a trace, and text with marks for a page (`page.py`).
 
-A trace has a span for each turn of the agent and for each answer of the environment. An episode is played in a batch
-with others and written down afterwards. Of its times only the batch's are known; they are shared out among its turns by
-the number of tokens, so a trace shows the order and the size of the turns, not their speed.
+A trace has a span for each turn of the agent and for each answer of the environment. Episodes are played in a batch and
+written down afterwards, so only the batch's start and end are known. The time is divided among an episode's turns in
+proportion to their tokens: a trace shows order and size of the turns, not their speed.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from memgen.environments.base import Example
 from memgen.model.weaver import WeaverConfig
-from memgen.tracking.samples import marked_trajectory
 from memgen.tracking.traces import Trace, TraceEvent, TraceSpan
 from memgen.types import AgentTurn, InsertionKind, Trajectory
 
@@ -21,14 +20,71 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARK = "⟦{}⟧"
-"""How woven latents stand in the text of a turn."""
+"""Mark of inserted latents in plain text."""
 
 
-def episode_row(
+@dataclass(frozen=True)
+class TextSegment:
+    """Text between two insertion points, or the mark of an insertion.
+
+    Attributes:
+        text: the text; of a mark, its label ("8 latents").
+        is_insertion: True for a mark, False for text.
+    """
+
+    text: str
+    is_insertion: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An episode's text with its insertion points.
+
+    Attributes:
+        prompt: the question.
+        segments: answers and observations, split at the insertion points.
+        title: the item's name and its reward, for example.
+    """
+
+    prompt: str
+    segments: Sequence[TextSegment]
+    title: str = ""
+
+    @property
+    def answer(self) -> str:
+        """The segments as one text, insertions marked as in `MARK`."""
+        return _plain(self.segments)
+
+
+def marked_trajectory(
     tokenizer: PreTrainedTokenizerBase, weaver: WeaverConfig, example: Example, trajectory: Trajectory
-) -> dict[str, Any]:
+) -> Sample:
+    """An episode's text, the agent's turns split at their insertion points.
+
+    Args:
+        tokenizer: the reasoner's tokenizer.
+        weaver: tells how many latents an insertion of each kind has.
+        example: the item.
+        trajectory: the episode.
+    """
+    segments: list[TextSegment] = []
+    read = 0
+    for number, turn in enumerate(trajectory.turns):
+        if number:
+            segments.append(TextSegment(tokenizer.decode(turn.context[read:])))
+        segments += _marked_turn(tokenizer, weaver, turn)
+        read = len(turn.context) + len(turn.tokens)
+    outcome = f"reward {trajectory.reward:g}" if trajectory.fault is None else f"failed: {trajectory.fault}"
+    components = ", ".join(f"{name} {value:g}" for name, value in trajectory.parts.items())
+    title = (
+        f"{example.id}: {outcome}{f' ({components})' if components else ''}"
+        f"{', truncated' if trajectory.truncated else ''}"
+    )
+    return Sample(example.question, segments, title)
+
+
+def episode_row(sample: Sample, example: Example, trajectory: Trajectory) -> dict[str, Any]:
     """An episode as a row of a table: numbers to sort by, and its text with marks."""
-    sample = marked_trajectory(tokenizer, weaver, example, trajectory)
     return {
         "example": example.id,
         "reward": trajectory.reward,
@@ -40,9 +96,7 @@ def episode_row(
         "truncated": trajectory.truncated,
         "fault": trajectory.fault or "",
         "question": example.question,
-        "answer": "".join(
-            MARK.format(segment.text) if segment.is_insertion else segment.text for segment in sample.segments
-        ),
+        "answer": sample.answer,
     }
 
 
@@ -58,28 +112,28 @@ def episode_trace(
     """An episode as a trace.
 
     Args:
-        tokenizer: the reasoner's.
-        weaver: how many latents an insertion of each kind has.
+        tokenizer: the reasoner's tokenizer.
+        weaver: tells how many latents an insertion of each kind has.
         example: the item.
-        trajectory: what the agent did with it.
-        begin: when its batch began, in nanoseconds since 1970.
-        end: when its batch was over.
-        tags: such as the split and the step.
+        trajectory: the episode.
+        begin: start of the episode's batch, in nanoseconds since 1970.
+        end: end of the batch, likewise.
+        tags: further tags of the trace, such as split and step.
     """
     spans: list[TraceSpan] = []
     clock = begin
-    behind = 0
+    seen = 0
     total = max(1, trajectory.tokens)
     for number, turn in enumerate(trajectory.turns, start=1):
-        read = tokenizer.decode(turn.context[behind:], skip_special_tokens=True).strip()
+        read = tokenizer.decode(turn.context[seen:], skip_special_tokens=True).strip()
         if number > 1:
             spans.append(
                 TraceSpan("environment", "TOOL", clock, clock, _text(tokenizer, trajectory, number - 2), read)
             )
         until = clock + (end - begin) * len(turn.tokens) // total
-        spans.append(_turn_span(tokenizer, weaver, example, trajectory, number, read, clock, until))
+        spans.append(_turn_span(tokenizer, weaver, turn, number, read, clock, until))
         clock = until
-        behind = len(turn.context) + len(turn.tokens)
+        seen = len(turn.context) + len(turn.tokens)
     outcome: dict[str, Any] = {"reward": trajectory.reward, **trajectory.parts}
     if trajectory.fault is not None:
         outcome = {"fault": trajectory.fault}
@@ -94,7 +148,7 @@ def episode_trace(
             "turns": len(trajectory.turns),
             "tokens": trajectory.tokens,
             "insertions": sum(len(turn.insertions) for turn in trajectory.turns),
-            "times": "the batch's, shared out by tokens",
+            "times": "those of the batch, divided in proportion to tokens",
         },
     )
     return Trace(
@@ -113,24 +167,19 @@ def _text(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory, turn: int)
 def _turn_span(
     tokenizer: PreTrainedTokenizerBase,
     weaver: WeaverConfig,
-    example: Example,
-    trajectory: Trajectory,
+    turn: AgentTurn,
     number: int,
     read: str,
     begin: int,
     end: int,
 ) -> TraceSpan:
-    turn = trajectory.turns[number - 1]
-    alone = marked_trajectory(tokenizer, weaver, example, dataclasses.replace(trajectory, turns=(turn,)))
-    marked = "".join(
-        MARK.format(segment.text) if segment.is_insertion else segment.text for segment in alone.segments
-    )
+    marked = _plain(_marked_turn(tokenizer, weaver, turn))
     return TraceSpan(
         name=f"turn {number}",
         kind="CHAT_MODEL",
         begin=begin,
         end=end,
-        # As chat models log it, so that MLflow shows the turn as a chat.
+        # The format of chat models, so that MLflow shows the turn as a chat.
         inputs={"messages": [{"role": "user", "content": read}]},
         outputs={"choices": [{"message": {"role": "assistant", "content": marked}}]},
         attributes={
@@ -161,3 +210,22 @@ def _insertion_events(weaver: WeaverConfig, turn: AgentTurn, begin: int, end: in
         time = begin + (end - begin) * place // max(1, len(turn.tokens))
         events.append(TraceEvent("latent_insertion", time, attributes))
     return events
+
+
+def _marked_turn(
+    tokenizer: PreTrainedTokenizerBase, weaver: WeaverConfig, turn: AgentTurn
+) -> list[TextSegment]:
+    segments = []
+    begin = 0
+    for point, kind in turn.insertions:
+        place = point - len(turn.context)
+        if place > begin:
+            segments.append(TextSegment(tokenizer.decode(turn.tokens[begin:place])))
+        segments.append(TextSegment(f"{weaver.latents(InsertionKind(kind))} latents", is_insertion=True))
+        begin = place
+    segments.append(TextSegment(tokenizer.decode(turn.tokens[begin:])))
+    return segments
+
+
+def _plain(segments: Sequence[TextSegment]) -> str:
+    return "".join(MARK.format(part.text) if part.is_insertion else part.text for part in segments)

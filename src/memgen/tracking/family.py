@@ -1,7 +1,8 @@
-"""Runs that belong together: the stages of a pipeline, the points of a sweep.
+"""Parent runs of pipelines and sweeps.
 
-They are children of a run that has no training of its own. MLflow's pages show only the parent until it is unfolded, so
-the parent gets its children's best values: in a pipeline those of each stage, in a sweep those of the best point.
+The runs of a pipeline's stages, or of a sweep's points, are children of a run that does not train. MLflow's list shows only
+the parent until it is unfolded, so the parent gets its children's best values: of a pipeline those of each stage, of a
+sweep those of the best point.
 """
 
 from __future__ import annotations
@@ -14,39 +15,39 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PARENT_VARIABLE = "MEMGEN_PARENT_RUN"
-"""Environment variable that names the run whose child a command's run becomes."""
+"""Environment variable with the id of the parent for a command's run."""
 PARENT_TAG = "mlflow.parentRunId"
-"""MLflow's own name for it."""
+"""MLflow's tag with the parent's id."""
 FAMILY_TAG = "memgen.family"
-"""Of a parent: what its children are."""
+"""Tag of a parent: the kind of its children."""
 Family = Literal["pipeline", "sweep"]
 BEST, TEST = "best/", "test/"
-"""Sections of a child's metrics that its parent shows."""
+"""Sections of a child's metrics that are copied to its parent."""
 MONITOR_TAG, MODE_TAG = "monitor", "monitor.mode"
-"""Of a child: the metric that decided what its best checkpoint is, and whether larger or smaller is better."""
+"""Tags of a child: the metric that chose its best checkpoint, and whether `max` or `min` is better."""
 
 
 def best_key(metric: str) -> str:
-    """Name of a run's best value of a metric. All of them stand in one section of MLflow's charts."""
+    """Metric name for a run's best value of a metric; all of them share one section of MLflow's charts."""
     return f"{BEST}{metric.replace('/', '_')}"
 
 
 def parent_run_id() -> str | None:
-    """The run that the environment names as parent."""
+    """Id of the parent run that the environment names; None if it names none."""
     return os.environ.get(PARENT_VARIABLE) or None
 
 
 def summarise_children(client: MlflowClient, parent: str) -> None:
-    """Writes the best values of a parent's children onto it. Children may do so at the same time.
+    """Copies the best values of a parent's children to it. Children may do so at the same time.
 
     Args:
-        client: of the store.
-        parent: its run id.
+        client: client of the store.
+        parent: id of the parent run.
     """
     from mlflow.entities import Metric, RunTag
 
     run = client.get_run(parent)
-    # Oldest first: of two runs of a stage the later one counts.
+    # Oldest first: a later run of the same stage overrides an earlier one.
     children = client.search_runs(
         [run.info.experiment_id],
         filter_string=f"tags.`{PARENT_TAG}` = '{parent}'",
@@ -55,7 +56,7 @@ def summarise_children(client: MlflowClient, parent: str) -> None:
     )
     values, tags = _of_sweep(children) if run.data.tags.get(FAMILY_TAG) == "sweep" else _of_pipeline(children)
     now = int(time.time() * 1000)
-    # Whoever has seen more children writes at a later step, and so has the last word.
+    # A writer that has seen more children writes at a later step, so its values win.
     rows = [
         Metric(key, value, now, len(children))
         for key, value in values.items()
@@ -65,7 +66,7 @@ def summarise_children(client: MlflowClient, parent: str) -> None:
 
 
 def _of_pipeline(children: list[Any]) -> tuple[dict[str, float], dict[str, str]]:
-    """Each stage's values in a section of its own."""
+    """Values of each stage, in a section per stage."""
     values: dict[str, float] = {}
     for child in children:
         stage = child.data.tags.get("stage", "run")
@@ -74,7 +75,7 @@ def _of_pipeline(children: list[Any]) -> tuple[dict[str, float], dict[str, str]]
 
 
 def _of_sweep(children: list[Any]) -> tuple[dict[str, float], dict[str, str]]:
-    """The values of the best point, and which it is."""
+    """Values of the best point, and tags that name it."""
     found = []
     for child in children:
         monitor = best_key(child.data.tags.get(MONITOR_TAG, ""))

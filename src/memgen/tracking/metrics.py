@@ -1,4 +1,4 @@
-"""What an evaluation measures on answers, over all ranks."""
+"""Metrics of an evaluation over answers, reduced over all ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memgen.model.weaver import WeaverConfig
 from memgen.types import InsertionKind, Trajectory
 
 SUCCESS = 1.0
-"""Total reward from which an answer counts as right, in `exact_match` and pass@k."""
+"""Total reward from which an answer counts as correct, in `exact_match` and pass@k."""
 
 _FIELDS = (
     "reward",
@@ -32,18 +32,18 @@ _FIELDS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured on one answer. It can be written down and read again as JSON values.
+    """Measurements of one answer; they can be written and read as JSON values.
 
     Attributes:
         reward: total reward.
-        parts: what it is made of, by name.
-        finished: whether no turn was cut, nor the episode.
-        tokens: that the agent wrote.
-        turns: that it took.
-        insertions: of memory.
-        latents: that were inserted.
-        invoked_at_prompt_end: whether memory was woven in behind a prompt.
-        fault: why the environment failed, or None. Such an answer counts for nothing.
+        parts: reward components by name.
+        finished: whether neither a turn nor the episode was truncated.
+        tokens: number of tokens that the agent wrote.
+        turns: number of its turns.
+        insertions: number of latent insertions.
+        latents: number of inserted latents.
+        invoked_at_prompt_end: whether latents were inserted at the end of a prompt.
+        fault: environment error, or None. Answers with one are left out of all means.
     """
 
     reward: float
@@ -74,25 +74,25 @@ class Measured:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Measured:
-        """What `dataclasses.asdict` wrote, among other keys."""
+        """The measurements in a record of `dataclasses.asdict`, which may have further keys."""
         return cls(**{name: record[name] for name in cls.__dataclass_fields__})
 
     @property
     def right(self) -> bool:
-        """Whether the answer counts as right."""
+        """Whether the answer counts as correct."""
         return self.reward >= SUCCESS
 
 
 @final
 class AnswerMetrics(Metric):
-    """Means over answers: reward and its parts, exact match, finished share, length, turns, insertions.
+    """Means over answers: reward and its components, exact match, finished share, length, turns, insertions.
 
-    `exact_match` is the share of answers with a total reward of at least `SUCCESS`. Parts are averaged over the answers
-    that have them. Episodes that the environment failed count for nothing but `faulted`, their share. Ranks may
-    differ in their number of answers.
+    `exact_match` is the share of answers with a total reward of at least `SUCCESS`. Reward components are averaged over the
+    answers that have them. Episodes with an environment error count only in `faulted`, their share. Ranks may have
+    different numbers of answers.
 
     Args:
-        weaver: how many latents an insertion has.
+        weaver: tells how many latents an insertion of each kind has.
     """
 
     full_state_update = False
@@ -106,7 +106,7 @@ class AnswerMetrics(Metric):
         self.add_state("totals", default=torch.zeros(len(_FIELDS), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("faults", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        # Names of parts are known only from the rewards, so they travel as objects, not as states.
+        # Names of reward components are known only from the rewards, so they are gathered as objects, not as states.
         self._part_sums: Counter[str] = Counter()
         self._part_counts: Counter[str] = Counter()
 
@@ -139,7 +139,7 @@ class AnswerMetrics(Metric):
 
     @override
     def compute(self) -> dict[str, Tensor]:
-        """The means by name (`reward_<part>` for parts); empty if there was no answer."""
+        """The means by name (`reward_<name>` for reward components); empty if there was no answer."""
         sums, counts = self._gathered_parts()
         if self.count + self.faults == 0:
             return {}
@@ -151,7 +151,7 @@ class AnswerMetrics(Metric):
 
     @override
     def reset(self) -> None:
-        """Forgets all answers."""
+        """Resets all sums."""
         super().reset()
         self._part_sums, self._part_counts = Counter(), Counter()
 

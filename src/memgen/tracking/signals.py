@@ -1,4 +1,4 @@
-"""What a rollout says about itself, and advice for a person who watches."""
+"""Metrics of a rollout, and warnings with advice for the user."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def rollout_sums(trajectories: Sequence[Trajectory], weaver: WeaverConfig) -> dict[str, Tensor]:
-    """Sums over a rank's episodes, to be added up over ranks and read by `rollout_means`.
+    """Sums over a rank's episodes, to be reduced over ranks and passed to `rollout_means`.
 
-    Names ending in `_min` or `_max` are extremes. Episodes that the environment failed count only in `faults`.
+    Names ending in `_min` or `_max` are reduced by minimum or maximum. Episodes with an environment error count only in
+    `faults`.
     """
     valid = [t for t in trajectories if t.fault is None]
     rewards = [t.reward for t in valid]
@@ -41,7 +42,7 @@ def rollout_sums(trajectories: Sequence[Trajectory], weaver: WeaverConfig) -> di
         asked = invoked = 0
         for t in valid:
             for turn in t.turns:
-                # The decision before a turn's first token is the one at the prompt's end.
+                # The decision before a turn's first token belongs to the end of the prompt.
                 decisions = turn.decisions[:1] if kind == InsertionKind.PROMPT else turn.decisions[1:]
                 asked += sum(d != Decision.NOT_ASKED for d in decisions)
                 invoked += sum(d == Decision.INVOKE for d in decisions)
@@ -51,7 +52,7 @@ def rollout_sums(trajectories: Sequence[Trajectory], weaver: WeaverConfig) -> di
 
 
 def rollout_means(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Metrics from summed `rollout_sums`."""
+    """Metrics from the reduced `rollout_sums`."""
     values = {name: float(value) for name, value in sums.items()}
     count = values["episodes"]
     metrics = {"rollout/faults": values["faults"]} if values["faults"] else {}
@@ -84,10 +85,10 @@ def rollout_means(sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 def values_of_some(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
-    """Values of a rank's episodes that not all of them have, by metric.
+    """Values that only some of a rank's episodes have, by metric.
 
-    `rollout/reward_PART` is a part of the reward. A part that is named KIND/PART says of what kind the item is (a task
-    of a mixture); `trigger/invocations_KIND` is how often the trigger invoked in such an episode.
+    `rollout/reward_NAME` is a reward component. A component named KIND/NAME tells the kind of the item (a task of a
+    mixture); `trigger/invocations_KIND` is the number of invocations in such an episode.
     """
     values: dict[str, list[float]] = {}
     for trajectory in trajectories:
@@ -102,15 +103,15 @@ def values_of_some(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]
 
 @torch.no_grad()
 def latent_metrics(latents: Sequence[Tensor], embedding: Tensor) -> dict[str, float]:
-    """Sizes and likeness of woven latents: norms that run away, or slots that say the same, are the first sign of trouble.
+    """Norms and similarity of woven latents. Diverging norms, or slots that become equal, are early signs of trouble.
 
     Args:
-        latents: blocks of latents, (K, H) each.
+        latents: latents of each insertion, (K, H) each.
         embedding: the reasoner's embedding table, (V, H).
 
     Returns:
-        `latents/norm`, the same over a token embedding's mean norm, and `latents/slot_cosine`: the mean cosine between
-        two slots of a block. Empty if there are none.
+        `latents/norm`, its ratio to the mean norm of token embeddings, and `latents/slot_cosine`, the mean cosine
+        between two latents of an insertion. Empty if there are no latents.
     """
     if not latents:
         return {}
@@ -128,7 +129,7 @@ def latent_metrics(latents: Sequence[Tensor], embedding: Tensor) -> dict[str, fl
 
 
 def memory_metrics() -> dict[str, float]:
-    """Memory of this process, and of its accelerator if it has one, in bytes."""
+    """RAM of this process, and peak memory of its GPU if it has one, in bytes."""
     metrics = {"perf/process_memory_bytes": float(psutil.Process().memory_info().rss)}
     if torch.cuda.is_available():
         metrics["perf/gpu_peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
@@ -137,7 +138,7 @@ def memory_metrics() -> dict[str, float]:
 
 @final
 class Advice:
-    """Says a thing once, when there is reason to, with what to change."""
+    """Warns once per topic when training shows a known problem, and says what to change."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
@@ -149,23 +150,23 @@ class Advice:
             logger.warning(message, *arguments)
 
     def on_rollout(self, metrics: dict[str, float], *, teaches: bool, greedy: bool) -> None:
-        """Looks at what a rollout measured.
+        """Checks the metrics of a rollout.
 
         Args:
-            metrics: its means.
-            teaches: whether some episode has an advantage.
-            greedy: whether nothing in it was drawn.
+            metrics: means over its episodes.
+            teaches: whether any episode has a non-zero advantage.
+            greedy: whether nothing in it was sampled.
         """
         reward = metrics.get("rollout/reward")
         if not teaches and reward is not None:
             if greedy:
-                reason = "nothing is drawn (rollout.temperature 0), so all answers to an item are equal"
+                reason = "nothing is sampled (rollout.temperature 0), so all answers to an item are equal"
             elif reward >= 1.0:
-                reason = "all answers are right"
+                reason = "all answers are correct"
             elif reward <= 0.0:
                 reason = "all answers are wrong"
             else:
-                reason = "the answers to an item are all right, or all wrong"
+                reason = "the answers to an item are all correct, or all wrong"
             self.say(
                 "dead groups",
                 "every group of this rollout has equal rewards, so there is nothing to learn from it (mean reward %.3f): "
@@ -177,23 +178,23 @@ class Advice:
         if metrics.get("rollout/truncated", 0.0) > 0.5:
             self.say(
                 "truncated",
-                "%.0f %% of the episodes were cut at their limit: raise rollout.max_new_tokens (or episodes.max_turns), or "
+                "%.0f %% of the episodes were truncated at their limit: raise rollout.max_new_tokens (or episodes.max_turns), or "
                 "check that the end-of-turn token is the one that the model writes",
                 100 * metrics["rollout/truncated"],
             )
         if metrics.get("rollout/faults"):
             self.say(
                 "faults",
-                "the environment failed %d episodes; they are neither trained on nor scored",
+                "%d episodes had an environment error; they are neither trained on nor scored",
                 int(metrics["rollout/faults"]),
             )
 
     def on_decisions(self, rate: float | None) -> None:
-        """Looks at how often a trigger that learns invokes."""
+        """Checks the invocation rate of a trigger in training."""
         if rate in (0.0, 1.0):
             self.say(
                 "constant trigger",
-                "the trigger %s at every boundary of this rollout, so no other choice is tried: change "
+                "the trigger %s at every boundary of this rollout, so the other decision is never tried: change "
                 "trigger.initial_invoke_bias, or policy.entropy_bonus",
                 "invokes" if rate else "skips",
             )
@@ -201,11 +202,11 @@ class Advice:
             self.say(
                 "no decisions",
                 "the trigger was not asked once in this rollout: weaver.prompt_latents and weaver.inference_latents (with "
-                "boundaries.max_inference_insertions) switch its boundaries on",
+                "boundaries.max_inference_insertions) enable its boundaries",
             )
 
     def on_update(self, loss: float, gradient_norm: float, *, first_pass: bool) -> None:
-        """Explains a loss near 0."""
+        """Explains a loss or gradient of about 0."""
         if gradient_norm == 0.0:
             self.say(
                 "no gradient",

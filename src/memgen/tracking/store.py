@@ -1,7 +1,7 @@
-"""What becomes of a run's records in MLflow. Called from the delivery thread; mlflow is imported when it is needed.
+"""Writes queued records to MLflow. Called from the delivery thread; mlflow is imported when it is needed.
 
-Each kind of record has a method of its name. Records may come twice (a try that failed half-way, a process that was
-killed), so each method leaves the same behind if it is called again.
+Each kind of record has a method `_send_<kind>`. Records may come twice (an attempt that failed half-way, a killed process),
+so every method is idempotent.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PARAMETERS = 100
-"""Parameters that MLflow takes in one call."""
+"""Most parameters that MLflow accepts in one call."""
 METRICS = 1000
-"""Metric rows, likewise."""
+"""Most metric values that MLflow accepts in one call."""
 TABLES_TAG = "mlflow.loggedArtifacts"
 SYSTEM = "system/"
-"""Metrics whose step is the second of the run."""
+"""Section of metrics whose step is the number of seconds since the run began."""
 FINAL_ERRORS = {
     "INVALID_PARAMETER_VALUE",
     "BAD_REQUEST",
@@ -40,30 +40,30 @@ FINAL_ERRORS = {
     "FEATURE_DISABLED",
     "NOT_IMPLEMENTED",
 }
-"""MLflow's error codes that another try does not change."""
+"""MLflow's error codes for which another attempt is useless."""
 QUICK = {
-    # We try again ourselves. MLflow would keep a call for minutes.
+    # The outbox tries again; MLflow would block a call for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    # A trace that did not arrive is to be noticed.
+    # A lost trace must be noticed.
     "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # We say it ourselves, once.
+    # The run logger prints it once.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
 @dataclass(frozen=True)
 class RunAddress:
-    """Which run, and where.
+    """Address of a run.
 
     Attributes:
-        uri: MLflow's tracking URI; a relative path of sqlite becomes absolute.
+        uri: MLflow's tracking URI; a relative sqlite path becomes absolute.
         experiment: name of the experiment.
-        artifacts: where a new experiment keeps artifacts; None: the store decides.
-        run_id: an existing run; None: a new one.
-        name: of a new run; None: MLflow makes one up.
-        tags: of the run.
+        artifacts: URI for the artifacts of a new experiment; None: the store decides.
+        run_id: id of an existing run; None: a new run.
+        name: name of a new run; None: MLflow makes one up.
+        tags: tags of the run.
     """
 
     uri: str
@@ -79,7 +79,7 @@ class RunAddress:
 
 @final
 class RunStore:
-    """A run in MLflow. See `delivery.Recipient`."""
+    """A run in MLflow, as recipient of an outbox (see `delivery.Recipient`)."""
 
     def __init__(self, address: RunAddress) -> None:
         for name, value in QUICK.items():
@@ -88,14 +88,14 @@ class RunStore:
         self.run_id = address.run_id
         self.experiment_id: str | None = None
         self.started: int | None = None
-        """When the run began, in milliseconds."""
+        """Start of the run, in milliseconds since 1970."""
         self.logged: Mapping[str, int] = {}
-        """Of a run that goes on: the last step of each metric when it was opened."""
+        """Last logged step of each metric of a resumed run, when it was opened."""
         self._client: MlflowClient | None = None
 
     @property
     def client(self) -> MlflowClient:
-        """A client of its own for whoever asks first; MLflow's clients may be shared by threads."""
+        """An MLflow client, which threads may share."""
         if self._client is None:
             from mlflow import MlflowClient
 
@@ -103,7 +103,7 @@ class RunStore:
         return self._client
 
     def open(self) -> None:
-        """Makes the run, or finds the one to go on with."""
+        """Creates the run, or finds the one to continue."""
         from mlflow.exceptions import MlflowException
         from mlflow.tracking.context.registry import resolve_tags
 
@@ -120,7 +120,7 @@ class RunStore:
                     self.logged = {metric.key: metric.step for metric in run.to_proto().data.metrics}
                 client.update_run(self.run_id, status="RUNNING")
         if self.run_id is None:
-            # Who started it, and which program.
+            # Adds user and program, as MLflow's own API does.
             tags = resolve_tags(dict(address.tags))
             run = client.create_run(self._experiment(), tags=tags, run_name=address.name)
             self.run_id = run.info.run_id
@@ -138,7 +138,7 @@ class RunStore:
                     address.experiment, artifact_location=address.artifacts
                 )
             except MlflowException as error:
-                # Another process was faster.
+                # Another process has created it meanwhile.
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 found = client.get_experiment_by_name(address.experiment)
@@ -156,7 +156,7 @@ class RunStore:
         kind = records[0]["kind"]
         method = getattr(self, f"_send_{kind}", None)
         if method is None:
-            raise RefusedError(f"there is no kind of record {kind}")
+            raise RefusedError(f"records of kind {kind} are not supported")
         try:
             method(records)
         except MlflowException as error:
@@ -164,18 +164,18 @@ class RunStore:
                 raise RefusedError(error.message.splitlines()[0]) from error
             raise
         except FileNotFoundError as error:
-            raise RefusedError(f"{error.filename} is gone") from error
+            raise RefusedError(f"{error.filename} no longer exists") from error
 
     def answers(self) -> bool:
-        """Whether the store can be reached at all."""
+        """Whether the store answers a simple request."""
         try:
             self.client.get_run(self.run_id)
-        except Exception:  # noqa: BLE001 - that is the question
+        except Exception:  # noqa: BLE001 - any failure means no
             return False
         return True
 
     def header(self) -> Record:
-        """The address, with the run's id once there is one."""
+        """The address, with the run's id once it is known."""
         return {**asdict(self.address), "run_id": self.run_id}
 
     # Kinds of records
@@ -187,7 +187,7 @@ class RunStore:
             Metric(key=key, value=value, timestamp=record["time"], step=self._step(key, record))
             for record in records
             for key, value in record["values"].items()
-            # Steps that a run goes through again after it was resumed.
+            # A resumed run repeats steps that are logged already.
             if key.startswith(SYSTEM) or record["step"] > self.logged.get(key, -1)
         ]
         for begin in range(0, len(rows), METRICS):
@@ -202,7 +202,7 @@ class RunStore:
     def _send_parameters(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Param
 
-        # A run that goes on keeps its parameters: MLflow refuses another value for one that is set.
+        # A resumed run keeps its parameters: MLflow refuses to change one.
         present = self.client.get_run(self.run_id).data.params
         values = {key: value for record in records for key, value in record["values"].items()}
         new = [Param(key, value) for key, value in values.items() if key not in present]
@@ -225,27 +225,8 @@ class RunStore:
                 raise FileNotFoundError(2, "gone", record["directory"])
             self.client.log_artifacts(self.run_id, record["directory"], artifact_path=record["path"])
 
-    def _send_file(self, records: Sequence[Record]) -> None:
-        for record in records:
-            local = Path(record["file"])
-            if local.exists():  # Else an earlier try has delivered it.
-                self.client.log_artifact(self.run_id, str(local), artifact_path=record["path"])
-                _forget(local)
-
-    def _send_image(self, records: Sequence[Record]) -> None:
-        from PIL import Image
-
-        for record in records:
-            local = Path(record["file"])
-            if local.exists():
-                with Image.open(local) as image:
-                    self.client.log_image(
-                        self.run_id, image, key=record["key"], step=record["step"], synchronous=True
-                    )
-                _forget(local)
-
     def _send_table(self, records: Sequence[Record]) -> None:
-        # MLflow's own log_table asks pandas; it appends, and so would double what is sent again.
+        # MLflow's own log_table needs pandas, and appends, so a repeated delivery would double the rows.
         for record in records:
             columns = record["columns"]
             table = {
@@ -253,7 +234,7 @@ class RunStore:
                 "data": [list(row) for row in zip(*columns.values(), strict=True)],
             }
             self.client.log_text(self.run_id, json.dumps(table, ensure_ascii=False), record["path"])
-        # By this tag MLflow's pages know which artifacts are tables.
+        # This tag tells MLflow's pages which artifacts are tables.
         known = json.loads(self.client.get_run(self.run_id).data.tags.get(TABLES_TAG, "[]"))
         new = [{"path": record["path"], "type": "table"} for record in records]
         self.client.set_tag(
@@ -280,7 +261,7 @@ class RunStore:
 
         for record in records:
             name = record["name"]
-            with contextlib.suppress(MlflowException):  # It is there already; else the next call fails.
+            with contextlib.suppress(MlflowException):  # It exists already; otherwise the next call fails.
                 self.client.create_registered_model(name, description=record["description"])
             source = f"{self.client.get_run(self.run_id).info.artifact_uri}/{record['path']}"
             known = self.client.search_model_versions(f"name='{name}' and run_id='{self.run_id}'")
@@ -293,7 +274,7 @@ class RunStore:
     def _send_trace(self, records: Sequence[Record]) -> None:
         assert self.experiment_id is not None, "known since the run was opened"
         assert self.run_id is not None, "likewise"
-        # A store that is down would be noticed only by a missing trace.
+        # Fails at once if the store is down; the trace exporter would hide that.
         self.client.get_run(self.run_id)
         for record in records:
             write_trace(
@@ -316,26 +297,20 @@ class RunStore:
             self.client.set_terminated(self.run_id, status)
 
 
-def _forget(spooled: Path) -> None:
-    spooled.unlink()
-    with contextlib.suppress(OSError):
-        spooled.parent.rmdir()
-
-
 def client_of(uri: str) -> MlflowClient:
-    """A client for a store, with our settings."""
+    """An MLflow client for a store, with the settings of this module."""
     return RunStore(RunAddress(uri, "")).client
 
 
 def deliver(header: Mapping[str, Any], records: Sequence[Record]) -> tuple[str, list[str]]:
-    """Sends what a process has left, now.
+    """Sends the records of an outbox that a process has left behind, now.
 
     Args:
-        header: of its outbox.
-        records: likewise.
+        header: header of the outbox.
+        records: its records.
 
     Returns:
-        The run's id, and why records were refused, if some were.
+        The run's id, and the reasons for which records were refused, if any were.
     """
     known = {item.name for item in fields(RunAddress)}
     store = RunStore(RunAddress(**{name: value for name, value in header.items() if name in known}))

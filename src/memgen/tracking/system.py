@@ -1,4 +1,9 @@
-"""What a run does to its machine, every few seconds, under the names that MLflow's page of system metrics knows."""
+"""System metrics of the machine and the process, under the names that MLflow's page of system metrics shows.
+
+Not MLflow's own `SystemMetricsMonitor`: it sends to the store from its thread and ends for good at the first request that
+fails; it has neither the process's memory and CPU nor network rates, measures the disk of `/` instead of the working
+directory's, and needs nvidia-ml-py for GPUs.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +30,11 @@ _GPU_FIELDS = {
 
 @final
 class SystemMonitor:
-    """A thread that measures.
+    """Measures in a background thread.
 
     Args:
-        report: takes measurements by name.
-        seconds: between two of them.
+        report: called with the measurements by name.
+        seconds: seconds between two measurements.
     """
 
     def __init__(self, report: Callable[[Mapping[str, float]], None], seconds: float) -> None:
@@ -39,14 +44,14 @@ class SystemMonitor:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begins, unless it has."""
+        """Starts the thread, unless it runs."""
         if self._thread is None:
             self._stop.clear()
             self._thread = threading.Thread(target=self._run, name="memgen-system", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Ends; measures once more, so that a short run has an entry."""
+        """Measures once more, so that a short run has an entry, and ends the thread."""
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
@@ -61,7 +66,7 @@ class SystemMonitor:
 
 @final
 class Measurements:
-    """Measures machine, process and accelerators. Rates are those since the call before."""
+    """Measures machine, process and GPUs. Rates are averages since the previous call."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
@@ -91,23 +96,23 @@ class Measurements:
             values["system/network_receive_megabytes_per_second"] = received / MEGABYTE / seconds
             values["system/network_transmit_megabytes_per_second"] = sent / MEGABYTE / seconds
         self._traffic, self._time = traffic, now
-        return values | self._accelerators()
+        return values | self._gpus()
 
-    def _accelerators(self) -> dict[str, float]:
+    def _gpus(self) -> dict[str, float]:
         if self._smi is None:
             return {}
         command = [self._smi, f"--query-gpu=index,{','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         except (OSError, subprocess.SubprocessError) as error:
-            logger.warning("nvidia-smi fails, so there are no metrics of GPUs: %s", error)
+            logger.warning("nvidia-smi failed, so there are no GPU metrics: %s", error)
             self._smi = None
             return {}
-        return parse_accelerators(done.stdout)
+        return parse_gpus(done.stdout)
 
 
-def parse_accelerators(table: str) -> dict[str, float]:
-    """Metrics from the table that nvidia-smi prints; what a GPU does not know is left out."""
+def parse_gpus(table: str) -> dict[str, float]:
+    """Metrics from nvidia-smi's table; values that a GPU does not report are left out."""
     values = {}
     for line in table.splitlines():
         index, *cells = [cell.strip() for cell in line.split(",")]

@@ -1,4 +1,4 @@
-"""Traces: what they hold, and how MLflow gets them."""
+"""Traces of episodes as JSON records, and their delivery to MLflow."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 IDENTITY_TAG = "memgen.trace"
-"""Tag by which a trace that was sent twice is known."""
+"""Tag that identifies a trace, so that it is not written twice."""
 
 
 @dataclass(frozen=True)
 class TraceEvent:
-    """Something at one place of a span."""
+    """An event within a span; time in nanoseconds."""
 
     name: str
     time: int
@@ -28,7 +28,7 @@ class TraceEvent:
 
 @dataclass(frozen=True)
 class TraceSpan:
-    """A stretch of an episode; times in nanoseconds."""
+    """A part of an episode; times in nanoseconds."""
 
     name: str
     kind: str
@@ -42,14 +42,14 @@ class TraceSpan:
 
 @dataclass(frozen=True)
 class Trace:
-    """An episode.
+    """Trace of an episode.
 
     Attributes:
-        root: the whole of it.
-        spans: its turns and observations, in order.
-        tags: what traces are searched by.
-        reward: shown as an assessment; None if the environment failed.
-        identity: unique.
+        root: span of the whole episode.
+        spans: spans of turns and observations, in order.
+        tags: tags to search traces by.
+        reward: shown as an assessment; None after an environment error.
+        identity: unique identifier.
     """
 
     root: TraceSpan
@@ -59,12 +59,12 @@ class Trace:
     identity: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def to_record(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """The trace as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Trace:
-        """What `to_record` described."""
+        """The trace that `to_record` has written."""
         return cls(
             root=_span(record["root"]),
             spans=tuple(_span(span) for span in record["spans"]),
@@ -79,9 +79,10 @@ def _span(record: Mapping[str, Any]) -> TraceSpan:
 
 
 def _send_to(uri: str) -> None:
-    """Names the store of traces, which MLflow has one of in a process.
+    """Sets the store of traces, which is global to the process in MLflow.
 
-    It also leaves the name in the environment, where later runs of this process, and its children, would find it.
+    `mlflow.set_tracking_uri` also sets an environment variable, which later runs of this process and its subprocesses would
+    pick up; it is restored.
     """
     import mlflow
 
@@ -97,10 +98,10 @@ def write_trace(client: MlflowClient, uri: str, experiment_id: str, run_id: str,
     """Writes a trace into a run, unless it is there already.
 
     Args:
-        client: of the store.
-        uri: of the same store.
-        experiment_id: of the run.
-        run_id: the run.
+        client: client of the store.
+        uri: URI of the same store.
+        experiment_id: id of the run's experiment.
+        run_id: id of the run.
         trace: the trace.
 
     Raises:
@@ -154,7 +155,7 @@ def write_trace(client: MlflowClient, uri: str, experiment_id: str, run_id: str,
 
 
 def _arrived(client: MlflowClient, trace_id: str, spans: int) -> bool:
-    """Whether the store has a trace. MLflow's exporter keeps its failures to itself."""
+    """Whether the store has the complete trace. MLflow's exporter only logs its failures."""
     from mlflow.exceptions import MlflowException
 
     try:

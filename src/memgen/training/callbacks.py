@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from memgen.distributed.zero import whole_weights
-from memgen.files import point_to, sweep
+from memgen.files import point_to
 from memgen.model.memgen import MemGenConfig, MemGenModel
-from memgen.tracking.mlflow import log_best, log_checkpoint, run_loggers
+from memgen.run_context import run_context
+from memgen.tracking.run_logger import log_best, log_checkpoint, run_loggers
 from memgen.training.checkpoint import save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,6 @@ class AdapterCheckpoint(Callback):
         self.with_trigger = with_trigger
         self.best: float | None = None
         self.run: Path | None = None
-        self.resumed_from: str | None = None
-        """The .ckpt that the run is resumed from. The Trainer knows it only after set-up, so the command line sets it."""
-        self.run_folder: Path | None = None
-        """The run's folder, if the user chose one."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -69,9 +66,10 @@ class AdapterCheckpoint(Callback):
 
     def _folder(self, trainer: Trainer) -> Path:
         """The chosen folder; else that of the run it resumes; else one named after its MLflow run, or the time."""
-        if self.run_folder is not None:
-            return self.run_folder
-        resumed = Path(self.resumed_from) if self.resumed_from else None
+        context = run_context(trainer)
+        if context.folder is not None:
+            return context.folder
+        resumed = context.resumed_from
         if resumed is not None and resumed.parent.name == RESUME:
             return resumed.parent.parent
         for found in run_loggers(trainer.loggers):
@@ -125,5 +123,4 @@ class AdapterCheckpoint(Callback):
             if not trainer.is_global_zero or self.run is None:
                 return
             save_checkpoint(model, config, self.run / name, with_trigger=self.with_trigger)
-            sweep(self.run.parent, "latest")
             point_to(self.run.parent / "latest", self.run)

@@ -13,20 +13,18 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from memgen.files import aside, discard, standing, sweep, take_place, temporary_beside
+from memgen.files import current, new_folder
 from memgen.files import sync as sync
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone, BackboneConfig
@@ -34,6 +32,7 @@ from memgen.model.boundary import BoundaryConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.trigger import TokenTrigger, TriggerConfig, TriggerKind
 from memgen.model.weaver import WeaverConfig
+from memgen.parsing import parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +90,7 @@ def save_checkpoint(model: MemGenModel, config: MemGenConfig, directory: Path, *
         _write_tensors(model.weaver.own_parameters(), temporary / WEAVER_FILE)
         if with_trigger:
             _write_tensors(model.trigger.own_parameters(), temporary / TRIGGER_FILE)
-        _write_text(json.dumps(header, indent=2) + "\n", temporary / CONFIG_FILE)
+        (temporary / CONFIG_FILE).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(directory: Path) -> MemGenConfig:
@@ -100,9 +99,12 @@ def read_config(directory: Path) -> MemGenConfig:
     Raises:
         CheckpointError: if it is not a checkpoint directory, or of another format version.
     """
-    directory = standing(directory)
-    config: MemGenConfig = _parse(MemGenConfig, _header(directory)["config"], str(directory / CONFIG_FILE))
-    return config
+    directory = current(directory)
+    values = _header(directory)["config"]
+    try:
+        return parse(MemGenConfig, values)
+    except ValueError as error:
+        raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from error
 
 
 def load_checkpoint(model: MemGenModel, directory: Path) -> LoadReport:
@@ -115,7 +117,7 @@ def load_checkpoint(model: MemGenModel, directory: Path) -> LoadReport:
     Raises:
         CheckpointError: if the directory is no checkpoint, was made on another backbone, or its tensors do not match.
     """
-    directory = standing(directory)
+    directory = current(directory)
     header = _header(directory)
     for part, base in _bases(model).items():
         recorded = header["backbones"].get(part)
@@ -249,24 +251,18 @@ def _write_tensors(parameters: Mapping[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"could not write {path}: {error}") from error
-    sync(path)
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
-    sync(path)
 
 
 @contextmanager
 def _replacing(directory: Path, known_by: str) -> Iterator[Path]:
-    """A temporary directory beside the target that takes its place once the block has succeeded.
-
-    The two are exchanged in one step. A file system that cannot do that sets the old one aside for a moment, under
-    a name that `standing` knows, so that a process killed at any point leaves something to load.
+    """A temporary folder that replaces `directory` once the block has succeeded.
 
     Args:
         directory: the target.
-        known_by: a file that anything standing there must have: nothing else is ever replaced.
+        known_by: a file that an existing folder must have to be replaced.
+
+    Raises:
+        FileExistsError: if something else is there: it would be lost.
     """
     directory = directory.absolute()
     empty = directory.is_dir() and not any(directory.iterdir())
@@ -274,35 +270,8 @@ def _replacing(directory: Path, known_by: str) -> Iterator[Path]:
         raise FileExistsError(
             f"{directory} exists and is no checkpoint (it has no {known_by}); give another name"
         )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    sweep(directory.parent, directory.name)
-    temporary = temporary_beside(directory)
-    temporary.mkdir()
-    try:
+    with new_folder(directory) as temporary:
         yield temporary
-        take_place(temporary, directory)
-        shutil.rmtree(aside(directory), ignore_errors=True)
-    finally:
-        discard(temporary)
-
-
-def _parse(kind: Any, value: Any, where: str) -> Any:
-    """Builds a configuration record from JSON, refusing unknown keys."""
-    origin = get_origin(kind)
-    if origin in (Union, UnionType):
-        if value is None:
-            return None
-        return _parse(next(arg for arg in get_args(kind) if arg is not type(None)), value, where)
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-        known = {field.name for field in fields(kind)}
-        unknown = sorted(set(value) - known)
-        if unknown:
-            raise CheckpointError(
-                f"{where}: unknown keys {', '.join(unknown)} in {kind.__name__}; known: {sorted(known)}"
-            )
-        hints = get_type_hints(kind)
-        return kind(**{name: _parse(hints[name], inner, where) for name, inner in value.items()})
-    return tuple(value) if isinstance(value, list) else value
 
 
 # The released code's format
@@ -406,7 +375,7 @@ def export_released(model: MemGenModel, config: MemGenConfig, directory: Path) -
     Args:
         model: with a trigger of kind `tokens`: the format has no place for the others.
         config: the model's configuration.
-        directory: where; it appears whole or not at all.
+        directory: where; it is written whole or not at all.
 
     Raises:
         ValueError: if the model has something that the format cannot hold.
@@ -451,7 +420,9 @@ def export_released(model: MemGenModel, config: MemGenConfig, directory: Path) -
                 if name.startswith(prefix)
             }
             save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            _write_text(json.dumps(_adapter_config(lora), indent=2) + "\n", folder / "adapter_config.json")
+            (folder / "adapter_config.json").write_text(
+                json.dumps(_adapter_config(lora), indent=2) + "\n", encoding="utf-8"
+            )
         header = {
             "model_type": "memgen",
             "hidden_size": model.reasoner.backbone.hidden_size,
@@ -464,7 +435,7 @@ def export_released(model: MemGenModel, config: MemGenConfig, directory: Path) -
             "weaver_lora_config": _adapter_config(config.weaver.lora),
             "trigger_lora_config": _adapter_config(config.trigger.lora),
         }
-        _write_text(json.dumps(header, indent=2) + "\n", temporary / RELEASED_CONFIG_FILE)
+        (temporary / RELEASED_CONFIG_FILE).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
 
 def _adapter_config(lora: Any) -> dict[str, Any]:

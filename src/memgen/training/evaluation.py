@@ -9,18 +9,17 @@ from collections.abc import Sequence
 from typing import Any, final
 
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 
 from memgen.data import EvalBatch
 from memgen.environments.base import InteractiveEnvironment
 from memgen.generation.rollout import Actor, Rollouts, rollout
 from memgen.model.weaver import WeaverConfig
 from memgen.seeds import episode_seeds
-from memgen.tracking.episodes import episode_row, episode_trace
+from memgen.tracking.episodes import Sample, episode_row, episode_trace, marked_trajectory
 from memgen.tracking.metrics import AnswerMetrics, Measured
-from memgen.tracking.mlflow import Sample, log_samples, run_loggers
-from memgen.tracking.plots import EvaluationCounts, PlaceCounts, evaluation_figure, latent_norms
-from memgen.tracking.samples import marked_trajectory
+from memgen.tracking.page import log_samples
+from memgen.tracking.run_logger import run_loggers
 from memgen.tracking.traces import Trace
 from memgen.types import Trajectory
 
@@ -58,12 +57,9 @@ class Evaluation(nn.Module):
         super().__init__()
         self.weaver = weaver
         self.metrics = AnswerMetrics(weaver)
-        self.places = PlaceCounts()
         self._samples: list[Sample] = []
         self._rows: list[dict[str, Any]] = []
         self._traces: list[Trace] = []
-        self._latents: list[Tensor] = []
-        self._embedding_norm = 0.0
         self.recorder: Recorder | None = None
         """Records a test item by item; recorded items are not played again."""
 
@@ -81,18 +77,10 @@ class Evaluation(nn.Module):
             self.metrics.update(self.recorder.recorded(batch))
             batch = self.recorder.remaining(batch)
             if not batch.examples:
-                self.places.update([])
                 return
         begin = time.time_ns()
-        rollouts = self.play(actor, batch, keep_latents=not self._rows)
-        trajectories = rollouts.trajectories
+        trajectories = self.play(actor, batch).trajectories
         self.metrics.update(trajectories)
-        self.places.update(trajectories)
-        if rollouts.latents is not None:
-            self._latents = [block for row in rollouts.latents for block in row]
-            table = actor.model.reasoner.backbone.embedding
-            norms = table[:: max(1, table.shape[0] // 1024)].detach().float().norm(dim=-1)
-            self._embedding_norm = float(norms.mean())
         self._show(actor, batch, trajectories, (begin, time.time_ns()))
 
     def _show(
@@ -106,9 +94,10 @@ class Evaluation(nn.Module):
                 batch.examples[index // actor.generation.group_size],
                 trajectory,
             )
-            self._rows.append(episode_row(*item))
+            sample = marked_trajectory(*item)
+            self._rows.append(episode_row(sample, item[2], trajectory))
             if len(self._samples) < SHOWN:
-                self._samples.append(marked_trajectory(*item))
+                self._samples.append(sample)
                 if interactive:
                     self._traces.append(episode_trace(*item, *times, tags={}))
 
@@ -156,32 +145,20 @@ class Evaluation(nn.Module):
             # Every rank has the same means already; the flag only says so to Lightning.
             stage.log(f"{split}/{key}", value, prog_bar=key in ("reward", "exact_match"), sync_dist=True)
         self.metrics.reset()
-        asked, invoked, rewards = self.places.compute()
-        self.places.reset()
         if stage.trainer.is_global_zero and not stage.trainer.sanity_checking:
-            counts = EvaluationCounts(
-                asked.cpu().numpy(),
-                invoked.cpu().numpy(),
-                # torchmetrics makes a number of a single one.
-                rewards.reshape(-1).cpu().numpy(),
-                latent_norms(self._latents),
-                self._embedding_norm,
-            )
-            self._write(stage, split, f"{split}_{name}", counts)
-        self._samples, self._rows, self._traces, self._latents = [], [], [], []
+            self._write(stage, split, f"{split}_{name}")
+        self._samples, self._rows, self._traces = [], [], []
         return means
 
-    def _write(self, stage: LightningModule, split: str, name: str, counts: EvaluationCounts) -> None:
-        """Writes page, table, figure and traces. None is made if no logger records the run."""
+    def _write(self, stage: LightningModule, split: str, name: str) -> None:
+        """Writes page, table and traces, if the run is recorded."""
         found = run_loggers(stage.trainer.loggers)
         if not found or not self._rows:
             return
         log_samples(found, self._samples, name)
         columns = {key: [row[key] for row in self._rows] for key in self._rows[0]}
-        figure = evaluation_figure(counts, f"{name.replace('_', ' ')}: {len(counts.rewards)} episodes")
         for one in found:
             one.log_table(columns, f"tables/{name}.json")
-            one.log_image(figure, f"{split}/episodes", stage.global_step)
             for trace in self._traces[: one.settings.traces]:
                 one.log_trace(
                     dataclasses.replace(

@@ -30,8 +30,8 @@ from memgen.objectives.advantages import Advantages, group_advantages
 from memgen.objectives.policy_gradient import TokenScores, policy_loss
 from memgen.objectives.policy_losses import loss_function
 from memgen.objectives.policy_settings import PolicySettings
-from memgen.tracking.mlflow import log_samples
-from memgen.tracking.samples import marked_trajectory
+from memgen.tracking.episodes import marked_trajectory
+from memgen.tracking.page import log_samples
 from memgen.tracking.signals import Advice
 from memgen.training.evaluation import SHOWN
 from memgen.training.micro_batches import (

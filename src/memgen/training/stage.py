@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from memgen.chat import end_of_turn_id
-from memgen.data import EnvironmentData, EvalBatch, no_assets
+from memgen.data import EnvironmentData, EvalBatch
 from memgen.distributed.zero import require_whole
 from memgen.generation.rollout import Actor, EpisodeSettings
 from memgen.generation.sampling import GenerationSettings
@@ -60,7 +60,6 @@ class Stage(LightningModule, ABC):
         self.episodes = episodes
         self.init_from = init_from
         self.recompute = checkpointing
-        self.resolve_asset: Callable[[str], str] = no_assets
         # A .ckpt holds only trained tensors; the frozen base is loaded from its own files.
         self.strict_loading = False
         self.memgen: MemGenModel
@@ -83,7 +82,7 @@ class Stage(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         if not hasattr(self, "memgen"):
             data = stage_data(self, self.learns_from if stage == "fit" else None)
-            self.memgen = build_model(self.config, data, self.resolve_asset, self.init_from)
+            self.memgen = build_model(self.config, data, data.resolve_asset, self.init_from)
             if stage == "fit":
                 self.check_start()
         self.memgen.train_only(self.component)

@@ -91,7 +91,7 @@ class PopQA(SearchQA):
             if not _has_paragraphs(file):
                 raise ValueError(
                     f"{self.path} holds no paragraphs, so there is nothing to search: set "
-                    "data.environment.init_args.search to a memgen.environments.search.retrieval.PassageIndex or SearchServer"
+                    "data.environment.search to a memgen.environments.search.retrieval.PassageIndex or SearchServer"
                 )
             self._own_passages = PassageIndex(str(file))
         return self._own_passages

@@ -1,17 +1,19 @@
 """Passages for a query: from an index on this machine, or from a search server.
 
-`PassageIndex` is the embedded default: an SQLite FTS5 table ranked by BM25, built once from a passage file. An index
-is written under a temporary name and renamed when it is whole, and never changed afterwards; its name holds the hash
-of the passage file, so that many processes may read it and another file is another index.
+`PassageIndex` is the embedded default: an SQLite FTS5 table ranked by BM25, built once from a passage file and never
+changed afterwards. Its name holds the hash of the passage file, so many processes may read it, and another file gives
+another index.
 
 `SearchServer` asks any server that speaks Search-R1's protocol (arXiv 2503.09516, `retrieval_server.py`):
 `POST /retrieve {"queries": [...], "topk": k, "return_scores": true}` answers
 `{"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}`, one list per query, where `contents` is the
-quoted title, a line break and the text. Differs from Search-R1's client, which waits for ever and takes any answer:
-a request has a time limit as a whole, is repeated with growing pauses, and an answer that does not fit the request
-is a failure. `memgen serve-search` offers a `PassageIndex` under the same protocol.
+quoted title, a line break and the text. Differs from Search-R1's client, which waits without limit and accepts any
+answer: a request has a time limit as a whole, is repeated with growing pauses, and an answer that does not fit the
+request is a failure. `requests` and urllib3's `Retry` do neither: their timeout limits each read (a server that sends a
+byte every 0.1 s holds a request with a timeout of 0.3 s for as long as it likes), and they do not repeat a request whose
+answer is unusable. `memgen serve-search` offers a `PassageIndex` under the same protocol.
 
-A failure is a `SearchError` and never an empty result: what went wrong at the server is not the agent's doing.
+A failure raises `SearchError` and never gives an empty result: the agent is not to blame for a server's error.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ import re
 import socket
 import sqlite3
 import sys
-import tempfile
 import threading
 import time
 import urllib.parse
@@ -40,14 +41,15 @@ from pathlib import Path
 from typing import IO, Any, final
 
 import platformdirs
-from filelock import FileLock, Timeout
+
+from memgen.files import lock, new_file, write_whole
 
 logger = logging.getLogger(__name__)
 
 INDEX_FORMAT = 1
-"""Part of an index's name: another layout is another index."""
+"""Version of the tables, part of an index's name."""
 MAX_QUERY_TOKENS = 64
-"""Distinct words of a query that are searched for; a model that rambles must not cost minutes."""
+"""Distinct words of a query that are searched for at most, so that a model's endless query does not take minutes."""
 MAX_RESPONSE_BYTES = 256 << 20
 """A longer answer of a server is a failure."""
 LONGEST_PAUSE_S = 30.0
@@ -55,7 +57,7 @@ LONGEST_PAUSE_S = 30.0
 
 _WORD = re.compile(r"[^\W_]+")
 _CLITIC = re.compile(r"(?<=\w)['\u2019](?:d|ll|m|re|s|t|ve)\b", re.IGNORECASE)
-"""What an apostrophe adds to a word; alone it would match half of all passages."""
+"""Endings behind an apostrophe; as words of their own they would match half of all passages."""
 _STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -64,13 +66,13 @@ _STOP_WORDS = frozenset(
     )
 )
 _ALWAYS_REPEATED = (408, 425, 429)
-"""HTTP statuses below 500 that ask to try again."""
+"""HTTP statuses below 500 after which a request is repeated."""
 _SETTLED_S = 2.0
-"""A file changed less than this ago may change again within one tick of its time stamp."""
+"""Age below which a file may still change without a change of its time stamp."""
 
 
 class SearchError(RuntimeError):
-    """A search has not been answered, or not with an answer that can be used."""
+    """A search was not answered, or the answer cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,20 @@ class Passage:
     """A piece of text to be found."""
 
     id: str
-    """As the passage file has it, else its number there."""
+    """From the passage file; if that has none, its number there."""
     title: str
     """Empty if it has none."""
     text: str
-    """What an agent reads."""
+    """Shown to the agent."""
 
     @property
     def contents(self) -> str:
-        """Title and text in one, as the protocol has it: the title in quotes, a line break, the text."""
+        """Title and text in the protocol's form: the title in quotes, a line break, the text."""
         return f'"{self.title}"\n{self.text}'
 
     @classmethod
     def from_contents(cls, identifier: str, contents: str) -> Passage:
-        """Takes the protocol's form apart; the quotes around the title may be missing."""
+        """From the protocol's form; the quotes around the title may be missing."""
         title, _, text = contents.partition("\n")
         title = title.strip()
         if len(title) >= 2 and title[0] == title[-1] == '"':
@@ -101,10 +103,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class Hit:
-    """A passage that was found."""
+    """A passage that was found, and its score."""
 
     passage: Passage
-    """What was found."""
+    """The passage."""
     score: float
     """Higher is better; comparable within one query only."""
 
@@ -160,7 +162,7 @@ class PassageIndex(Searcher):
         self._opening = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """The settings; connections are of one process."""
+        """The settings; a connection cannot be used in another process."""
         return {"path": self.path, "topk": self.topk, "index_dir": self.index_dir}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -217,7 +219,7 @@ class PassageIndex(Searcher):
         ]
 
     def __len__(self) -> int:
-        """The passages in the index."""
+        """Number of passages in the index."""
         with self._connection() as connection:
             return int(connection.execute("SELECT passages FROM about").fetchone()[0])
 
@@ -230,7 +232,9 @@ class PassageIndex(Searcher):
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """One connection per search at a time: an SQLite connection serves one thread, and one process only."""
-        if self._process != os.getpid():  # A fork: the parent's connections are not ours to use or to close.
+        if (
+            self._process != os.getpid()
+        ):  # After a fork the parent's connections must be neither used nor closed.
             self._connections, self._process = queue.LifoQueue(), os.getpid()
             self._opening = threading.Lock()
         database = self.open()
@@ -267,49 +271,26 @@ def _connect(database: Path) -> sqlite3.Connection:
 
 
 def _build_once(source: Path, directory: Path) -> Path:
-    """The index of a passage file, built if no process has built it yet."""
+    """The index of a passage file, built if it does not exist yet or is damaged."""
     directory.mkdir(parents=True, exist_ok=True)
     database = directory / f"passages-v{INDEX_FORMAT}-{_fingerprint(source, directory)}.sqlite"
-    if _is_whole(database):
+    if _is_complete(database):
         return database
-    lock = FileLock(f"{database}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("another process is building the search index %s; waiting for it", database)
-        lock.acquire()
-    try:
-        if not _is_whole(database):
-            # With the lock held no other build is alive: what bears a temporary name is from one that was killed.
-            for leftover in directory.glob(f"{database.name}.building-*"):
-                leftover.unlink()
-            _build(source, database)
-    finally:
-        lock.release()
+    with lock(database):
+        if not _is_complete(database):
+            logger.info("building the search index of %s", source)
+            with (
+                new_file(database) as working,
+                contextlib.closing(sqlite3.connect(working, isolation_level=None)) as connection,
+            ):
+                count = _write_index(connection, source)
+            logger.info("%s: %d passages", database, count)
     return database
-
-
-def _build(source: Path, database: Path) -> None:
-    logger.info("building the search index of %s", source)
-    handle, name = tempfile.mkstemp(prefix=f"{database.name}.building-", dir=database.parent)
-    os.close(handle)
-    working = Path(name)
-    try:
-        with contextlib.closing(sqlite3.connect(working, isolation_level=None)) as connection:
-            count = _write_index(connection, source)
-        working.chmod(0o644)  # a temporary file is its owner's alone
-        _sync(working)
-        working.replace(database)
-        _sync(database.parent)
-    except BaseException:
-        working.unlink(missing_ok=True)
-        raise
-    logger.info("%s: %d passages", database, count)
 
 
 def _write_index(connection: sqlite3.Connection, source: Path) -> int:
     """Writes every passage of a file. Returns their number."""
-    # Nobody sees the index before it is whole, so a journal would guard nothing.
+    # The file gets its name only when it is complete, so no journal is needed.
     connection.execute("PRAGMA journal_mode = OFF")
     connection.execute("PRAGMA synchronous = OFF")
     connection.execute("BEGIN")
@@ -335,8 +316,8 @@ def _write_index(connection: sqlite3.Connection, source: Path) -> int:
     return count
 
 
-def _is_whole(database: Path) -> bool:
-    """Whether an index file is there, opens, and is as long as its header says."""
+def _is_complete(database: Path) -> bool:
+    """Whether an index file exists, opens, and is as long as its header says."""
     if not database.is_file():
         return False
     try:
@@ -353,7 +334,7 @@ def _is_whole(database: Path) -> bool:
 
 
 def _fingerprint(source: Path, directory: Path) -> str:
-    """A hash of a file's content, remembered for as long as the file system says that the file is unchanged."""
+    """A hash of a file's content, cached until the file's size, time stamps or inode change."""
     before = source.stat()
     state = json.dumps(
         [
@@ -365,9 +346,9 @@ def _fingerprint(source: Path, directory: Path) -> str:
             before.st_ctime_ns,
         ]
     )
-    remembered = directory / f"seen-{hashlib.sha256(state.encode()).hexdigest()[:24]}"
+    cached = directory / f"seen-{hashlib.sha256(state.encode()).hexdigest()[:24]}"
     with contextlib.suppress(OSError):
-        known = remembered.read_text()
+        known = cached.read_text()
         if re.fullmatch("[0-9a-f]{24}", known):
             return known
     digest = hashlib.sha256(source.name.encode())  # The ending says how the content is read.
@@ -383,23 +364,13 @@ def _fingerprint(source: Path, directory: Path) -> str:
         raise ValueError(f"{source} has changed while it was read; try again when it is complete")
     fingerprint = digest.hexdigest()[:24]
     if time.time() - after.st_ctime > _SETTLED_S:
-        part = remembered.with_name(f"{remembered.name}.{os.getpid()}-{threading.get_ident()}")
-        part.write_text(fingerprint)
-        part.replace(remembered)
+        write_whole(cached, fingerprint)
     return fingerprint
 
 
 def _storable(text: str) -> str:
-    """Half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes a question mark."""
+    """Text that UTF-8 can hold: a lone surrogate, which JSON can hold, becomes a question mark."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ----------------------------------------------------------------------------------------------------- passage files
@@ -516,11 +487,11 @@ class SearchServer(Searcher):
         """Asks nothing yet.
 
         Args:
-            url: where to ask; the path `/retrieve` may be left out.
+            url: of the server; the path `/retrieve` may be left out.
             topk: passages per query.
             timeout_s: seconds that a request may take from the connection to the last byte.
-            retries: further attempts after one that failed in a way that may pass: no connection, no answer in
-                time, a status that says so (5xx, 429), an answer that does not fit.
+            retries: further attempts after a failure that may be temporary: no connection, no answer in time, a
+                status that says so (5xx, 429), an answer that does not fit the request.
             backoff_s: pause before the second attempt; each further pause is twice as long, up to 30 s.
             batch_size: queries per request, at most.
 
@@ -578,7 +549,7 @@ class SearchServer(Searcher):
                 return _read_result(self._post(body), len(queries), self.topk)
             except _Failure as failure:
                 attempts = f"{attempt} attempt{'s' if attempt > 1 else ''}"
-                if not failure.may_pass or attempt > self.retries:
+                if not failure.temporary or attempt > self.retries:
                     raise SearchError(f"search server {self.url}: {failure} ({attempts})") from failure
                 logger.warning("search server %s: %s; next attempt in %g s", self.url, failure, pause)
             time.sleep(pause)
@@ -594,16 +565,15 @@ class SearchServer(Searcher):
         response: http.client.HTTPResponse | None = None
         try:
             connection.connect()
-            # A socket's own limit is for one read; a server that sends a byte now and then would never meet it.
-            guard = threading.Timer(max(0.0, deadline - time.monotonic()), _cut, [connection.sock])
+            # A socket's timeout limits one read; a server that sends a byte now and then would never reach it.
+            guard = threading.Timer(max(0.0, deadline - time.monotonic()), _shut_down, [connection.sock])
             guard.daemon = True
             guard.start()
             connection.request("POST", self._path, body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             content = response.read(MAX_RESPONSE_BYTES + 1)
-            if (
-                response.length and len(content) <= MAX_RESPONSE_BYTES
-            ):  # It counts down what is still to come.
+            # `length` counts down: the bytes that were announced and have not come.
+            if response.length and len(content) <= MAX_RESPONSE_BYTES:
                 raise http.client.IncompleteRead(content, response.length)
         except (OSError, http.client.HTTPException) as error:
             if time.monotonic() >= deadline or isinstance(error, TimeoutError):
@@ -616,7 +586,7 @@ class SearchServer(Searcher):
             if response is not None:  # It may have taken the socket over.
                 response.close()
             connection.close()
-        if time.monotonic() >= deadline:  # Cut by the guard, which a read without a length takes for the end.
+        if time.monotonic() >= deadline:  # A read without a length takes the guard's shutdown for the end.
             raise _Failure(f"no complete answer within {self.timeout_s:g} s")
         if len(content) > MAX_RESPONSE_BYTES:
             raise _Failure(f"the answer is longer than {MAX_RESPONSE_BYTES} bytes")
@@ -624,21 +594,21 @@ class SearchServer(Searcher):
             told = " ".join(content[:200].decode("utf-8", "replace").split())
             raise _Failure(
                 f"HTTP status {response.status} {response.reason}: {told}",
-                may_pass=response.status >= 500 or response.status in _ALWAYS_REPEATED,
+                temporary=response.status >= 500 or response.status in _ALWAYS_REPEATED,
             )
         return content
 
 
 class _Failure(Exception):
-    """Why an attempt failed, and whether another one may succeed."""
+    """Why an attempt failed; `temporary` if another one may succeed."""
 
-    def __init__(self, reason: str, *, may_pass: bool = True) -> None:
+    def __init__(self, reason: str, *, temporary: bool = True) -> None:
         super().__init__(reason)
-        self.may_pass = may_pass
+        self.temporary = temporary
 
 
-def _cut(connection: socket.socket) -> None:
-    """Ends whatever another thread waits for on this connection."""
+def _shut_down(connection: socket.socket) -> None:
+    """Ends another thread's wait for this connection."""
     with contextlib.suppress(OSError):  # It may be closed already.
         connection.shutdown(socket.SHUT_RDWR)
 
@@ -660,11 +630,11 @@ def _read_result(content: bytes, queries: int, topk: int) -> list[list[Passage]]
 
 
 def _read_document(item: Any) -> Passage:
-    """A document with its score around it, or bare, as the protocol has it without scores."""
+    """A document with its score around it, or bare, the protocol's form without scores."""
     document = item.get("document", item) if isinstance(item, dict) else None
     if isinstance(document, dict):
         try:
             return _passage(document, "", "document")
         except ValueError:
-            pass  # Told below, with what came.
+            pass  # Raised below, with the document.
     raise _Failure(f"a document of the answer has no text: {item!r:.80}")

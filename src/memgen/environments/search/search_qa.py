@@ -234,7 +234,7 @@ class SearchQA(InteractiveEnvironment, ABC):
         """
         if self.search is None:
             raise ValueError(
-                f"{self.name} has nothing to search: set data.environment.init_args.search to a "
+                f"{self.name} has nothing to search: set data.environment.search to a "
                 "memgen.environments.search.retrieval.PassageIndex or SearchServer"
             )
         return self.search

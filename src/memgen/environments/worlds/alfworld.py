@@ -20,7 +20,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from memgen.environments.base import (
     Step,
 )
 from memgen.environments.worlds.thought_action import FORMAT, action_turn, parse_action
+from memgen.files import write_whole
 
 TASK_TYPES = (
     "pick_and_place_simple",
@@ -561,18 +561,12 @@ def _cache_folder() -> Path:
 
 
 def _write(file: Path, trajectory: ExpertTrajectory) -> None:
-    """Whole or not at all: several workers may write, and any may be killed."""
     record = {
         "opening": _record(trajectory.opening),
         "commands": trajectory.commands,
         "scenes": [_record(scene) for scene in trajectory.scenes],
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=file.parent, suffix=".part", delete=False, encoding="utf-8"
-    ) as part:
-        json.dump(record, part)
-    os.replace(part.name, file)
+    write_whole(file, json.dumps(record))
 
 
 def _record(scene: _Scene) -> dict[str, Any]:
