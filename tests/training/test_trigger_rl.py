@@ -132,7 +132,7 @@ def test_equal_rewards_teach_while_invocations_cost(base, tmp_path, caplog):
             _, recorded = run(base, tmp_path, stage, make_data(base, Silence()))
         assert recorded.metrics[0]["rollout/dead_groups"] == 1.0
         assert caplog.text.count("every group of this rollout has equal rewards") == said
-        assert caplog.text.count("all answers are right") == said
+        assert caplog.text.count("all answers are correct") == said
 
 
 def test_an_untrained_weaver_is_refused_unless_told_to(base, tmp_path):

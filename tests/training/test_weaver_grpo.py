@@ -189,7 +189,7 @@ def test_episodes_that_the_environment_failed_teach_nothing(base, tmp_path, capl
     assert sum(failed) == 4
     assert part.advantages[torch.tensor(failed)].tolist() == [0.0] * 4
     assert part.totals.episodes == 4
-    assert "the environment failed 4 episodes" in caplog.text
+    assert "4 episodes had an environment error" in caplog.text
     every = Countdown((2, 2), fails={0: 1, 1: 1})
     _, recorded = run(base, tmp_path, make_grpo(base), make_data(base, every))
     assert recorded.losses == [0.0]
