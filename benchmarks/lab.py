@@ -20,13 +20,13 @@ from typing import Any
 
 from benchmarks.lab_report import machine, write_report
 from benchmarks.lora import train_lora
-from memgen.chat import load_tokenizer, prompt_ids
+from memgen.chat import load_tokenizer
 from memgen.files import write_whole
 from memgen.generation.rollout import Actor, EpisodeSettings, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.lab.assets import RECIPE_VERSION, resolve_asset
 from memgen.lab.environment import Lab
-from memgen.lab.report import OTHERS, base_hash
+from memgen.lab.report import MAX_NEW_TOKENS, OTHERS, base_hash, held_out
 from memgen.lab.text_world import TextWorld
 from memgen.lab.trained import base_name, conf_file, fit, stage_file, stopping_at
 from memgen.model.adapters import LoraSettings
@@ -52,7 +52,7 @@ TARGET = "shop"
 ITEMS = 600
 """Held-out items of each task."""
 NEW_TOKENS = {"bill": 32}
-"""Limits of an answer, where twice the longest reference answer is more than 24."""
+"""Limits of an answer where `MAX_NEW_TOKENS` is less than twice the longest reference answer."""
 
 LORA = LoraSettings(
     r=16,
@@ -209,14 +209,8 @@ class Bench:
     def task(self, name: str) -> Task:
         """The held-out items of a task."""
         environment = Lab((name,), test_size=ITEMS)
-        examples = environment.examples("test")
-        return Task(
-            environment=environment,
-            examples=examples,
-            prompts=[prompt_ids(self.tokenizer, environment.messages(example)) for example in examples],
-            tokenizer=self.tokenizer,
-            settings=GenerationSettings(max_new_tokens=NEW_TOKENS.get(name, 24)),
-            batch_size=100,
+        return held_out(
+            environment, "test", self.tokenizer, NEW_TOKENS.get(name, MAX_NEW_TOKENS), batch_size=100
         )
 
     def opened(self, checkpoint: Path) -> MemGenModel:

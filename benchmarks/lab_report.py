@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from memgen.bench.record import processor
 from memgen.lab.report import OTHERS
 from memgen.results.statistics import mean_interval
 
@@ -306,11 +307,5 @@ def _seconds(seconds: float | None) -> str:
 
 def machine() -> str:
     """Processor, versions and threads."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        found = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        model = found[0] if found else model
-    return f"{model}, Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{processor()}, Python {platform.python_version()}, torch {torch.__version__}, {threads} threads"

@@ -161,14 +161,14 @@ class Needs:
 
 
 def memory_needs(
-    base: Decoder, weaver: WeaverSize, work: Workload, strategy: Strategy, ranks: int, item: int = 2
+    base: Decoder, weaver: WeaverSize, workload: Workload, strategy: Strategy, ranks: int, item: int = 2
 ) -> Needs:
     """Bytes on one device, by part.
 
     Args:
         base: the frozen model, which all three components share.
         weaver: the trained weights.
-        work: a micro-batch.
+        workload: a micro-batch.
         strategy: how state is partitioned.
         ranks: N.
         item: bytes of a frozen weight, an activation and a cached number.
@@ -197,8 +197,8 @@ def memory_needs(
         trained=copies,
         gradients=trained + (trained / ranks if shared else 0.0),
         optimizer=2 * trained / (ranks if shared else 1),
-        activations=item * work.positions * (passes * base.layers * base.hidden + inside),
-        cache=2 * work.positions * base.cache_bytes(item),
+        activations=item * workload.positions * (passes * base.layers * base.hidden + inside),
+        cache=2 * workload.positions * base.cache_bytes(item),
     )
 
 
@@ -243,14 +243,14 @@ def gathered_weights(base: Decoder, weaver: WeaverSize, no_grad: int, grad: int,
 
 
 def traffic(
-    base: Decoder, weaver: WeaverSize, work: Workload, strategy: Strategy, ranks: int, item: int = 2
+    base: Decoder, weaver: WeaverSize, workload: Workload, strategy: Strategy, ranks: int, item: int = 2
 ) -> Traffic:
     """Messages of a step of weaver GRPO with one micro-batch.
 
     Args:
         base: the frozen model.
         weaver: the trained weights.
-        work: the micro-batch and its rollout.
+        workload: the micro-batch and its rollout.
         strategy: how state is partitioned.
         ranks: N.
         item: bytes of a frozen weight.
@@ -262,8 +262,8 @@ def traffic(
     if strategy != "zero3":
         return Traffic(gradients, 0.0, 0.0)
     # The updated weights come back with the next step's gather.
-    weights = part * gathered_weights(base, weaver, *passes(work.insertions), item)
-    return Traffic(gradients / 2, weights, part * item * base.weights / work.iterations)
+    weights = part * gathered_weights(base, weaver, *passes(workload.insertions), item)
+    return Traffic(gradients / 2, weights, part * item * base.weights / workload.iterations)
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ class Times:
 def times(
     base: Decoder,
     weaver: WeaverSize,
-    work: Workload,
+    workload: Workload,
     strategy: Strategy,
     ranks: int,
     device: Device = H100,
@@ -316,12 +316,12 @@ def times(
     """
     wide = base.weights - (0 if base.tied else base.vocabulary * base.hidden)
     per_step = max(
-        (item * wide + work.positions / 2 * 2 * base.cache_bytes(item)) / device.bandwidth,
-        2 * wide * work.rows / device.flops,
+        (item * wide + workload.positions / 2 * 2 * base.cache_bytes(item)) / device.bandwidth,
+        2 * wide * workload.rows / device.flops,
     )
-    weaving = work.insertions * item * wide / device.bandwidth
-    prefill = 2 * 2 * wide * work.rows * (work.length - work.new_tokens) / device.flops
-    decoding = work.new_tokens * per_step + weaving + prefill
-    update = work.iterations * 2 * 6 * wide * work.positions / device.flops
-    moved = traffic(base, weaver, work, strategy, ranks, item)
-    return Times(decoding, update, work.iterations * moved.total / device.network)
+    weaving = workload.insertions * item * wide / device.bandwidth
+    prefill = 2 * 2 * wide * workload.rows * (workload.length - workload.new_tokens) / device.flops
+    decoding = workload.new_tokens * per_step + weaving + prefill
+    update = workload.iterations * 2 * 6 * wide * workload.positions / device.flops
+    moved = traffic(base, weaver, workload, strategy, ranks, item)
+    return Times(decoding, update, workload.iterations * moved.total / device.network)

@@ -100,14 +100,14 @@ def held_rows(content: Mapping[str, Any]) -> Rows:
 
 def memory_rows() -> Rows:
     """GiB on one device, by part."""
-    work, weaver = Workload(), WeaverSize()
+    workload, weaver = Workload(), WeaverSize()
     header = ["base", "strategy", "devices", "base", "+ pass", "+ rollout", "trained", "gradients"]
     header += ["moments", "activations", "caches", "update", "rollout", "fits 80 GB"]
     rows = []
     for name, base in BACKBONES.items():
         for strategy in ON_PAPER:
             for ranks in RANKS:
-                needs = memory_needs(base, weaver, work, strategy, ranks)
+                needs = memory_needs(base, weaver, workload, strategy, ranks)
                 parts = [needs.frozen, needs.gathered, needs.rollout, needs.trained, needs.gradients]
                 parts += [needs.optimizer, needs.activations, needs.cache, needs.update, needs.decoding]
                 fits = [
@@ -125,15 +125,15 @@ def memory_rows() -> Rows:
 
 def traffic_rows() -> Rows:
     """Messages and seconds of a cycle of weaver GRPO."""
-    work, weaver = Workload(), WeaverSize()
+    workload, weaver = Workload(), WeaverSize()
     header = ["base", "strategy", "devices", "gradients, GB", "passes, GB", "rollout, GB"]
     header += ["decoding, s", "update, s", "messages, s", "rollout's share"]
     rows = []
     for name, base in BACKBONES.items():
         for strategy in ON_PAPER:
             for ranks in RANKS:
-                moved = traffic(base, weaver, work, strategy, ranks)
-                spent = times(base, weaver, work, strategy, ranks)
+                moved = traffic(base, weaver, workload, strategy, ranks)
+                spent = times(base, weaver, workload, strategy, ranks)
                 rows.append(
                     [
                         name,

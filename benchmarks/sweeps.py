@@ -116,7 +116,7 @@ class Point:
     sweep: SweepName
     x: int
     settings: ModelSettings
-    work: DecodingWorkload
+    workload: DecodingWorkload
     mode: InsertionMode
     inserting: int | None = None
     """Rows that insert, from the last one down; None: all."""
@@ -130,18 +130,18 @@ def points(sweep: Sweep, settings: ModelSettings) -> list[Point]:
         point = Point(sweep.name, x, settings, base, "always")
         match sweep.name:
             case "batch":
-                point = replace(point, work=replace(base, batch=x))
+                point = replace(point, workload=replace(base, batch=x))
             case "new":
-                point = replace(point, work=replace(base, batch=1, new=x))
+                point = replace(point, workload=replace(base, batch=1, new=x))
             case "insertions":
                 # Delimiters are every 4th token, so that 31 of them occur in each row; the prompt's end is the first.
                 dense = replace(settings, cap=max(x - 1, 0), spacing=4)
-                point = replace(point, settings=dense, work=replace(base, new=2 * base.new))
+                point = replace(point, settings=dense, workload=replace(base, new=2 * base.new))
                 point = replace(point, mode="always" if x else "never")
             case "latents":
                 point = replace(point, settings=replace(settings, latents=x))
             case "prompt":
-                point = replace(point, work=replace(base, prompt=x))
+                point = replace(point, workload=replace(base, prompt=x))
             case "others":
                 point = replace(point, inserting=x)
         made.append(point)
@@ -158,24 +158,24 @@ def measure_point(point: Point, repeats: int, meter: Meter) -> dict[str, Any]:
     """
     decoding = Decoding(point.settings)
     if point.inserting is not None:
-        rows = range(point.work.batch - point.inserting, point.work.batch)
+        rows = range(point.workload.batch - point.inserting, point.workload.batch)
         decoding.models["always"] = decoding.components.model(RowTrigger(rows))
     measured = measure_decoding(
         decoding,
-        point.work,
+        point.workload,
         [point.mode],
         repeats,
         meter,
         # On a device, work is compiled and captured at a new shape's first use.
         warm_up=has_static_cache(point.settings),
     )
-    case = decoding_case(decoding, point.work, point.mode, measured)
+    case = decoding_case(decoding, point.workload, point.mode, measured)
     pairs = attention_pairs(measured.generations[point.mode], point.settings.latents)
     case |= {"sweep": point.sweep, "x": point.x, "query_key_pairs": pairs}
     if point.inserting is not None:
         case["memory"] = "some rows"
         case["rows_inserting"] = point.inserting
-        case |= quiet_steps(decoding, point.work, repeats, meter)
+        case |= quiet_steps(decoding, point.workload, repeats, meter)
     return case
 
 
@@ -207,23 +207,23 @@ def _triangle(length: int) -> int:
 def warm_up(settings: ModelSettings, meter: Meter) -> None:
     """One small run of both sides, since points of a sweep are too dear to be run for nothing."""
     decoding = Decoding(settings)
-    work = DecodingWorkload(batch=2, prompt=16, new=16)
+    workload = DecodingWorkload(batch=2, prompt=16, new=16)
     measure_in_turn(
         {
-            "plain": lambda: decoding.huggingface(work),
-            "ours": lambda: decoding.ours(work, decoding.models["always"]),
+            "plain": lambda: decoding.huggingface(workload),
+            "ours": lambda: decoding.ours(workload, decoding.models["always"]),
         },
         1,
         meter,
     )
 
 
-def quiet_steps(decoding: Decoding, work: DecodingWorkload, repeats: int, meter: Meter) -> dict[str, Any]:
+def quiet_steps(decoding: Decoding, workload: DecodingWorkload, repeats: int, meter: Meter) -> dict[str, Any]:
     """Times steps in which no row inserts, one by one, and counts the positions of a row that never inserts.
 
     Args:
         decoding: with a trigger that keeps some rows from inserting.
-        work: the task.
+        workload: the task.
         repeats: runs.
         meter: runs them.
     """
@@ -245,13 +245,13 @@ def quiet_steps(decoding: Decoding, work: DecodingWorkload, repeats: int, meter:
                 quiet.append(not loud)
                 loud = False
 
-        generation = decoding.ours(work, decoding.models["always"], observe)
+        generation = decoding.ours(workload, decoding.models["always"], observe)
         # The first tick ends the reading of the prompt.
         seconds.extend(
             end - begin for begin, end, still in zip(ticks[:-1], ticks[1:], quiet[1:], strict=True) if still
         )
         assert not generation.plan.rows()[0], "row 0 never inserts"
-        fed = work.prompt + work.new - 1
+        fed = workload.prompt + workload.new - 1
 
     for _ in range(repeats):
         meter.measure(run)

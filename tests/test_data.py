@@ -15,7 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from memgen.chat import conversation_ids
-from memgen.data import BatchIndex, EnvironmentData, SFTBatch, WindowSampler
+from memgen.data import BatchIndex, EnvironmentData, SFTBatch
+from memgen.data.order import WindowSampler
 from memgen.environments.base import Environment, Example, Reward
 from memgen.environments.qa.gsm8k import GSM8K
 from memgen.run_context import RunContext

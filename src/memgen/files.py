@@ -193,8 +193,3 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-# Older names, until tracking/run_file.py uses `write_whole`.
-temporary_beside = _temporary_name
-take_place = _replace

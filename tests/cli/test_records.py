@@ -89,7 +89,7 @@ def test_several_answers_of_an_item_give_pass_at_k(folder, capsys):
 
 def test_several_answers_that_would_be_equal_are_refused(folder, capsys):
     assert test("--model.generation.group_size", "3", "--model.generation.temperature", "0") == 2
-    assert "3 answers to each item are to be drawn, but the temperature is 0" in capsys.readouterr().err
+    assert "3 answers to each item are to be sampled, but the temperature is 0" in capsys.readouterr().err
 
 
 def test_what_is_recorded_is_not_played_again_and_other_settings_are_refused(folder, capsys, caplog):

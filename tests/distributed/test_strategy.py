@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 
+from memgen.cli.config import with_init_args
 from memgen.distributed.zero import LayerShards, ZeroStrategy, _unpack, require_whole, whole_weights
 from memgen.model.memgen import MemGenConfig
 from memgen.training.checkpoint import save_checkpoint
@@ -29,9 +30,8 @@ def trainer_of(name: str, **changes) -> Trainer:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Trainer, "trainer")
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    config = parser.parse_object(
-        {"trainer": {**values, "accelerator": "cpu", "devices": 2, **quiet, **changes}}
-    )
+    values = {**values, "accelerator": "cpu", "devices": 2, **quiet, **changes}
+    config = parser.parse_object(with_init_args({"trainer": values}))
     return parser.instantiate(config).trainer
 
 

@@ -122,7 +122,7 @@ def test_absent_data_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*test\.jsonl"):
         GSM8K(str(tmp_path), test_file="test.jsonl").examples("test")
     (tmp_path / "train.jsonl").touch()
-    with pytest.raises(FileNotFoundError, match=r"is a file, and not of what test_file stands for"):
+    with pytest.raises(FileNotFoundError, match=r"is a file, which is not read as test data; set test_file"):
         GSM8K(str(tmp_path / "train.jsonl")).examples("test")
     with pytest.raises(ValueError, match="has no lines"):
         GSM8K(str(tmp_path)).examples("train")
@@ -183,7 +183,7 @@ def test_an_unreachable_hub_is_one_line_that_says_what_to_set(monkeypatch):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"validation_fraction": 1.0},
+        {"validation_fraction": 1.1},
         {"validation_fraction": -0.1},
         {"prompt": "Solve it"},
         {"target_style": "plain"},

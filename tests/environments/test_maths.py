@@ -183,6 +183,44 @@ def test_a_program_that_ends_takes_its_workers_along_even_without_a_main_guard(t
     assert not _is_running(int(pid))
 
 
+def test_a_program_that_is_killed_leaves_no_worker():
+    code = (
+        "from memgen.environments.qa.maths import MathsVerifier\n"
+        "verifier = MathsVerifier()\n"
+        "verifier.correct('5', '#### 5')\n"
+        "print(*verifier.worker_pids, flush=True)\n"
+        "input()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as program:
+        pid = int(program.stdout.readline())
+        program.kill()
+    deadline = time.monotonic() + 60
+    while _is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _is_running(pid)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_asks_workers_of_its_own(verifier):
+    assert verifier.correct("5", r"\boxed{5}")
+    pids = verifier.worker_pids
+    child = os.fork()
+    if child == 0:
+        own = verifier.correct("5", r"\boxed{5}") and verifier.worker_pids != pids
+        verifier.close()
+        os._exit(0 if own else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert verifier.correct("5", r"\boxed{5}")
+    assert verifier.worker_pids == pids
+
+
 def test_a_checker_that_cannot_start_is_an_error_and_not_a_wrong_answer(monkeypatch, tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ImportError('broken on purpose')\n")
     monkeypatch.syspath_prepend(tmp_path)

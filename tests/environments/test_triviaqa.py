@@ -217,10 +217,10 @@ def test_trajectories_that_do_not_end_in_an_answer_are_left_out_and_counted(tmp_
     file.write_text(lines([TRAJECTORY, unfinished, looking_up, twice, mute]))
     environment = TriviaQA("x/y", trajectories=str(file), validation_fraction=0.0)
     assert [e.id for e in environment.examples("train")] == ["train-1"]
-    assert "4 of 5 trajectories" in caplog.text
+    assert "trajectories: 4 of 5 train items are left out" in caplog.text
     assert f"{file}, line 2 does not end in its one answer" in caplog.text
     file.write_text(lines([mute]))
-    with pytest.raises(ValueError, match=r"1 of 1 trajectories .* has no action behind a question"):
+    with pytest.raises(ValueError, match=r"1 of 1 train items .* has no action behind a question"):
         TriviaQA("x/y", trajectories=str(file)).examples("train")
     file.write_text(lines([{"conversations": "text"}]))
     with pytest.raises(ValueError, match='line 1: "conversations" holds no texts'):

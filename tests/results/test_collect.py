@@ -179,7 +179,9 @@ def test_nothing_is_played_twice_and_other_settings_are_refused(base, tmp_path):
 
 def test_draws_that_would_all_be_equal_are_refused(base, tmp_path):
     greedy = GenerationSettings(max_new_tokens=8, group_size=4)
-    with pytest.raises(ValueError, match="4 answers to each item are to be drawn, but the temperature is 0"):
+    with pytest.raises(
+        ValueError, match="4 answers to each item are to be sampled, but the temperature is 0"
+    ):
         collected(tmp_path, collector(base, rollout=greedy))
 
 

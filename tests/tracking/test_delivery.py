@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -207,16 +208,21 @@ def test_processes_do_not_share_a_file(tmp_path):
     assert len({new_outbox_path(tmp_path) for _ in range(50)}) == 50
 
 
-def test_pauses_between_tries_grow_up_to_a_limit(monkeypatch, make):
-    monkeypatch.setattr(delivery, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(delivery, "LONGEST_PAUSE", 0.03)
+@pytest.mark.parametrize(
+    ("longest", "expected"), [(60.0, [0.02, 0.04, 0.08, 0.16]), (0.04, [0.02] + [0.04] * 11)]
+)
+def test_pauses_between_attempts_double_up_to_a_limit(monkeypatch, make, longest, expected):
+    monkeypatch.setattr(delivery, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(delivery, "LONGEST_PAUSE", longest)
     store = Store(up=False)
+    attempts = []
+    store.open = lambda: attempts.append(time.monotonic()) or store._reached()
     outbox = make(store)
-    waited = []
-    pause = outbox._pause
-    outbox._pause = lambda seconds: waited.append(seconds) or pause(seconds)
     outbox.put("a", n=0)
-    deadline = time.monotonic() + 5
-    while len(waited) < 4 and time.monotonic() < deadline:
+    # Without the limit the twelfth pause alone would take 40 s.
+    deadline = time.monotonic() + 20
+    while len(attempts) <= len(expected) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert waited[:4] == [0.01, 0.02, 0.03, 0.03]
+    pauses = [after - before for before, after in pairwise(attempts)][: len(expected)]
+    assert len(pauses) == len(expected)
+    assert all(pause >= least for pause, least in zip(pauses, expected, strict=True))

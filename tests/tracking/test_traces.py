@@ -21,20 +21,23 @@ ASK, INVOKE, SKIP = Decision.NOT_ASKED, Decision.INVOKE, Decision.SKIP
 pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")
 
 
-def turn(read: str, said: str, places: list[tuple[int, InsertionKind]], decisions: list[int]) -> AgentTurn:
+def turn(
+    read: str, said: str, places: list[tuple[int, InsertionKind]], decisions: list[int], seen: str = ""
+) -> AgentTurn:
     tokenizer = byte_tokenizer()
     context, tokens = tokenizer.encode(read), tokenizer.encode(said)
     probs = [0.75 if decision != ASK else 0.0 for decision in decisions]
     insertions = [(len(context) + place, int(kind)) for place, kind in places]
-    return AgentTurn(context, tokens, [0.0] * len(tokens), decisions, probs, insertions, True)
+    return AgentTurn(context, tokens, [0.0] * len(tokens), decisions, probs, insertions, True, said, seen)
 
 
 def episode() -> Trajectory:
     first = turn(
         "look", "go, in", [(0, InsertionKind.PROMPT), (3, InsertionKind.INFERENCE)], [1, -1, -1, 1, -1, -1]
     )
-    second = turn("lookgo, inseen", "take", [], [0, -1, -1, -1])
-    return Trajectory("val-1", (first, second), 0.5, {"steps": 2.0})
+    second = turn("lookgo, inseen", "take", [], [0, -1, -1, -1], seen="seen")
+    prompt = ({"role": "user", "content": "look"},)
+    return Trajectory("val-1", (first, second), 0.5, {"steps": 2.0}, prompt=prompt)
 
 
 def trace() -> Trace:
@@ -56,6 +59,7 @@ def test_a_trace_has_a_span_for_each_turn_and_each_observation():
         "choices": [{"message": {"role": "assistant", "content": "⟦3 latents⟧go,⟦2 latents⟧ in"}}]
     }
     assert (environment.inputs, environment.outputs) == ("go, in", "seen")
+    assert second.inputs == {"messages": [{"role": "user", "content": "seen"}]}
     assert second.attributes["offered"] == 1
     assert found.root.outputs == {"reward": 0.5, "steps": 2.0, "truncated": False}
     assert found.tags == {"example": "val-1", "split": "val"}

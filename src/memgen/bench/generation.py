@@ -75,21 +75,23 @@ class Decoding:
 
     @torch.no_grad()
     def huggingface(
-        self, work: DecodingWorkload, *, new: int | None = None, static: bool = False
+        self, workload: DecodingWorkload, *, new: int | None = None, static: bool = False
     ) -> torch.Tensor:
         """Hugging Face's greedy `generate`.
 
         Args:
-            work: the task.
+            workload: the task.
             new: another number of new tokens; 1 reads the prompt only.
             static: a static cache instead of one that grows.
 
         Returns:
             Prompt and new tokens, (B, P+N).
         """
-        ids = torch.tensor(random_ids(work.batch, work.prompt, self.settings), device=self.settings.device)
+        ids = torch.tensor(
+            random_ids(workload.batch, workload.prompt, self.settings), device=self.settings.device
+        )
         config = GenerationConfig(
-            max_new_tokens=new or work.new,
+            max_new_tokens=new or workload.new,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
@@ -98,10 +100,12 @@ class Decoding:
         output = self.plain.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return cast(torch.Tensor, output)
 
-    def ours(self, work: DecodingWorkload, model: MemGenModel, observe: Observer | None = None) -> Generation:
+    def ours(
+        self, workload: DecodingWorkload, model: MemGenModel, observe: Observer | None = None
+    ) -> Generation:
         """Our engine, greedy."""
-        prompts = random_ids(work.batch, work.prompt, self.settings)
-        return generate(model, prompts, GenerationSettings(max_new_tokens=work.new), observe=observe)
+        prompts = random_ids(workload.batch, workload.prompt, self.settings)
+        return generate(model, prompts, GenerationSettings(max_new_tokens=workload.new), observe=observe)
 
 
 def insertions(generation: Generation) -> int:
@@ -109,15 +113,15 @@ def insertions(generation: Generation) -> int:
     return sum(len(row) for row in generation.plan.rows())
 
 
-def prompt_reads(work: DecodingWorkload, done: WorkCount, latents: int) -> float:
+def prompt_reads(workload: DecodingWorkload, done: WorkCount, latents: int) -> float:
     """How often the prompts were read: positions that new tokens and latents do not explain, over the prompts' size.
 
     Args:
-        work: the task.
+        workload: the task.
         done: the engine's count.
         latents: inserted in all rows.
     """
-    return (done.reasoner_positions - work.tokens_fed - latents) / (work.batch * work.prompt)
+    return (done.reasoner_positions - workload.tokens_fed - latents) / (workload.batch * workload.prompt)
 
 
 @dataclass(frozen=True)
@@ -137,30 +141,30 @@ class Floor:
 
 
 def decoding_floor(
-    work: DecodingWorkload, done: WorkCount, latents: int, plain: Timing, prefill: Timing
+    workload: DecodingWorkload, done: WorkCount, latents: int, plain: Timing, prefill: Timing
 ) -> Floor:
     """The floor of one case.
 
     Args:
-        work: the task.
+        workload: the task.
         done: the engine's count.
         latents: inserted in all rows.
         plain: of Hugging Face's `generate`.
         prefill: of the same with one new token.
     """
     extra = done.weaver_positions + done.trigger_positions
-    chunked = work.batch * work.prompt + latents + extra
+    chunked = workload.batch * workload.prompt + latents + extra
     return Floor(
-        positions=(done.reasoner_positions + extra) / work.plain_positions,
-        two_price_wall=_two_price(work, chunked, median(plain.wall), median(prefill.wall)),
-        two_price_cpu=_two_price(work, chunked, median(plain.cpu), median(prefill.cpu)),
+        positions=(done.reasoner_positions + extra) / workload.plain_positions,
+        two_price_wall=_two_price(workload, chunked, median(plain.wall), median(prefill.wall)),
+        two_price_cpu=_two_price(workload, chunked, median(plain.cpu), median(prefill.cpu)),
     )
 
 
-def _two_price(work: DecodingWorkload, chunked: int, plain: float, prefill: float) -> float:
+def _two_price(workload: DecodingWorkload, chunked: int, plain: float, prefill: float) -> float:
     """(chunked positions at the prefill's price + the same steps) / plain."""
     steps = max(plain - prefill, 0.0)
-    return (prefill * chunked / (work.batch * work.prompt) + steps) / plain
+    return (prefill * chunked / (workload.batch * workload.prompt) + steps) / plain
 
 
 def step_bytes_floor(weights: int, cache: int, steps: int, bandwidth: float) -> float:
@@ -187,7 +191,7 @@ class Measured:
 
 def measure_decoding(
     decoding: Decoding,
-    work: DecodingWorkload,
+    workload: DecodingWorkload,
     modes: Sequence[InsertionMode],
     repeats: int,
     meter: Meter,
@@ -199,7 +203,7 @@ def measure_decoding(
 
     Args:
         decoding: the model.
-        work: the task.
+        workload: the task.
         modes: where latents are inserted, one side each.
         repeats: counted passes over all sides.
         meter: the clocks.
@@ -215,14 +219,14 @@ def measure_decoding(
         return work_of_side
 
     runs: dict[str, Callable[[], object]] = {
-        "plain": keep("plain", lambda: decoding.huggingface(work)),
-        "prefill": keep("prefill", lambda: decoding.huggingface(work, new=1)),
+        "plain": keep("plain", lambda: decoding.huggingface(workload)),
+        "prefill": keep("prefill", lambda: decoding.huggingface(workload, new=1)),
     }
     if has_static_cache(decoding.settings):
-        runs["static"] = keep("static", lambda: decoding.huggingface(work, static=True))
+        runs["static"] = keep("static", lambda: decoding.huggingface(workload, static=True))
     for mode in modes:
         model = decoding.models[mode]
-        runs[mode] = keep(mode, lambda model=model: decoding.ours(work, model))  # type: ignore[misc]
+        runs[mode] = keep(mode, lambda model=model: decoding.ours(workload, model))  # type: ignore[misc]
     timings = measure_in_turn(runs, repeats, meter, progress, warm_up=warm_up)
     return Measured(timings, {mode: outputs[mode] for mode in modes}, outputs["plain"])
 
@@ -239,7 +243,7 @@ def sides(settings: ModelSettings, modes: Sequence[InsertionMode]) -> int:
 
 def decoding_case(
     decoding: Decoding,
-    work: DecodingWorkload,
+    workload: DecodingWorkload,
     mode: InsertionMode,
     measured: Measured,
     bandwidth: float | None = None,
@@ -248,7 +252,7 @@ def decoding_case(
 
     Args:
         decoding: the model.
-        work: the task.
+        workload: the task.
         mode: where latents were inserted.
         measured: of `measure_decoding`.
         bandwidth: bytes per second of a large copy, for the floor of a device that is bound by it.
@@ -259,14 +263,14 @@ def decoding_case(
     done = generation.work
     inserted = insertions(generation)
     latents = inserted * settings.latents
-    floor = decoding_floor(work, done, latents, plain, prefill)
+    floor = decoding_floor(workload, done, latents, plain, prefill)
     weights = weight_bytes(decoding.plain)
     cpu_ratio = paired_ratio(ours.cpu, plain.cpu)
     wall_ratio = paired_ratio(ours.wall, plain.wall)
-    tokens = work.batch * work.new
+    tokens = workload.batch * workload.new
     case: dict[str, Any] = {
         "model": settings.model,
-        "batch": work.batch,
+        "batch": workload.batch,
         "memory": mode,
         "wall_ratio": round(wall_ratio, 4),
         "cpu_ratio": round(cpu_ratio, 4),
@@ -276,7 +280,7 @@ def decoding_case(
         "floor_wall_ratio": round(floor.two_price_wall, 4),
         "floor_cpu_ratio": round(floor.two_price_cpu, 4),
         "gap_to_floor": round(cpu_ratio / floor.two_price_cpu, 4),
-        "prefills": round(prompt_reads(work, done, latents), 6),
+        "prefills": round(prompt_reads(workload, done, latents), 6),
         "reasoner_forwards": done.reasoner_forwards,
         "reasoner_positions": done.reasoner_positions,
         "weaver_forwards": done.weaver_forwards,
@@ -286,33 +290,33 @@ def decoding_case(
         "insertions": inserted,
         "invocation_rate": invocation_rate(generation),
         "delimiter_rate": round(delimiter_rate(generation, settings), 4),
-        "same_text_as_plain": same_text(generation, measured.plain, work.prompt),
+        "same_text_as_plain": same_text(generation, measured.plain, workload.prompt),
         "weight_bytes": weights,
         "cache_bytes_needed": cache_bytes(settings, done, latents),
         "ours": ours.as_dict() | _rate(tokens, ours),
         "plain": plain.as_dict()
         | _rate(tokens, plain)
-        | {"forwards": work.new, "positions": work.plain_positions, "cache": "growing"},
+        | {"forwards": workload.new, "positions": workload.plain_positions, "cache": "growing"},
         "plain_prefill": prefill.as_dict(),
-        **describe(settings, work, len(ours.samples)),
+        **describe(settings, workload, len(ours.samples)),
     }
     if "static" in timings:
         static = timings["static"]
         case["plain_static_cache"] = static.as_dict() | _rate(tokens, static)
         case["wall_ratio_to_static_cache"] = round(paired_ratio(ours.wall, static.wall), 4)
     if bandwidth is not None:
-        seconds = step_bytes_floor(weights, case["cache_bytes_needed"], work.new, bandwidth)
+        seconds = step_bytes_floor(weights, case["cache_bytes_needed"], workload.new, bandwidth)
         case["copy_bandwidth_bytes_per_second"] = bandwidth
         case["bandwidth_floor_seconds"] = round(seconds, 6)
         case["wall_ratio_to_bandwidth_floor"] = round(median(ours.wall) / seconds, 4)
     return case
 
 
-def describe(settings: ModelSettings, work: DecodingWorkload, repeats: int) -> dict[str, Any]:
+def describe(settings: ModelSettings, workload: DecodingWorkload, repeats: int) -> dict[str, Any]:
     """Settings of a case."""
     return {
-        "prompt": work.prompt,
-        "new": work.new,
+        "prompt": workload.prompt,
+        "new": workload.new,
         "latents": settings.latents,
         "cap": settings.cap,
         "dtype": settings.dtype,

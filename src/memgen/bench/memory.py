@@ -30,20 +30,20 @@ def live_cache_bytes() -> int:
     return sum(storages.values())
 
 
-def decoding_cache(decoding: Decoding, work: DecodingWorkload, side: str) -> dict[str, int]:
+def decoding_cache(decoding: Decoding, workload: DecodingWorkload, side: str) -> dict[str, int]:
     """Bytes of keys and values at the last step: needed for the kept positions, and allocated.
 
     Args:
         decoding: the model.
-        work: the task.
+        workload: the task.
         side: plain, or an insertion mode.
     """
     settings = decoding.settings
     per_position = settings.shape.cache_bytes(settings.torch_dtype)
     if side == "plain":
-        ids = torch.zeros(work.batch, work.prompt, dtype=torch.int64, device=settings.device)
+        ids = torch.zeros(workload.batch, workload.prompt, dtype=torch.int64, device=settings.device)
         config = GenerationConfig(
-            max_new_tokens=work.new,
+            max_new_tokens=workload.new,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
@@ -55,7 +55,7 @@ def decoding_cache(decoding: Decoding, work: DecodingWorkload, side: str) -> dic
             )
         held = live_cache_bytes()
         del output
-        return {"cache_bytes_needed": work.plain_positions * per_position, "cache_bytes_held": held}
+        return {"cache_bytes_needed": workload.plain_positions * per_position, "cache_bytes_held": held}
     model = decoding.models[side]  # type: ignore[index]
     held = 0
     seen = 0
@@ -63,17 +63,17 @@ def decoding_cache(decoding: Decoding, work: DecodingWorkload, side: str) -> dic
     def observe(row: int, token: int | None) -> None:
         nonlocal held, seen
         seen += token is not None
-        if seen == work.batch * work.new:
+        if seen == workload.batch * workload.new:
             held = live_cache_bytes()
 
-    generation = decoding.ours(work, model, observe)
+    generation = decoding.ours(workload, model, observe)
     needed = cache_bytes(settings, generation.work, insertions(generation) * settings.latents)
     return {"cache_bytes_needed": needed, "cache_bytes_held": held}
 
 
 def measure_decoding_memory(
     settings: ModelSettings,
-    work: DecodingWorkload,
+    workload: DecodingWorkload,
     progress: Callable[[], None] = lambda: None,
     sides: Sequence[str] = DECODING_SIDES,
 ) -> Iterator[dict[str, Any]]:
@@ -81,13 +81,15 @@ def measure_decoding_memory(
 
     Args:
         settings: the model.
-        work: the task.
+        workload: the task.
         progress: called after each side.
         sides: plain and insertion modes; plain comes first.
     """
     baseline: int | None = None
     for side in sides:
-        peak = peak_in_own_process({"kind": "generation", "side": side, "settings": settings, "work": work})
+        peak = peak_in_own_process(
+            {"kind": "generation", "side": side, "settings": settings, "work": workload}
+        )
         above = peak["peak_above_weights_bytes"]
         baseline = baseline or above
         progress()
@@ -95,30 +97,30 @@ def measure_decoding_memory(
             "model": settings.model,
             "work": "decode",
             "side": side,
-            **asdict(work),
+            **asdict(workload),
             "latents": settings.latents,
             "cap": settings.cap,
             **peak,
             "memory_ratio": round(above / baseline, 4) if above and baseline else None,
-            **decoding_cache(Decoding(settings), work, side),
+            **decoding_cache(Decoding(settings), workload, side),
             **_described(settings),
         }
 
 
 def measure_training_memory(
-    settings: ModelSettings, work: TrainingWorkload, progress: Callable[[], None] = lambda: None
+    settings: ModelSettings, workload: TrainingWorkload, progress: Callable[[], None] = lambda: None
 ) -> Iterator[dict[str, Any]]:
     """One case per side of a supervised step, each as soon as it is measured.
 
     Args:
         settings: the model.
-        work: the batch.
+        workload: the batch.
         progress: called after each side.
     """
     baseline: int | None = None
     for side in ("plain", "ours"):
         peak = peak_in_own_process(
-            {"kind": "training", "side": side, "stage": "sft", "settings": settings, "work": work}
+            {"kind": "training", "side": side, "stage": "sft", "settings": settings, "work": workload}
         )
         above = peak["peak_above_weights_bytes"]
         baseline = baseline or above
@@ -127,7 +129,7 @@ def measure_training_memory(
             "model": settings.model,
             "work": "sft step",
             "side": side,
-            **asdict(work),
+            **asdict(workload),
             "latents": settings.latents,
             **peak,
             "memory_ratio": round(above / baseline, 4) if above and baseline else None,

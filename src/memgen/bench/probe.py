@@ -20,13 +20,13 @@ import torch
 from memgen.bench.generation import Decoding, DecodingWorkload
 from memgen.bench.shapes import ModelSettings
 from memgen.bench.timing import ProcessMeter
-from memgen.bench.training import MemGenStep, PlainStep, Step, TrainingWorkload
+from memgen.bench.training import MemGenStep, PlainStep, TrainingStep, TrainingWorkload
 
 
 def training_work(request: dict[str, Any]) -> tuple[Callable[[], object], Callable[[], object]]:
     """A warm-up and a training step."""
     settings, work = ModelSettings(**request["settings"]), TrainingWorkload(**request["work"])
-    sides: dict[str, type[Step]] = {"plain": PlainStep, "ours": MemGenStep}
+    sides: dict[str, type[TrainingStep]] = {"plain": PlainStep, "ours": MemGenStep}
     side = sides[request["side"]]
     measured = side(settings, work)
 

@@ -24,7 +24,7 @@ from memgen.files import write_whole
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Processor, memory, versions, threads and load average, for the record of a measurement."""
     described: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": processor(),
         "logical_cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()}",
@@ -49,7 +49,8 @@ def load_average() -> list[float] | None:
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the processor's model."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

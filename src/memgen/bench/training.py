@@ -69,24 +69,24 @@ class TrainingWorkload:
         return self.batch * (self.length - self.prompt)
 
 
-def training_batch(settings: ModelSettings, work: TrainingWorkload) -> TokenBatch:
+def training_batch(settings: ModelSettings, workload: TrainingWorkload) -> TokenBatch:
     """Random rows whose tokens behind the prompt are supervised.
 
     Every `spacing`-th token id is a delimiter, so delimiters come as often as in the decoded texts.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    ids = torch.randint(settings.shape.vocabulary, (work.batch, work.length), generator=generator)
-    leaders = torch.arange(work.batch) // work.group * work.group
-    ids[:, : work.prompt] = ids[leaders, : work.prompt]
+    ids = torch.randint(settings.shape.vocabulary, (workload.batch, workload.length), generator=generator)
+    leaders = torch.arange(workload.batch) // workload.group * workload.group
+    ids[:, : workload.prompt] = ids[leaders, : workload.prompt]
     supervised = torch.zeros_like(ids, dtype=torch.bool)
-    supervised[:, work.prompt :] = True
-    together = work.group > 1
+    supervised[:, workload.prompt :] = True
+    together = workload.group > 1
     return TokenBatch(
         ids=ids,
-        lengths=torch.full((work.batch,), work.length),
+        lengths=torch.full((workload.batch,), workload.length),
         supervised=supervised,
         group=leaders if together else None,
-        shared=torch.full((work.batch,), work.prompt) if together else None,
+        shared=torch.full((workload.batch,), workload.prompt) if together else None,
     ).to(settings.device)
 
 
@@ -95,15 +95,15 @@ def policy_gradient(logprobs: Tensor, advantages: Tensor) -> Tensor:
     return -((logprobs - logprobs.detach()).exp() * advantages).mean()
 
 
-class Step(ABC):
+class TrainingStep(ABC):
     """One side: a batch, its advantages, and a training step on it."""
 
-    def __init__(self, settings: ModelSettings, work: TrainingWorkload) -> None:
-        self.work = work
-        self.batch = training_batch(settings, work)
+    def __init__(self, settings: ModelSettings, workload: TrainingWorkload) -> None:
+        self.workload = workload
+        self.batch = training_batch(settings, workload)
         generator = torch.Generator().manual_seed(settings.seed + 1)
-        per_row = torch.randn(work.batch, generator=generator)
-        self.advantages = per_row.repeat_interleave(work.length - work.prompt).to(settings.device)
+        per_row = torch.randn(workload.batch, generator=generator)
+        self.advantages = per_row.repeat_interleave(workload.length - workload.prompt).to(settings.device)
 
     @abstractmethod
     def step(self, stage: Stage) -> Tensor:
@@ -111,16 +111,16 @@ class Step(ABC):
 
 
 @final
-class PlainStep(Step):
+class PlainStep(TrainingStep):
     """A PEFT LoRA model on Hugging Face's own modules.
 
     Args:
         settings: the model.
-        work: the batch.
+        workload: the batch.
     """
 
-    def __init__(self, settings: ModelSettings, work: TrainingWorkload) -> None:
-        super().__init__(settings, work)
+    def __init__(self, settings: ModelSettings, workload: TrainingWorkload) -> None:
+        super().__init__(settings, workload)
         config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
         with warnings.catch_warnings():
             # PEFT asks transformers by a name that transformers has replaced.
@@ -135,7 +135,7 @@ class PlainStep(Step):
         if stage == "sft":
             loss = self.model(input_ids=self.batch.ids, labels=self.labels, use_cache=False).loss
         else:
-            answer = self.batch.ids[:, self.work.prompt :]
+            answer = self.batch.ids[:, self.workload.prompt :]
             kept = answer.shape[1] + 1
             logits = self.model(input_ids=self.batch.ids, logits_to_keep=kept, use_cache=False).logits[:, :-1]
             chosen = logits.gather(-1, answer[..., None]).squeeze(-1)
@@ -146,29 +146,29 @@ class PlainStep(Step):
 
 
 @final
-class MemGenStep(Step):
+class MemGenStep(TrainingStep):
     """MemGen's teacher-forced forward and its backward, into the weaver.
 
     Args:
         settings: the model.
-        work: the batch.
+        workload: the batch.
 
     Raises:
         ValueError: if some row has too few delimiters for the points asked for.
     """
 
-    def __init__(self, settings: ModelSettings, work: TrainingWorkload) -> None:
-        settings = replace(settings, cap=work.points - 1)
-        super().__init__(settings, work)
+    def __init__(self, settings: ModelSettings, workload: TrainingWorkload) -> None:
+        settings = replace(settings, cap=workload.points - 1)
+        super().__init__(settings, workload)
         self.components = memgen_components(plain_model(settings), settings)
         self.model = self.components.model(ConstantTrigger(1.0))
         self.model.train_only(self.model.weaver)
         self.model.train()
         self.plan: InsertionPlan = self.model.boundaries.cpu().plan(self.batch.to("cpu"))
         fewest = int(self.plan.counts.min())
-        if fewest < work.points:
+        if fewest < workload.points:
             raise ValueError(
-                f"some row has only {fewest} places for latents, but {work.points} points per row were asked for; "
+                f"some row has only {fewest} places for latents, but {workload.points} points per row were asked for; "
                 "lower --points or raise --length"
             )
         self.done = WorkCount()
@@ -179,7 +179,7 @@ class MemGenStep(Step):
         logprobs, woven = self.model.label_logprobs(self.batch, self.plan)
         self.done = woven.work
         if stage == "sft":
-            loss = token_loss(logprobs, self.work.labels)
+            loss = token_loss(logprobs, self.workload.labels)
         else:
             loss = policy_gradient(logprobs, self.advantages)
         loss.backward()
@@ -188,12 +188,14 @@ class MemGenStep(Step):
     def free_positions(self) -> int:
         """Reasoner positions before a row's first latent: they keep no activations and need no backward."""
         firsts = sum(row[0][0] for row in self.plan.rows())
-        return firsts - self.work.prompt * (self.work.batch - self.work.batch // self.work.group)
+        return firsts - self.workload.prompt * (
+            self.workload.batch - self.workload.batch // self.workload.group
+        )
 
 
 def measure_training(
     settings: ModelSettings,
-    work: TrainingWorkload,
+    workload: TrainingWorkload,
     stages: Sequence[Stage],
     repeats: int,
     meter: Meter,
@@ -205,14 +207,14 @@ def measure_training(
 
     Args:
         settings: the model.
-        work: the batch.
+        workload: the batch.
         stages: which.
         repeats: counted passes over both sides.
         meter: the clocks.
         progress: called after each run and each memory probe.
         memory: whether to measure peak memory too, each side in a process of its own.
     """
-    plain, ours = PlainStep(settings, work), MemGenStep(settings, work)
+    plain, ours = PlainStep(settings, workload), MemGenStep(settings, workload)
     weights = weight_bytes(plain.model)
     for stage in stages:
         runs: dict[str, Callable[[], object]] = {
@@ -223,15 +225,15 @@ def measure_training(
         peaks: dict[str, dict[str, Any]] = {}
         for side in ("plain", "ours") if memory else ():
             peaks[side] = peak_in_own_process(
-                {"kind": "training", "side": side, "stage": stage, "settings": settings, "work": work}
+                {"kind": "training", "side": side, "stage": stage, "settings": settings, "work": workload}
             )
             progress()
-        yield _case(settings, work, stage, timings, peaks, ours, weights)
+        yield _case(settings, workload, stage, timings, peaks, ours, weights)
 
 
 def _case(
     settings: ModelSettings,
-    work: TrainingWorkload,
+    workload: TrainingWorkload,
     stage: Stage,
     timings: dict[str, Timing],
     peaks: dict[str, dict[str, Any]],
@@ -240,8 +242,8 @@ def _case(
 ) -> dict[str, Any]:
     ours, plain = timings["ours"], timings["plain"]
     done = step.done
-    positions = work.batch * work.length
-    tokens = work.batch * work.length
+    positions = workload.batch * workload.length
+    tokens = workload.batch * workload.length
     extra = {side: peaks[side]["peak_above_weights_bytes"] for side in peaks}
     known = len(extra) == 2 and all(value is not None for value in extra.values())
     return {
@@ -260,7 +262,7 @@ def _case(
         "weaver_forwards": done.weaver_forwards,
         "weaver_positions": done.weaver_positions,
         "insertions": sum(len(row) for row in step.plan.rows()),
-        "labels": work.labels,
+        "labels": workload.labels,
         "weight_bytes": weights,
         "ours": ours.as_dict()
         | {"tokens_per_second": round(tokens / median(ours.wall), 2)}
@@ -268,7 +270,7 @@ def _case(
         "plain": plain.as_dict()
         | {"tokens_per_second": round(tokens / median(plain.wall), 2), "forwards": 1, "positions": positions}
         | peaks.get("plain", {}),
-        **asdict(work),
+        **asdict(workload),
         "latents": settings.latents,
         "dtype": settings.dtype,
         "device": settings.device,

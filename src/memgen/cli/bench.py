@@ -179,10 +179,12 @@ def _measure_generation(session: _Session) -> None:
     for model in options.model:
         decoding = Decoding(session.settings(model))
         for batch in options.batch:
-            work = DecodingWorkload(batch=batch, prompt=options.prompt, new=options.new)
-            measured = measure_decoding(decoding, work, options.memory, options.repeats, meter, session.tick)
+            workload = DecodingWorkload(batch=batch, prompt=options.prompt, new=options.new)
+            measured = measure_decoding(
+                decoding, workload, options.memory, options.repeats, meter, session.tick
+            )
             for mode in options.memory:
-                session.recorder.add(decoding_case(decoding, work, mode, measured, bandwidth))
+                session.recorder.add(decoding_case(decoding, workload, mode, measured, bandwidth))
     session.recorder.finish()
 
 
@@ -308,8 +310,8 @@ def _measure_memory(session: _Session) -> None:
         settings = session.settings(model)
         for batch in options.batch:
             for new in options.new:
-                work = DecodingWorkload(batch=batch, prompt=options.prompt, new=new)
-                for case in measure_decoding_memory(settings, work, session.tick):
+                workload = DecodingWorkload(batch=batch, prompt=options.prompt, new=new)
+                for case in measure_decoding_memory(settings, workload, session.tick):
                     session.recorder.add(case)
         for length in options.length:
             step = TrainingWorkload(

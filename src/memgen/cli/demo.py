@@ -6,8 +6,6 @@ import argparse
 import json
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
     from memgen.lab.assets import resolve_asset
     from memgen.lab.report import Checkpoints, base_hash, report_on_stages
-    from memgen.lab.trained import asset_query
+    from memgen.lab.trained import asset_query, run_memgen
     from memgen.model.backbone import BackboneConfig, load_backbone
     from memgen.tracking.family import PARENT_VARIABLE
     from memgen.tracking.run_logger import open_parent
@@ -72,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     trigger = _stage("4/6  trigger RL", "trigger_rl", ["--checkpoint", os.path.relpath(weaver)], seeds)
     shown = os.path.relpath(weaver)
     _say(f"5/6  test: memgen test --config {CONF / 'weaver_sft.yaml'} --checkpoint {shown}")
-    _memgen("test", "--config", str(CONF / "weaver_sft.yaml"), "--checkpoint", shown)
+    run_memgen("test", "--config", str(CONF / "weaver_sft.yaml"), "--checkpoint", shown)
     _say("6/6  controls: the same held-out items without memory, and with what only looks like it")
     found = Checkpoints(weaver=weaver, half=Path(resolve_asset(half)), grpo=grpo, trigger=trigger)
     report = report_on_stages(found, progress=lambda name: _say(f"     {name}"))
@@ -98,23 +96,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _stage(title: str, stage: str, start: Sequence[str], seeds: Sequence[str]) -> Path:
     """Trains a stage and returns its best checkpoint."""
+    from memgen.lab.trained import run_memgen
+
     command = ["fit", "--config", str(CONF / f"{stage}.yaml"), *start]
     _say(f"{title}: memgen {' '.join(command)}")
-    _memgen(*command, *seeds)
+    run_memgen(*command, *seeds)
     return Path("runs", stage, "latest").resolve() / "best"
-
-
-def _memgen(*arguments: str) -> None:
-    """Runs a command in a process of its own, as a user would.
-
-    Raises:
-        RuntimeError: if it fails.
-    """
-    done = subprocess.run([sys.executable, "-m", "memgen.cli.main", *arguments], check=False)
-    if done.returncode == 130:
-        raise KeyboardInterrupt
-    if done.returncode:
-        raise RuntimeError(f"memgen {' '.join(arguments)} failed with exit status {done.returncode}")
 
 
 def _say(text: str) -> None:

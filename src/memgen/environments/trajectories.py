@@ -13,7 +13,7 @@ from typing import Any, cast, final
 from typing_extensions import override
 
 from memgen.environments.base import Environment, Example, Message, Reward, Split
-from memgen.environments.records import Record, read_file
+from memgen.environments.sources import Record, read_file
 
 _ROLES = ("system", "user", "assistant", "tool")
 

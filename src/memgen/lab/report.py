@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from memgen.chat import load_tokenizer, prompt_ids
 from memgen.environments.base import Split
@@ -130,6 +131,33 @@ class LabReport:
         return table
 
 
+def held_out(
+    environment: Lab,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> Task:
+    """The items of a split, answered greedily.
+
+    Args:
+        environment: the lab's tasks.
+        split: which items.
+        tokenizer: the reasoner's.
+        max_new_tokens: limit of an answer.
+        batch_size: rows that are decoded together.
+    """
+    examples = environment.examples(split)
+    return Task(
+        environment=environment,
+        examples=examples,
+        prompts=[prompt_ids(tokenizer, environment.messages(example)) for example in examples],
+        tokenizer=tokenizer,
+        settings=GenerationSettings(max_new_tokens=max_new_tokens),
+        batch_size=batch_size,
+    )
+
+
 def report_on_stages(
     checkpoints: Checkpoints,
     split: Split = "test",
@@ -148,17 +176,8 @@ def report_on_stages(
     config = read_config(checkpoints.weaver)
     tokenizer = load_tokenizer(resolve_asset(config.backbone.name))
 
-    def task(lab: Lab) -> Task:
-        examples = lab.examples(split)
-        return Task(
-            environment=lab,
-            examples=examples,
-            prompts=[prompt_ids(tokenizer, lab.messages(example)) for example in examples],
-            tokenizer=tokenizer,
-            settings=GenerationSettings(max_new_tokens=MAX_NEW_TOKENS),
-        )
-
-    target, others = task(environment), task(Lab(OTHERS, val_size=items, test_size=items))
+    target = held_out(environment, split, tokenizer, MAX_NEW_TOKENS)
+    others = held_out(Lab(OTHERS, val_size=items, test_size=items), split, tokenizer, MAX_NEW_TOKENS)
     torch.manual_seed(0)  # of the untrained weaver
     model = MemGenModel.build(config, tokenizer, resolve_asset).eval()
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import memgen
 from memgen.lab.cache import build_once, memgen_home
@@ -171,14 +172,24 @@ def fit(files: Sequence[Path], overrides: Mapping[str, object]) -> None:
         RuntimeError: if it fails.
         KeyboardInterrupt: if it was interrupted.
     """
-    command = [sys.executable, "-m", "memgen.cli.main", "fit"]
-    for file in files:
-        command += ["--config", str(file)]
+    configs = [argument for file in files for argument in ("--config", str(file))]
     # Its report goes to stderr, since this process's own stdout may be a pipe.
-    done = subprocess.run(
-        [*command, *(f"--{key}={value}" for key, value in overrides.items())], stdout=sys.stderr, check=False
-    )
+    run_memgen("fit", *configs, *(f"--{key}={value}" for key, value in overrides.items()), stdout=sys.stderr)
+
+
+def run_memgen(*arguments: str, stdout: TextIO | None = None) -> None:
+    """Runs a command of `memgen` in a process of its own.
+
+    Args:
+        arguments: the command and its arguments.
+        stdout: where its output goes; None: to this process's.
+
+    Raises:
+        RuntimeError: if it fails.
+        KeyboardInterrupt: if it was interrupted.
+    """
+    done = subprocess.run([sys.executable, "-m", "memgen.cli.main", *arguments], stdout=stdout, check=False)
     if done.returncode == 130:
         raise KeyboardInterrupt
     if done.returncode:
-        raise RuntimeError(f"memgen fit --config {files[0]} failed with exit status {done.returncode}")
+        raise RuntimeError(f"memgen {' '.join(arguments)} failed with exit status {done.returncode}")

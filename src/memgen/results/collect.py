@@ -280,7 +280,8 @@ class Collector(LightningModule):
     @override
     def predict_dataloader(self) -> DataLoader[EvalBatch]:
         """Batches of this rank, of the remaining items. All ranks have the same number; some may be empty."""
-        size, rank, ranks = self.data.val_batch_size, self.trainer.global_rank, self.trainer.world_size
+        size = self.data.batch_settings.val_batch_size
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
         mine = self._remaining[rank::ranks]
         steps = max(1, -(-len(self._remaining) // (size * ranks)))
         batches = [tuple(mine[step * size : (step + 1) * size]) for step in range(steps)]

@@ -1,4 +1,4 @@
-"""What makes two runs of an agent the same run, and the callback that records a test item by item."""
+"""Records a test item by item, and resumes it: run identity (settings, weights and code) and the callback."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from memgen.types import RowWork, Trajectory
 logger = logging.getLogger(__name__)
 
 FOLDER = "tests"
-"""Below the folder of runs: records of tests."""
+"""Folder of recorded tests below the folder of runs."""
 
 
 @cache
 def code_hash() -> str:
-    """Tells versions of this package's source apart."""
+    """Hash of this package's source."""
     digest = hashlib.sha256()
     root = Path(memgen.__file__).parent
     for path in sorted(root.rglob("*.py")):
@@ -48,7 +48,7 @@ def code_hash() -> str:
 
 
 def weights_hash(model: MemGenModel) -> str:
-    """Tells agents apart: their frozen bases, and every tensor of weaver and trigger if anything is ever woven."""
+    """Hash of an agent: its frozen bases, and all tensors of weaver and trigger if the trigger can invoke at all."""
     digest = hashlib.sha256()
     for base in model.bases():
         digest.update(base.fingerprint.encode())
@@ -75,19 +75,19 @@ def run_settings(
     precision: str,
     environment: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Everything that decides what an agent answers and what that is worth, as JSON values.
+    """Run identity: everything that decides an agent's answers and their scores, as JSON values.
 
-    What only decides how fast (batch sizes, devices, workers of the loader) is not in it.
+    Settings that only affect speed (batch sizes, devices, loader workers) are not in it.
 
     Args:
-        model: who plays.
+        model: the agent.
         config: its configuration.
-        generation: how answers are drawn.
+        generation: sampling settings.
         episodes: limits of episodes.
-        data: whose items, set up.
-        split: which of them.
-        precision: of the Trainer.
-        environment: the environment's own settings, as they are configured.
+        data: the data, set up.
+        split: the split that is played.
+        precision: precision of the Trainer.
+        environment: the environment's settings, as configured.
     """
     examples = [item.example for item in data.items[split]]
     return {
@@ -111,19 +111,19 @@ class ItemRecorder(Recorder):
     """Plays the items of a test that are not recorded yet, and records them.
 
     Args:
-        records: where.
-        weaver: how many latents an insertion has.
+        records: the folder of records.
+        weaver: tells how many latents an insertion of each kind has.
     """
 
     def __init__(self, records: Records, weaver: WeaverConfig) -> None:
         self.records = records
         self.weaver = weaver
         self.rows: list[Row] = []
-        """Scores of the items that were asked for so far, played now or before."""
+        """Scores of the items seen so far, played now or in an earlier run."""
 
     @override
     def remaining(self, batch: EvalBatch) -> EvalBatch:
-        """The items of a batch that have to be played."""
+        """The items of a batch that are not recorded yet."""
         places = [i for i, index in enumerate(batch.indices) if index not in self.records.done]
         return dataclasses.replace(
             batch,
@@ -133,14 +133,14 @@ class ItemRecorder(Recorder):
 
     @override
     def recorded(self, batch: EvalBatch) -> list[Measured]:
-        """What was measured on the items of a batch that were played before."""
+        """Measurements of the items of a batch that were recorded by an earlier run."""
         rows = [row for index in batch.indices for row in self.records.done.get(index, ())]
         self.rows += rows
         return [Measured.from_record(row) for row in rows]
 
     @override
     def play(self, actor: Actor, batch: EvalBatch, seeds: Sequence[int], *, keep_latents: bool) -> Rollouts:
-        """Plays the items of a batch and writes them down."""
+        """Plays the items of a batch and records them."""
         rollouts = rollout(actor, batch.examples, seeds, keep_latents=keep_latents)
         size = actor.generation.group_size
         seconds = (rollouts.seconds + rollouts.environment_seconds) / len(rollouts.trajectories)
@@ -189,13 +189,13 @@ def _score(
 
 @final
 class RecordedTest(Callback):
-    """Records a test item by item, and goes on where an earlier test of the same agent and settings stopped.
+    """Records a test item by item, and resumes an earlier test of the same agent and settings.
 
     Args:
         root: the folder of runs. Records go to `<root>/tests/<environment>-<hash of the settings and the code>`.
-        folder: another folder, for this test alone. Under other settings than its records' the test is refused.
-        environment: the environment's settings, so that others are noticed.
-        about: anything else to be kept with the records.
+        folder: another folder for the records. Records with other settings there are an error.
+        environment: the environment's settings, as part of the run identity.
+        about: further facts to keep with the records.
     """
 
     def __init__(
@@ -210,11 +210,11 @@ class RecordedTest(Callback):
         self.environment = environment
         self.about = dict(about or {})
         self.records: Records | None = None
-        """Where the test is recorded; None before it has begun."""
+        """The folder of records; None before the test has started."""
         self.total = 0
-        """Items of the test."""
+        """Number of items of the test."""
         self.summary: Summary | None = None
-        """What the test added up to, over all ranks."""
+        """Summary of the test, over all ranks."""
         self._recorder: ItemRecorder | None = None
 
     @override
@@ -282,7 +282,8 @@ class RecordedTest(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.records is not None and isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             logger.warning(
-                "what was played is recorded in %s; the same command goes on from there", self.records.folder
+                "finished items are recorded in %s; the same command continues from there",
+                self.records.folder,
             )
         self._close(pl_module)
 
@@ -295,21 +296,21 @@ class RecordedTest(Callback):
 
 
 def require_different_answers(model: MemGenModel, generation: GenerationSettings, keys: str) -> None:
-    """Refuses to draw several answers where all would be equal.
+    """Refuses several answers per item if all of them would be equal.
 
     Args:
-        model: who answers.
-        generation: how.
-        keys: what to change, for the message.
+        model: the agent.
+        generation: sampling settings.
+        keys: names of the settings to change, for the message.
 
     Raises:
-        ValueError: if nothing is left to chance.
+        ValueError: if nothing is sampled.
     """
     # Of a constant trigger nothing is drawn if its probability is 0 or 1.
     chance = getattr(model.trigger, "probability", None)
     decided = chance in (0.0, 1.0) or not (generation.sample_decisions or model.trigger.stochastic)
     if generation.group_size > 1 and generation.temperature == 0 and decided:
         raise ValueError(
-            f"{generation.group_size} answers to each item are to be drawn, but the temperature is 0, so all of them "
+            f"{generation.group_size} answers to each item are to be sampled, but the temperature is 0, so all of them "
             f"would be equal; set the temperature above 0 ({keys})"
         )

@@ -122,18 +122,17 @@ def episode_trace(
     """
     spans: list[TraceSpan] = []
     clock = begin
-    seen = 0
     total = max(1, trajectory.tokens)
-    for number, turn in enumerate(trajectory.turns, start=1):
-        read = tokenizer.decode(turn.context[seen:], skip_special_tokens=True).strip()
-        if number > 1:
-            spans.append(
-                TraceSpan("environment", "TOOL", clock, clock, _text(tokenizer, trajectory, number - 2), read)
-            )
+    for number, turn in enumerate(trajectory.turns):
+        read = [dict(message) for message in trajectory.prompt]
+        if number:
+            written = trajectory.turns[number - 1].text
+            spans.append(TraceSpan("environment", "TOOL", clock, clock, written, turn.observation))
+            read = [{"role": "user", "content": turn.observation}]
         until = clock + (end - begin) * len(turn.tokens) // total
-        spans.append(_turn_span(tokenizer, weaver, turn, number, read, clock, until))
+        marked = _plain(_marked_turn(tokenizer, weaver, turn))
+        spans.append(_turn_span(weaver, turn, f"turn {number + 1}", read, marked, clock, until))
         clock = until
-        seen = len(turn.context) + len(turn.tokens)
     outcome: dict[str, Any] = {"reward": trajectory.reward, **trajectory.parts}
     if trajectory.fault is not None:
         outcome = {"fault": trajectory.fault}
@@ -159,28 +158,22 @@ def episode_trace(
     )
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory, turn: int) -> str:
-    text: str = tokenizer.decode(trajectory.turns[turn].tokens, skip_special_tokens=True)
-    return text
-
-
 def _turn_span(
-    tokenizer: PreTrainedTokenizerBase,
     weaver: WeaverConfig,
     turn: AgentTurn,
-    number: int,
-    read: str,
+    name: str,
+    read: Sequence[Mapping[str, Any]],
+    marked: str,
     begin: int,
     end: int,
 ) -> TraceSpan:
-    marked = _plain(_marked_turn(tokenizer, weaver, turn))
     return TraceSpan(
-        name=f"turn {number}",
+        name=name,
         kind="CHAT_MODEL",
         begin=begin,
         end=end,
         # The format of chat models, so that MLflow shows the turn as a chat.
-        inputs={"messages": [{"role": "user", "content": read}]},
+        inputs={"messages": read},
         outputs={"choices": [{"message": {"role": "assistant", "content": marked}}]},
         attributes={
             "mlflow.chat.tokenUsage": {

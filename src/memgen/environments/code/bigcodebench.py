@@ -10,17 +10,18 @@ the log, if it needs a library that is neither in the standard library nor among
 from __future__ import annotations
 
 import ast
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Literal, final
 
-from memgen.environments.base import Environment, Example, Message, Reward, Split
-from memgen.environments.code.answers import extract_code, make_executor, parsed, score
-from memgen.environments.code.execution import Isolation, Program, RunLimits
-from memgen.environments.records import HubSplit, Part, Record, Source, checked_fraction, share
+from typing_extensions import override
 
-log = logging.getLogger(__name__)
+from memgen.environments.base import Example
+from memgen.environments.code.answers import extract_code, make_executor, parsed
+from memgen.environments.code.environment import CodeEnvironment
+from memgen.environments.code.execution import Isolation, Program, RunLimits
+from memgen.environments.questions import Questions, seeded_key
+from memgen.environments.sources import HubSplit, Record, Source
 
 PROMPT = "{question}\n"
 PROGRAMS = ("sh", "bash", "cat", "cp", "echo", "gzip", "ls", "mv", "rm", "sleep", "split", "tar")
@@ -28,7 +29,7 @@ PROGRAMS = ("sh", "bash", "cat", "cp", "echo", "gzip", "ls", "mv", "rm", "sleep"
 
 
 @final
-class BigCodeBench(Environment):
+class BigCodeBench(CodeEnvironment):
     """Description in, Python out; reward 1 if all of the item's tests pass in the sandbox, else 0."""
 
     name = "bigcodebench"
@@ -56,13 +57,13 @@ class BigCodeBench(Environment):
         """Reads nothing yet.
 
         Args:
-            path: file, folder, or dataset of the hub.
+            path: file, folder, or data set of the hub.
             hub_split: the version, which is a split on the hub.
             train_file: records in the folder `path`, if not to be found by name. A file that is not named after a
-                split, and the hub's dataset, are split by the fractions below.
+                split, and the hub's data set, are split by the fractions below.
             val_file: likewise.
             test_file: likewise.
-            revision: of the hub's dataset.
+            revision: of the hub's data set.
             validation_fraction: share of all tasks for validation, where there is no file for it.
             test_fraction: share of all tasks for testing, likewise; 1 makes all of them test items.
             split_seed: which ones.
@@ -79,73 +80,42 @@ class BigCodeBench(Environment):
             RuntimeError: if bubblewrap is wanted and not installed.
             ValueError: if a setting is not usable.
         """
-        if "{question}" not in prompt:
-            raise ValueError(f"prompt must contain {{question}}, got {prompt!r}")
         if form not in ("instruct", "complete"):
             raise ValueError(f"form must be instruct or complete, got {form!r}")
-        self.path = path
-        self.validation_fraction = checked_fraction("validation_fraction", validation_fraction)
-        self.test_fraction = checked_fraction("test_fraction", test_fraction)
-        if validation_fraction + test_fraction > 1:
-            raise ValueError(
-                "validation_fraction and test_fraction must be at most 1 together, got "
-                f"{validation_fraction} and {test_fraction}"
-            )
-        self.split_seed = split_seed
         self.form = form
-        self.prompt = prompt
         self.calibrated = calibrated
         self._libraries = {*sys.stdlib_module_names, *packages}
-        self._source = Source(
+        source = Source(
             task="BigCodeBench",
             path=path,
             files={"train": train_file, "val": val_file, "test": test_file},
             hub={"train": [HubSplit(hub_split)]},
             revision=revision,
             folders=("data",),
+            lone_file="to_split",
         )
-        self._executor = make_executor(
-            isolation,
-            limits or RunLimits(cpu_s=20, wall_s=60.0),
-            reward_workers,
-            packages,
-            programs if isolation == "bubblewrap" else (),
+        questions = Questions(
+            source,
+            self._example,
+            validation_fraction,
+            test_fraction,
+            split_key=lambda item: seeded_key(item.meta["task_id"], split_seed, "split"),
+            prompt=prompt,
         )
-        self._read: dict[Part, list[Example]] = {}
+        super().__init__(
+            questions,
+            make_executor(
+                isolation,
+                limits or RunLimits(cpu_s=20, wall_s=60.0),
+                reward_workers,
+                packages,
+                programs if isolation == "bubblewrap" else (),
+            ),
+        )
 
-    def examples(self, split: Split) -> list[Example]:
-        """The items of a split in the order of the file.
-
-        Raises:
-            FileNotFoundError: if the data is neither local nor to be had from the hub.
-            ValueError: if a record is broken; the message names file, line and column.
-        """
-        own = {part: self._source.splits(part) for part in ("val", "test")}
-        if split != "train" and own[split]:
-            return self._items(split)
-        kept = []
-        for example in self._items("train"):
-            place = share(example.meta["task_id"], self.split_seed, "split")
-            test = 0.0 if own["test"] else self.test_fraction
-            val = 0.0 if own["val"] else self.validation_fraction
-            side = "test" if place < test else "val" if place < test + val else "train"
-            if side == split:
-                kept.append(example)
-        return kept
-
-    def messages(self, example: Example) -> list[Message]:
-        """One user message: the benchmark's own prompt."""
-        return [{"role": "user", "content": self.prompt.replace("{question}", example.question)}]
-
-    def reward(self, example: Example, answer: str) -> Reward:
-        """1 if the answer's code passes all tests, else 0."""
-        return self.rewards([example], [answer])[0]
-
-    def rewards(self, examples: Sequence[Example], answers: Sequence[str]) -> list[Reward]:
-        """Runs many, `reward_workers` at a time."""
-        return score(self._executor, [self._program(e, a) for e, a in zip(examples, answers, strict=True)])
-
-    def _program(self, example: Example, answer: str) -> Program | None:
+    @override
+    def program(self, example: Example, answer: str) -> Program | None:
+        """The answer's code, behind the task's first lines where the form asks for it, and the tests."""
         code = extract_code(answer, defines=example.answer)
         if self.form == "complete" and f"def {example.answer}" not in code:
             code = example.meta["complete_prompt"] + code  # A continuation.
@@ -156,20 +126,10 @@ class BigCodeBench(Environment):
             return None
         return Program(solution=code, tests=example.meta["test"], style="unittest")
 
-    def _items(self, part: Part) -> list[Example]:
-        if part not in self._read:
-            records = self._source.records(part, whole=part == "train")
-            kept = [record for record in records if _libraries(record) <= self._libraries]
-            if len(kept) < len(records):
-                log.info(
-                    "BigCodeBench: %d of %d tasks need libraries that the sandbox does not have; name them in packages",
-                    len(records) - len(kept),
-                    len(records),
-                )
-            self._read[part] = [self._example(part, record) for record in kept]
-        return self._read[part]
-
-    def _example(self, part: Part, record: Record) -> Example:
+    def _example(self, record: Record, identifier: str) -> Example | str:
+        missing = ", ".join(sorted(_libraries(record) - self._libraries))
+        if missing:
+            return f"{record.where} needs libraries that the sandbox does not have ({missing}); name them in packages"
         texts = {key: record.text(key) for key in ("task_id", "test", "entry_point")}
         for column in ("code_prompt", "complete_prompt", "canonical_solution"):
             record.text(column)
@@ -177,7 +137,7 @@ class BigCodeBench(Environment):
         code_prompt, body = record.value("code_prompt"), record.value("canonical_solution")
         instruct = self.form == "instruct"
         return Example(
-            id=f"{part}-{record.number}",
+            id=identifier,
             question=record.text("instruct_prompt" if instruct else "complete_prompt"),
             target=f"```python\n{code_prompt if instruct else record.value('complete_prompt')}{body}\n```",
             answer=texts["entry_point"],

@@ -2,7 +2,7 @@
 
 The prompt is the released code's. Its random 70/10/20 split is made here by a seed and the question's text, so a split
 depends neither on the file's order nor on global state, and a repeated question is on one side only; a folder
-with files named after the splits is taken as it is split. Tests run without pytest (see `code_harness`), in a sandbox.
+with files named after the splits is taken as it is split. Tests run without pytest (see `harness`), in a sandbox.
 An item whose test text holds no test is left out and counted in the log.
 """
 
@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import ast
 import json
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
-from memgen.environments.base import Environment, Example, Message, Reward, Split
-from memgen.environments.code.answers import extract_code, make_executor, parsed, score, with_name
-from memgen.environments.code.execution import Isolation, Program, RunLimits
-from memgen.environments.records import HubSplit, Part, Record, Source, checked_fraction, share
+from typing_extensions import override
 
-log = logging.getLogger(__name__)
+from memgen.environments.base import Example, Message
+from memgen.environments.code.answers import extract_code, make_executor, parsed, with_name
+from memgen.environments.code.environment import CodeEnvironment
+from memgen.environments.code.execution import Isolation, Program, RunLimits
+from memgen.environments.questions import Questions
+from memgen.environments.sources import HubSplit, Record, Source
 
 PROMPT = (
     "Write an efficient and correct Python function to solve the following problem.Question: {question}\n"
@@ -31,7 +32,7 @@ _TEST = re.compile(r"^\s*(?:async\s+)?def\s+test|^\s*class\s+\w*Test", re.MULTIL
 
 
 @final
-class KodCode(Environment):
+class KodCode(CodeEnvironment):
     """Problem in, Python out; reward 1 if all of the item's tests pass in the sandbox, else 0."""
 
     name = "kodcode"
@@ -57,12 +58,12 @@ class KodCode(Environment):
         """Reads nothing yet.
 
         Args:
-            path: file, folder, or dataset of the hub.
+            path: file, folder, or data set of the hub.
             train_file: records in the folder `path`, if not to be found by name. A file that is not named after a
-                split, and the hub's dataset, are split by the fractions below.
+                split, and the hub's data set, are split by the fractions below.
             val_file: likewise.
             test_file: likewise.
-            revision: of the hub's dataset.
+            revision: of the hub's data set.
             validation_fraction: share of all items for validation, where there is no file for it.
             test_fraction: share of all items for testing, likewise; 1 makes all of them test items.
             split_seed: which ones.
@@ -79,92 +80,55 @@ class KodCode(Environment):
             RuntimeError: if bubblewrap is wanted and not installed.
             ValueError: if a setting is not usable.
         """
-        if "{question}" not in prompt:
-            raise ValueError(f"prompt must contain {{question}}, got {prompt!r}")
         if target_style not in ("raw", "fenced"):
             raise ValueError(f"target_style must be raw or fenced, got {target_style!r}")
-        self.path = path
-        self.validation_fraction = checked_fraction("validation_fraction", validation_fraction)
-        self.test_fraction = checked_fraction("test_fraction", test_fraction)
-        if validation_fraction + test_fraction > 1:
-            raise ValueError(
-                "validation_fraction and test_fraction must be at most 1 together, got "
-                f"{validation_fraction} and {test_fraction}"
-            )
-        self.split_seed = split_seed
-        self.prompt = prompt
         self.target_style = target_style
-        self._source = Source(
+        source = Source(
             task="KodCode",
             path=path,
             files={"train": train_file, "val": val_file, "test": test_file},
             hub={"train": [HubSplit("train")]},
             revision=revision,
             folders=("data",),
+            lone_file="to_split",
         )
-        self._executor = make_executor(
-            isolation, limits or RunLimits(cpu_s=5, wall_s=20.0), reward_workers, packages, programs
+        super().__init__(
+            Questions(source, self._example, validation_fraction, test_fraction, split_seed, prompt=prompt),
+            make_executor(
+                isolation, limits or RunLimits(cpu_s=5, wall_s=20.0), reward_workers, packages, programs
+            ),
         )
-        self._read: dict[Part, list[Example]] = {}
 
-    def examples(self, split: Split) -> list[Example]:
-        """The items of a split in the order of the file.
-
-        Raises:
-            FileNotFoundError: if the data is neither local nor to be had from the hub.
-            ValueError: if a record is broken; the message names file, line and column.
-        """
-        own = {part: self._source.splits(part) for part in ("val", "test")}
-        if split != "train" and own[split]:
-            return self._items(split)
-        kept = []
-        for example in self._items("train"):
-            place = share(example.question, self.split_seed, "split")
-            test = 0.0 if own["test"] else self.test_fraction
-            val = 0.0 if own["val"] else self.validation_fraction
-            side = "test" if place < test else "val" if place < test + val else "train"
-            if side == split:
-                kept.append(example)
-        return kept
-
+    @override
     def messages(self, example: Example) -> list[Message]:
         """One user message: the instruction and the problem."""
-        text = self.prompt.replace("{signature}", example.meta["signature"])
+        text = self.questions.prompt.replace("{signature}", example.meta["signature"])
         return [{"role": "user", "content": text.replace("{question}", example.question)}]
 
-    def reward(self, example: Example, answer: str) -> Reward:
-        """1 if the answer's code passes all tests, else 0."""
-        return self.rewards([example], [answer])[0]
+    @override
+    def program(self, example: Example, answer: str) -> Program | None:
+        """The answer's code, which has the wanted name as a second one if it chose another, and the tests."""
+        name = example.meta["function"]
+        code = extract_code(answer, defines=name)
+        tree = parsed(code)
+        if tree is None or not tree.body:
+            return None
+        return Program(
+            solution=with_name(code, name, example.meta["parameters"]),
+            tests=example.meta["test"],
+            style="pytest",
+        )
 
-    def rewards(self, examples: Sequence[Example], answers: Sequence[str]) -> list[Reward]:
-        """Runs many, `reward_workers` at a time."""
-        return score(self._executor, [_program(e, a) for e, a in zip(examples, answers, strict=True)])
-
-    def _items(self, part: Part) -> list[Example]:
-        if part not in self._read:
-            items = [
-                self._example(part, record) for record in self._source.records(part, whole=part == "train")
-            ]
-            kept = [item for item in items if item is not None]
-            if len(kept) < len(items):
-                log.info(
-                    "KodCode: %d of %d items hold no test and are left out",
-                    len(items) - len(kept),
-                    len(items),
-                )
-            self._read[part] = kept
-        return self._read[part]
-
-    def _example(self, part: Part, record: Record) -> Example | None:
+    def _example(self, record: Record, identifier: str) -> Example | str:
         test = record.text("test")
         solution = record.text("solution")
         question = record.text("question")
         info = _wanted(record)
         if not _TEST.search(test):
-            return None
+            return f"{record.where} holds no test"
         target = solution if self.target_style == "raw" else f"```python\n{solution}\n```"
         return Example(
-            id=f"{part}-{record.number}",
+            id=identifier,
             question=question,
             target=target,
             answer=solution,
@@ -175,17 +139,6 @@ class KodCode(Environment):
                 "parameters": _count(info.get("parameter_list")),
             },
         )
-
-
-def _program(example: Example, answer: str) -> Program | None:
-    name = example.meta["function"]
-    code = extract_code(answer, defines=name)
-    tree = parsed(code)
-    if tree is None or not tree.body:
-        return None
-    return Program(
-        solution=with_name(code, name, example.meta["parameters"]), tests=example.meta["test"], style="pytest"
-    )
 
 
 def _wanted(record: Record) -> Mapping[str, Any]:

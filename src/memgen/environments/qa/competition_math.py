@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-from memgen.environments.base import Environment, Example, Message, Reward, Split
-from memgen.environments.qa.gsm8k import PROMPT
-from memgen.environments.qa.maths import MathsVerifier, boxed_answer
-from memgen.environments.records import HubSplit, Part, Record, Source, checked_fraction, normalised, share
+from typing_extensions import override
+
+from memgen.environments.base import Example, Split
+from memgen.environments.qa.maths import PROMPT, MathsEnvironment, boxed_answer
+from memgen.environments.questions import Questions, normalised, without
+from memgen.environments.sources import HubSplit, Record, Source
 
 SUBJECTS = (
     "algebra",
@@ -30,7 +32,7 @@ SUBJECTS = (
 
 
 @final
-class MATH(Environment):
+class MATH(MathsEnvironment):
     """Problem in, worked solution with a boxed answer out; reward 1 for the right answer, else 0."""
 
     name = "math"
@@ -52,12 +54,12 @@ class MATH(Environment):
         """Reads nothing yet.
 
         Args:
-            path: folder, file, or dataset of the hub with the training problems.
+            path: folder, file, or data set of the hub with the training problems.
             train_file: records in the folder `path`, if not to be found by name.
-            test_file: likewise; of several test files, one with 500 in its name goes before.
-            test_name: the hub's dataset of the test problems, where `path` is one of the hub.
-            revision: of the hub's dataset `path`.
-            subjects: configurations of the hub's dataset `path`; empty if it has none.
+            test_file: likewise; of several test files, one with 500 in its name takes precedence.
+            test_name: the hub's data set of the test problems, where `path` is one of the hub.
+            revision: of the hub's data set `path`.
+            subjects: configurations of the hub's data set `path`; empty if it has none.
             validation_fraction: share of the training problems set aside for validation.
             split_seed: which ones.
             prompt: the user message; `{question}` stands for the problem.
@@ -67,74 +69,38 @@ class MATH(Environment):
         Raises:
             ValueError: if a setting is not usable.
         """
-        if "{question}" not in prompt:
-            raise ValueError(f"prompt must contain {{question}}, got {prompt!r}")
-        self.path = path
-        self.validation_fraction = checked_fraction("validation_fraction", validation_fraction)
-        self.split_seed = split_seed
-        self.prompt = prompt
-        files: dict[Part, str | None] = {"train": train_file, "test": test_file}
-        self._source = Source(
+        source = Source(
             task="MATH",
             path=path,
-            files=files,
-            hub={"train": [HubSplit("train", subject) for subject in subjects or (None,)]},
+            files={"train": train_file, "test": test_file},
+            hub={
+                "train": [HubSplit("train", subject) for subject in subjects or (None,)],
+                "test": [HubSplit("test", name=test_name)],
+            },
             revision=revision,
             folders=("data",),
             prefer={"test": r"500(?!\d)"},
         )
-        # On the hub the test problems are a dataset of their own, with revisions of its own.
-        local = self._source.is_local or test_file is not None
-        self._test_source = (
-            self._source if local else Source(task="MATH", path=test_name, hub={"test": [HubSplit("test")]})
-        )
-        self._verifier = MathsVerifier(timeout_s=reward_timeout_s, workers=reward_workers)
-        self._read: dict[Part, list[Example]] = {}
+        questions = Questions(source, _example, validation_fraction, split_seed=split_seed, prompt=prompt)
+        super().__init__(questions, reward_timeout_s, reward_workers)
 
+    @override
     def examples(self, split: Split) -> list[Example]:
-        """The items of a split in the order of the files.
+        """The items of a split in the order of the files; no tested problem among those set aside or trained on.
 
         Raises:
-            FileNotFoundError: if the data is neither local nor to be had from the hub.
+            FileNotFoundError: if the data is neither local nor on the hub.
             ValueError: if a record is broken, or lacks a problem or a solution with a final answer.
         """
-        if split == "test" or (split == "val" and self._source.has("val")):
-            return self._items(split)
-        tested = {normalised(example.question) for example in self._tested()}
-        return [
-            example
-            for example in self._items("train")
-            if normalised(example.question) not in tested
-            and (self._source.has("val") or self._is_validation(example.question) == (split == "val"))
-        ]
-
-    def messages(self, example: Example) -> list[Message]:
-        """One user message: the instruction and the problem."""
-        return [{"role": "user", "content": self.prompt.replace("{question}", example.question)}]
-
-    def reward(self, example: Example, answer: str) -> Reward:
-        """1 if the answer marked as final equals the reference, else 0."""
-        return self._verifier.reward(example.answer, answer)
-
-    def rewards(self, examples: Sequence[Example], answers: Sequence[str]) -> list[Reward]:
-        """Compares in `reward_workers` processes at once."""
-        return self._verifier.rewards([example.answer for example in examples], answers)
-
-    def _is_validation(self, question: str) -> bool:
-        return share(question, self.split_seed, "val") < self.validation_fraction
-
-    def _tested(self) -> list[Example]:
-        # A lone training file has no test problems beside it to keep apart.
-        return self._items("test") if self._test_source.has("test") else []
-
-    def _items(self, part: Part) -> list[Example]:
-        if part not in self._read:
-            source = self._test_source if part == "test" else self._source
-            self._read[part] = [_example(part, record) for record in source.records(part)]
-        return self._read[part]
+        source = self.questions.source
+        if split == "test" or (split == "val" and source.has("val")):
+            return self.questions.examples(split)
+        # A lone training file has no test problems beside it.
+        tested = self.questions.items("test") if source.has("test") else []
+        return without(self.questions.examples(split), tested, lambda item: [normalised(item.question)])
 
 
-def _example(part: Part, record: Record) -> Example:
+def _example(record: Record, identifier: str) -> Example:
     solution = record.text("solution")
     answer = record.text("answer") if "answer" in record.fields else boxed_answer(solution)
     if answer is None:
@@ -143,7 +109,7 @@ def _example(part: Part, record: Record) -> Example:
         key: record.fields[key] for key in ("subject", "type", "level", "unique_id") if key in record.fields
     }
     return Example(
-        id=f"{part}-{record.number}",
+        id=identifier,
         question=record.text("problem"),
         target=solution,
         answer=answer,

@@ -9,22 +9,27 @@ has no validation split: a seeded tenth of the rest is set aside, as in the rele
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 import re
 from string import ascii_uppercase
 from typing import final
 
-from memgen.environments.base import Environment, Example, Message, Reward, Split
-from memgen.environments.qa.multiple_choice import PROMPT, asked, choice_reward, explained
-from memgen.environments.records import HubSplit, Record, Source, checked_fraction, normalised, share
+from typing_extensions import override
 
+from memgen.environments.base import Example, Split
+from memgen.environments.qa.multiple_choice import PROMPT, ChoiceEnvironment, choice_example
+from memgen.environments.questions import Questions, normalised, seeded_key, without
+from memgen.environments.sources import HubSplit, Record, Source
+
+_DIAMOND = "gpqa_diamond"
 _WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 _ID = "Record ID"
 
 
 @final
-class GPQA(Environment):
+class GPQA(ChoiceEnvironment):
     """Question with lettered options in, explanation with the boxed letter out; reward 1 for the right letter."""
 
     name = "gpqa"
@@ -33,7 +38,7 @@ class GPQA(Environment):
         self,
         path: str = "Idavidrein/gpqa",
         train_set: str = "gpqa_main",
-        test_set: str = "gpqa_diamond",
+        test_set: str = _DIAMOND,
         train_file: str | None = None,
         test_file: str | None = None,
         diamond_file: str | None = None,
@@ -46,14 +51,14 @@ class GPQA(Environment):
         """Reads nothing yet.
 
         Args:
-            path: folder with a file for each set, a single file (which is tested on, never trained on), or a dataset
-                of the hub.
+            path: folder with a file for each set, a single file (which is tested on, never trained on), or a data
+                set of the hub.
             train_set: the set to train on: the hub's configuration, and what the local file's name begins with.
             test_set: the set to test on, likewise.
             train_file: the set to train on in the folder `path`, if it has another name.
             test_file: likewise.
             diamond_file: the Diamond set, which is kept out of training, where `test_set` or `test_file` is another.
-            revision: of the hub's dataset.
+            revision: of the hub's data set.
             validation_fraction: share of the training items set aside for validation.
             split_seed: which ones.
             option_seed: the order of the options.
@@ -62,90 +67,72 @@ class GPQA(Environment):
         Raises:
             ValueError: if a setting is not usable.
         """
-        if "{question}" not in prompt:
-            raise ValueError(f"prompt must contain {{question}}, got {prompt!r}")
-        self.path = path
-        self.validation_fraction = checked_fraction("validation_fraction", validation_fraction)
-        self.split_seed = split_seed
         self.option_seed = option_seed
-        self.prompt = prompt
-        # The hub calls all of its sets "train". Locally, a set's file is told by its name.
-        self._train = _source(path, train_set, train_file, revision, "train")
-        self._test = _source(path, test_set, test_file, revision, "test")
-        self._diamond = _source(path, "gpqa_diamond", diamond_file, revision, "diamond")
-        self._test_is_diamond = test_set == "gpqa_diamond" and test_file is None and diamond_file is None
-        self._read: dict[str, list[Example]] = {}
+        source = Source(
+            task="GPQA",
+            path=path,
+            files={"train": train_file, "test": test_file},
+            # The hub calls all of its sets "train". Locally, a set's file is found by its name.
+            hub={"train": [HubSplit("train", train_set)], "test": [HubSplit("train", test_set)]},
+            revision=revision,
+            splits=("train", "test"),
+            folders=("dataset", "data"),
+            names={"train": re.escape(train_set), "test": re.escape(test_set)},
+            lone_file="test",
+        )
+        super().__init__(
+            Questions(
+                source,
+                self._example,
+                validation_fraction,
+                split_key=lambda item: seeded_key(item.meta["stem"], split_seed, "val"),
+                prompt=prompt,
+            )
+        )
+        diamond = dataclasses.replace(
+            source,
+            files={"test": diamond_file},
+            hub={"test": [HubSplit("train", _DIAMOND)]},
+            names={"test": _DIAMOND},
+            lone_file="refused",
+            setting="diamond_file",
+        )
+        tests_diamond = test_set == _DIAMOND and test_file is None and diamond_file is None
+        self._diamond = None if tests_diamond else Questions(diamond, self._example)
 
+    @override
     def examples(self, split: Split) -> list[Example]:
         """The items of a split in the order of the file.
 
         Raises:
-            FileNotFoundError: if the data is neither local nor to be had from the hub; for training, if the Diamond
-                set is not there to be kept out.
+            FileNotFoundError: if the data is neither local nor on the hub; for training, if the Diamond set is not
+                there to be kept out.
             ValueError: if a record is broken; the message names file, line and column.
         """
         if split == "test":
-            return self._items("test")
-        kept_out = [*self._items("test"), *([] if self._test_is_diamond else self._items("diamond"))]
-        ids = {example.meta["record_id"] for example in kept_out} - {None}
-        questions = {normalised(example.meta["stem"]) for example in kept_out}
-        return [
-            example
-            for example in self._items("train")
-            if example.meta["record_id"] not in ids
-            and normalised(example.meta["stem"]) not in questions
-            and self._is_validation(example.meta["stem"]) == (split == "val")
-        ]
+            return self.questions.examples("test")
+        kept_out = [*self.questions.items("test"), *(self._diamond.items("test") if self._diamond else [])]
+        return without(self.questions.examples(split), kept_out, _marks)
 
-    def messages(self, example: Example) -> list[Message]:
-        """One user message: the instruction, the question and its options."""
-        return [{"role": "user", "content": self.prompt.replace("{question}", example.question)}]
-
-    def reward(self, example: Example, answer: str) -> Reward:
-        """1 if the boxed letter is the right one, else 0."""
-        return choice_reward(example.answer, len(example.meta["options"]), answer)
-
-    def _is_validation(self, question: str) -> bool:
-        return share(question, self.split_seed, "val") < self.validation_fraction
-
-    def _items(self, part: str) -> list[Example]:
-        if part not in self._read:
-            source = {"train": self._train, "test": self._test, "diamond": self._diamond}[part]
-            self._read[part] = [self._example(part, record) for record in source.records("test")]
-        return self._read[part]
-
-    def _example(self, part: str, record: Record) -> Example:
+    def _example(self, record: Record, identifier: str) -> Example:
         stem = record.text("Question")
         given = [record.text("Correct Answer"), *(record.text(column) for column in _WRONG)]
         order = list(range(len(given)))
         digest = hashlib.sha256(f"{self.option_seed}\x1f{normalised(stem)}".encode()).digest()
         random.Random(digest).shuffle(order)
-        options = tuple(given[index] for index in order)
-        correct = ascii_uppercase[order.index(0)]
-        identifier = record.fields.get(_ID)
-        return Example(
-            id=f"{part}-{record.number}",
-            question=asked(stem, options),
-            target=explained(record.text("Explanation", empty=True), correct),
-            answer=correct,
-            meta={
-                "stem": stem,
-                "options": options,
-                "record_id": identifier.strip() or None if isinstance(identifier, str) else None,
-            },
+        record_id = record.fields.get(_ID)
+        return choice_example(
+            identifier,
+            stem,
+            options=[given[index] for index in order],
+            correct=ascii_uppercase[order.index(0)],
+            explanation=record.text("Explanation", empty=True),
+            record_id=record_id.strip() or None if isinstance(record_id, str) else None,
         )
 
 
-def _source(path: str, dataset: str, file: str | None, revision: str | None, setting: str) -> Source:
-    """One set as a source of its own, whose single split is called "test" here."""
-    return Source(
-        task="GPQA",
-        path=path,
-        files={"test": file},
-        hub={"test": [HubSplit("train", dataset)]},
-        revision=revision,
-        folders=("dataset", "data"),
-        names={"test": re.escape(dataset)},
-        lone_file=setting == "test",
-        setting=f"{setting}_file",
-    )
+def _marks(example: Example) -> list[str]:
+    """By which an item is recognised in another set: its question and, if it has one, its record id."""
+    record_id = example.meta["record_id"]
+    question = f"question {normalised(example.meta['stem'])}"
+    return [question] if record_id is None else [question, f"id {record_id}"]

@@ -11,20 +11,13 @@ both splits.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Sequence
 from typing import Literal, final
 
-from memgen.environments.base import Environment, Example, Message, Reward, Split
-from memgen.environments.qa.maths import MathsVerifier
-from memgen.environments.records import HubSplit, Part, Record, Source
-
-PROMPT = (
-    "Solve the math problem with proper reasoning, and make sure to put the FINAL ANSWER inside \\boxed{}."
-    "Question: {question}\n"
-)
-"""The released code's user message."""
+from memgen.environments.base import Example
+from memgen.environments.qa.maths import PROMPT, MathsEnvironment
+from memgen.environments.questions import Questions
+from memgen.environments.sources import HubSplit, Record, Source
 
 TargetStyle = Literal["boxed", "released", "hashes"]
 
@@ -33,7 +26,7 @@ _FINAL = "####"
 
 
 @final
-class GSM8K(Environment):
+class GSM8K(MathsEnvironment):
     """Question in, worked solution with a boxed number out; reward 1 for the right number, else 0."""
 
     name = "gsm8k"
@@ -53,13 +46,13 @@ class GSM8K(Environment):
         r"""Reads nothing yet.
 
         Args:
-            path: folder with a training and a test file, one such file, or a dataset of the Hugging Face hub
+            path: folder with a training and a test file, one such file, or a data set of the Hugging Face hub
                 (`owner/name`).
-            train_file: question/answer records in the folder `path` (an absolute path may stand elsewhere), if not to
+            train_file: question/answer records in the folder `path` (an absolute path may be elsewhere), if not to
                 be found by name.
             test_file: likewise.
-            revision: of the hub's dataset.
-            validation_fraction: share of the training questions set aside for validation, in [0, 1).
+            revision: of the hub's data set.
+            validation_fraction: share of the training questions set aside for validation.
             prompt: the user message; `{question}` stands for the question.
             target_style: what SFT learns. "boxed": the solution without calculator annotations and `\boxed{X}` on
                 the last line; "released": annotations kept and `\boxed{X}` directly behind the solution, as in the
@@ -70,70 +63,31 @@ class GSM8K(Environment):
         Raises:
             ValueError: if `validation_fraction`, `prompt`, `target_style` or a reward setting is not usable.
         """
-        if not 0.0 <= validation_fraction < 1.0:
-            raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
-        if "{question}" not in prompt:
-            raise ValueError(f"prompt must contain {{question}}, got {prompt!r}")
         if target_style not in ("boxed", "released", "hashes"):
             raise ValueError(f"target_style must be boxed, released or hashes, got {target_style!r}")
-        self.path = path
-        self._source = Source(
+        self.target_style: TargetStyle = target_style
+        source = Source(
             task="GSM8K",
             path=path,
             files={"train": train_file, "test": test_file},
             hub={"train": [HubSplit("train", "main")], "test": [HubSplit("test", "main")]},
             revision=revision,
+            splits=("train", "test"),
             folders=("main",),
         )
-        self.validation_fraction = validation_fraction
-        self.prompt = prompt
-        self.target_style: TargetStyle = target_style
-        self._verifier = MathsVerifier(timeout_s=reward_timeout_s, workers=reward_workers)
-        self._read: dict[Part, list[Example]] = {}
+        # The bare question, as in the first releases, so that splits stay what they were.
+        questions = Questions(
+            source, self._example, validation_fraction, split_key=lambda item: item.question, prompt=prompt
+        )
+        super().__init__(questions, reward_timeout_s, reward_workers)
 
-    def examples(self, split: Split) -> list[Example]:
-        """The items of a split in the order of the file.
-
-        Raises:
-            FileNotFoundError: if the data is neither a directory nor to be had from the hub.
-            ValueError: if a line is not JSON, or lacks a question or a solution with a final answer.
-        """
-        match split:
-            case "train" | "val":
-                return [
-                    e for e in self._items("train") if self._is_validation(e.question) == (split == "val")
-                ]
-            case "test":
-                return list(self._items("test"))
-
-    def messages(self, example: Example) -> list[Message]:
-        """One user message: the instruction and the question."""
-        return [{"role": "user", "content": self.prompt.replace("{question}", example.question)}]
-
-    def reward(self, example: Example, answer: str) -> Reward:
-        """1 if the answer marked as final equals the reference, else 0."""
-        return self._verifier.reward(example.answer, answer)
-
-    def rewards(self, examples: Sequence[Example], answers: Sequence[str]) -> list[Reward]:
-        """Compares in `reward_workers` processes at once."""
-        return self._verifier.rewards([example.answer for example in examples], answers)
-
-    def _is_validation(self, question: str) -> bool:
-        digest = hashlib.sha256(question.encode()).digest()
-        return int.from_bytes(digest[:8], "big") < self.validation_fraction * 2**64
-
-    def _items(self, part: Part) -> list[Example]:
-        if part not in self._read:
-            self._read[part] = [self._example(part, record) for record in self._source.records(part)]
-        return self._read[part]
-
-    def _example(self, part: Part, record: Record) -> Example:
+    def _example(self, record: Record, identifier: str) -> Example:
         question = record.text("question")
         solution, marker, answer = record.text("answer").rpartition(_FINAL)
         if not marker or not answer.strip():
             raise record.error("answer", f'does not end in "{_FINAL} <number>"')
         return Example(
-            id=f"{part}-{record.number}",
+            id=identifier,
             question=question,
             target=self._target(solution.strip(), answer.strip()),
             answer=answer.strip(),

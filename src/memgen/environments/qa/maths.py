@@ -7,29 +7,44 @@ does not answer in time is killed, from whichever thread asked; (3) the released
 and takes the first `\boxed`.
 
 The worker is a fresh interpreter running this module (`python -m`), never a fork and never a second import of the
-caller's main script: answers may be scored from notebooks, from threads and under a running CUDA context.
+caller's main script: answers may be scored from notebooks, from threads and under a running CUDA context. (The process
+pools of multiprocessing and of pebble import the main script again in every worker: without a main guard they fail,
+and under `memgen` each worker would load what the command line loads.)
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import math
 import os
 import queue
 import re
+import resource
 import subprocess
 import sys
-import threading
+import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from abc import ABC
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any, final
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, final
 
-from memgen.environments.base import Reward
+from typing_extensions import override
+
+from memgen.environments.base import Example, Reward
+from memgen.environments.questions import QuestionEnvironment, Questions
 from memgen.environments.signals import stay
 
-_READY = "ready"
+PROMPT = (
+    "Solve the math problem with proper reasoning, and make sure to put the FINAL ANSWER inside \\boxed{}."
+    "Question: {question}\n"
+)
+"""The released code's user message for mathematics."""
+
+_READY = b"ready"
 _START_LIMIT_S = 120.0
 """Importing math-verify on a busy machine; not the time of an answer."""
 _MEMORY_LIMIT_BYTES = 4 << 30
@@ -77,7 +92,7 @@ def _boxes(text: str) -> list[str]:
 
 
 def _braced(text: str, start: int) -> str | None:
-    """What stands between the brace that ends before `start` and its partner; None if it has no partner."""
+    """The text from `start` to the brace that closes the one before it; None if none does."""
     depth, position = 1, start
     while position < len(text):
         character = text[position]
@@ -121,17 +136,18 @@ class MathsVerifier:
 
     def _open_pool(self) -> None:
         self._owner = os.getpid()
-        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
-        for _ in range(self.workers):
-            self._slots.put(None)
-        self._alive: set[_Worker] = set()
-        self._finalizer = weakref.finalize(self, _kill_all, self._alive, self._owner)
+        self._pool = [_Worker(self.timeout_s) for _ in range(self.workers)]
+        # Last in, first out: a second worker starts only when the first one is busy.
+        self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        for worker in self._pool:
+            self._free.put(worker)
+        self._finalizer = weakref.finalize(self, _kill_all, self._pool, self._owner)
 
     def equivalent(self, gold: str, answer: str) -> bool:
         r"""Whether an answer equals the reference. The order matters: math-verify is lenient towards the second.
 
         Args:
-            gold: the reference, as it would stand in a `\boxed{}`.
+            gold: the reference, as it would be written in a `\boxed{}`.
             answer: the answer to check, likewise.
 
         Returns:
@@ -142,27 +158,16 @@ class MathsVerifier:
         """
         if os.getpid() != self._owner:  # A forked child must not write into its parent's pipes.
             self._open_pool()
-        worker = self._slots.get()
+        free = self._free
+        worker = free.get()
         try:
-            if worker is None or not worker.alive:
-                if worker is not None:
-                    self._alive.discard(worker)
-                    worker.kill()
-                worker = _Worker(self.timeout_s)
-                self._alive.add(worker)
-            verdict = worker.ask(gold, answer, self.timeout_s)
-            if verdict is None:
-                self._alive.discard(worker)
-                worker.kill()
-                worker = None
-            return verdict is True
+            return worker.ask(gold, answer)
         finally:
-            self._slots.put(worker)
+            free.put(worker)
 
     def correct(self, gold: str, solution: str) -> bool:
         """Whether the answer a solution marks as final (see `final_answer`) equals the reference."""
-        answer = final_answer(solution)
-        return answer is not None and self.equivalent(gold, answer)
+        return self.reward(gold, solution).total == 1.0
 
     def reward(self, gold: str, solution: str) -> Reward:
         """1 for a solution whose answer equals the reference, else 0; and whether it marks an answer at all."""
@@ -185,102 +190,110 @@ class MathsVerifier:
     @property
     def worker_pids(self) -> tuple[int, ...]:
         """Process ids of the workers now running."""
-        return tuple(sorted(worker.pid for worker in self._alive))
+        return tuple(sorted(worker.pid for worker in self._pool if worker.pid is not None))
 
     def __reduce__(self) -> tuple[type[MathsVerifier], tuple[float, int]]:
         """A copy, in this process or another, has workers of its own."""
         return MathsVerifier, (self.timeout_s, self.workers)
 
 
-def _kill_all(workers: set[_Worker], owner: int) -> None:
+def _kill_all(workers: list[_Worker], owner: int) -> None:
     if os.getpid() == owner:
-        for worker in list(workers):
+        for worker in workers:
             worker.kill()
-        workers.clear()
 
 
 @final
 class _Worker:
-    """One worker process. Answers arrive through a thread, since a pipe cannot be read with a time limit everywhere."""
+    """One worker process, started by the first question and again after it was killed or has died."""
 
     def __init__(self, timeout_s: float) -> None:
-        # The package may be importable only through this process's sys.path (a notebook, a checkout).
-        search_path = os.pathsep.join(entry for entry in sys.path if entry)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "memgen.environments.qa.maths", str(timeout_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": search_path, "OPENBLAS_NUM_THREADS": "1"},
-        )
-        self._replies: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._errors: list[str] = []
-        assert self._process.stdout is not None, "stdout is a pipe"
-        assert self._process.stderr is not None, "stderr is a pipe"
-        self._reader = threading.Thread(
-            target=_forward, args=(self._process.stdout, self._replies), daemon=True, name="maths-answers"
-        )
-        self._error_reader = threading.Thread(
-            target=_collect, args=(self._process.stderr, self._errors), daemon=True, name="maths-errors"
-        )
-        self._reader.start()
-        self._error_reader.start()
-        if self._reply(_START_LIMIT_S) != _READY:
-            self.kill()
-            raise RuntimeError(
-                "the maths checker could not be started; is math-verify installed? It said: "
-                + ("".join(self._errors[-3:]).strip().replace("\n", " | ") or "nothing")
-            )
+        self._timeout_s = timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
 
     @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def ask(self, gold: str, answer: str, timeout_s: float) -> bool | None:
-        """The verdict, or None if the worker hung or died over it."""
-        assert self._process.stdin is not None, "stdin is a pipe"
+    def ask(self, gold: str, answer: str) -> bool:
+        """The verdict; False if the worker hung or died over it."""
+        if self._process is None or self._process.poll() is not None:
+            self.kill()  # Closes what a dead worker leaves.
+            self._start()
+        connection = self._connection
+        assert connection is not None, "a started worker has a connection"
         try:
-            self._process.stdin.write(json.dumps([gold, answer]) + "\n")
-            self._process.stdin.flush()
-        except OSError:  # The worker died; the pipe is closed.
-            return None
-        reply = self._reply(timeout_s)
-        return None if reply is None else bool(json.loads(reply))
-
-    def _reply(self, timeout_s: float) -> str | None:
-        try:
-            return self._replies.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
+            connection.send_bytes(json.dumps([gold, answer]).encode())
+            if connection.poll(self._timeout_s):
+                return bool(json.loads(connection.recv_bytes()))
+        except (OSError, EOFError):  # The worker died, or the verifier was closed meanwhile.
+            pass
+        self.kill()
+        return False
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._reader.join()
-        self._error_reader.join()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if pipe is not None:
-                # What could not be flushed to a dead worker is lost on purpose.
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._connection is not None:
+            self._connection.close()
+        self._process = self._connection = None
+
+    def _start(self) -> None:
+        # The package may be importable only through this process's sys.path (a notebook, a checkout).
+        search_path = os.pathsep.join(entry for entry in sys.path if entry)
+        self._connection, theirs = Pipe()
+        with theirs, tempfile.TemporaryFile() as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", __name__, str(theirs.fileno()), str(self._timeout_s)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                env={**os.environ, "PYTHONPATH": search_path, "OPENBLAS_NUM_THREADS": "1"},
+            )
+            theirs.close()  # So that its end is the end of the worker.
+            try:
+                ready = self._connection.poll(_START_LIMIT_S) and self._connection.recv_bytes() == _READY
+            except (OSError, EOFError):
+                ready = False
+            if ready:
+                return
+            self.kill()
+            errors.seek(0)
+            said = " | ".join(errors.read().decode(errors="replace").strip().splitlines()[-3:])
+        raise RuntimeError(
+            f"the maths checker could not be started; is math-verify installed? It said: {said or 'nothing'}"
+        )
 
 
-def _forward(pipe: IO[str], replies: queue.SimpleQueue[str | None]) -> None:
-    for line in pipe:
-        replies.put(line.rstrip("\n"))
-    replies.put(None)
+class MathsEnvironment(QuestionEnvironment, ABC):
+    """A benchmark whose answers are compared by a `MathsVerifier`; reward 1 for the right answer, else 0."""
 
+    def __init__(self, questions: Questions, timeout_s: float, workers: int) -> None:
+        """Starts nothing yet.
 
-def _collect(pipe: IO[str], lines: list[str]) -> None:
-    for line in pipe:
-        lines.append(line)
-        del lines[:-20]
+        Args:
+            questions: the items; `Example.answer` is the reference.
+            timeout_s: seconds the comparison of one answer may take; beyond, the answer is wrong.
+            workers: processes that compare answers.
+
+        Raises:
+            ValueError: if an argument is not positive.
+        """
+        super().__init__(questions)
+        self._verifier = MathsVerifier(timeout_s, workers)
+
+    @override
+    def reward(self, example: Example, answer: str) -> Reward:
+        """1 if the answer marked as final equals the reference, else 0."""
+        return self._verifier.reward(example.answer, answer)
+
+    @override
+    def rewards(self, examples: Sequence[Example], answers: Sequence[str]) -> list[Reward]:
+        """Compares in `reward_workers` processes at once."""
+        return self._verifier.rewards([example.answer for example in examples], answers)
 
 
 # What follows runs in the worker process.
@@ -302,55 +315,43 @@ def _matches(gold: str, answer: str) -> bool:
     )
 
 
-@contextlib.contextmanager
-def _cpu_limit(seconds: float) -> Iterator[None]:
-    """Ends this process by a signal when the comparison has used that much CPU time.
+def _limit(kind: int, soft: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (soft if hard < 0 else min(soft, hard), hard))
+
+
+def _limit_cpu(seconds: float) -> None:
+    """Ends this process by a signal when it has used that much more CPU time.
 
     The parent kills a slow worker earlier; this holds when the parent itself is gone, even inside one long
     operation on big integers, which no Python thread could interrupt.
     """
-    try:
-        import resource
-    except ImportError:  # No such limits on this platform; the parent's remains.
-        yield
-        return
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    soft = math.ceil(usage.ru_utime + usage.ru_stime + seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard < 0 else min(soft, hard), hard))
-    yield
+    _limit(resource.RLIMIT_CPU, math.ceil(usage.ru_utime + usage.ru_stime + seconds) + 1)
 
 
-def _limit_memory() -> None:
-    try:
-        import resource
-    except ImportError:
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = _MEMORY_LIMIT_BYTES if hard < 0 else min(_MEMORY_LIMIT_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-
-
-def _serve(timeout_s: float) -> None:
-    """Reads `[gold, answer]` lines, writes `true` or `false` lines, until the input ends."""
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # Whatever a parser prints must not look like a reply.
-    import logging
-
-    logging.disable(logging.WARNING)  # It warns that its own time limit is off.
-    _limit_memory()
+def _serve(connection: Connection, timeout_s: float) -> None:
+    """Reads `[gold, answer]`, writes `true` or `false`, until the parent is gone."""
+    logging.disable(logging.WARNING)  # math-verify warns that its own time limit is off.
+    _limit(resource.RLIMIT_AS, _MEMORY_LIMIT_BYTES)
     _matches("1", "1")  # Loads the grammar, so that the first answer's time is its own.
-    print(_READY, file=replies, flush=True)
-    for line in sys.stdin:
-        gold, answer = json.loads(line)
-        with _cpu_limit(timeout_s):
-            try:
-                verdict = _matches(gold, answer)
-            except Exception:  # noqa: BLE001 - an answer nobody can parse is wrong
-                verdict = False
-        print(json.dumps(verdict), file=replies, flush=True)
+    connection.send_bytes(_READY)
+    silence = os.open(os.devnull, os.O_WRONLY)  # Output so far tells why a worker did not start.
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    while True:
+        try:
+            gold, answer = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        _limit_cpu(timeout_s)
+        try:
+            verdict = _matches(gold, answer)
+        except Exception:  # noqa: BLE001 - an answer that cannot be parsed is wrong
+            verdict = False
+        connection.send_bytes(json.dumps(verdict).encode())
 
 
 if __name__ == "__main__":
     stay()
-    _serve(float(sys.argv[1]))
+    _serve(Connection(int(sys.argv[1])), float(sys.argv[2]))

@@ -9,11 +9,16 @@ a box is none. Prompt and target are the released code's for GPQA.
 from __future__ import annotations
 
 import re
+from abc import ABC
 from collections.abc import Sequence
 from string import ascii_uppercase
+from typing import Any
 
-from memgen.environments.base import Reward
+from typing_extensions import override
+
+from memgen.environments.base import Example, Reward
 from memgen.environments.qa.maths import boxed_answer
+from memgen.environments.questions import QuestionEnvironment
 
 PROMPT = (
     "Solve the problem with proper reasoning, and make sure to put the FINAL CHOICE inside \\boxed{}."
@@ -23,6 +28,37 @@ PROMPT = (
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|bf|rm)\s*\{(.*)\}", re.DOTALL)
 _LETTER = re.compile(r"\(?\s*([A-Za-z])\s*[.):]?")
+
+
+class ChoiceEnvironment(QuestionEnvironment, ABC):
+    """A benchmark whose items come from `choice_example`; reward 1 for the right letter, else 0."""
+
+    @override
+    def reward(self, example: Example, answer: str) -> Reward:
+        """1 if the boxed letter is the right one, else 0."""
+        return choice_reward(example.answer, len(example.meta["options"]), answer)
+
+
+def choice_example(
+    identifier: str, stem: str, options: Sequence[str], correct: str, explanation: str, **meta: Any
+) -> Example:
+    """An item with lettered options.
+
+    Args:
+        identifier: its id.
+        stem: the question without its options.
+        options: the options without their letters.
+        correct: the right letter.
+        explanation: what SFT learns to say before the letter; may be empty.
+        **meta: anything else to keep with the item.
+    """
+    return Example(
+        id=identifier,
+        question=asked(stem, options),
+        target=explained(explanation, correct),
+        answer=correct,
+        meta={"stem": stem, "options": tuple(options), **meta},
+    )
 
 
 def chosen_letter(answer: str) -> str | None:

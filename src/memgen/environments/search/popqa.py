@@ -10,8 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import final
 
+from typing_extensions import override
+
 from memgen.environments.base import Example, Split
-from memgen.environments.records import HubSplit, Record, Source, read_file
+from memgen.environments.questions import Questions
 from memgen.environments.search.retrieval import PassageIndex, Searcher
 from memgen.environments.search.search_qa import (
     SYSTEM_PROMPT,
@@ -21,6 +23,7 @@ from memgen.environments.search.search_qa import (
     answer_target,
     texts,
 )
+from memgen.environments.sources import HubSplit, Record, Source, read_file
 
 
 @final
@@ -44,7 +47,7 @@ class PopQA(SearchQA):
 
         Args:
             path: a file (`.tsv`, `.json`, `.jsonl`, `.csv` or `.parquet`), a folder with one named `popqa` or
-                `test`, or a dataset of the Hugging Face hub (`owner/name`).
+                `test`, or a data set of the Hugging Face hub (`owner/name`).
             test_file: the file in the folder `path`, if its name does not say so.
             search: finds passages; None: an index of the paragraphs in the file of `path`.
             metric: what a reward's total is, see `SearchQA`.
@@ -57,16 +60,24 @@ class PopQA(SearchQA):
             ValueError: if a setting is not usable.
         """
         super().__init__(search, metric, on_failure, max_turns, max_observation_chars, system_prompt)
-        self.path = path
-        self.test_file = test_file
-        self._read: list[Example] | None = None
+        source = Source(
+            task="PopQA",
+            path=path,
+            files={"test": test_file},
+            hub={"test": [HubSplit("test")]},
+            prefer={"test": r"(?i)^popqa\."},
+            names={"test": "popqa|test"},
+            lone_file="test",
+        )
+        self._questions = Questions(source, _example)
         self._own_passages: Searcher | None = None
 
+    @override
     def examples(self, split: Split) -> list[Example]:
         """The items of the test split in the order of the data.
 
         Raises:
-            FileNotFoundError: if the data is not to be had, or for another split.
+            FileNotFoundError: if the data cannot be found, or for another split.
             ValueError: if a record is broken.
         """
         if split != "test":
@@ -74,10 +85,9 @@ class PopQA(SearchQA):
                 f"PopQA has no {split} split, only a test split; train on TriviaQA (conf/data/triviaqa.yaml), as the "
                 "paper does"
             )
-        if self._read is None:
-            self._read = [_example(record) for record in self._source().records("test")]
-        return list(self._read)
+        return self._questions.examples(split)
 
+    @override
     def searcher(self) -> Searcher:
         """What finds passages: the configured backend, else an index of the data's own paragraphs.
 
@@ -87,45 +97,30 @@ class PopQA(SearchQA):
         if self.search is not None:
             return self.search
         if self._own_passages is None:
-            file = self._own_file() or Path(self.path).expanduser()
-            if not _has_paragraphs(file):
+            source = self._questions.source
+            files = source.local_files("test")
+            if len(files) != 1 or not _has_paragraphs(files[0]):
                 raise ValueError(
-                    f"{self.path} holds no paragraphs, so there is nothing to search: set "
+                    f"{source.path} holds no paragraphs, so there is nothing to search: set "
                     "data.environment.search to a memgen.environments.search.retrieval.PassageIndex or SearchServer"
                 )
-            self._own_passages = PassageIndex(str(file))
+            self._own_passages = PassageIndex(str(files[0]))
         return self._own_passages
-
-    def _source(self) -> Source:
-        file = self._own_file()
-        named = self.test_file if file is None else str(file.resolve())
-        return Source("PopQA", self.path, files={"test": named}, hub={"test": [HubSplit("test")]})
-
-    def _own_file(self) -> Path | None:
-        """The one data file: the configured one, else the path itself, else `popqa.*` in the folder."""
-        folder = Path(self.path).expanduser()
-        if self.test_file is not None:
-            return folder / self.test_file
-        if folder.is_file():
-            return folder
-        files = sorted(folder.glob("*.*")) if folder.is_dir() else []
-        own = [file for file in files if file.name.lower().startswith("popqa.") and file.is_file()]
-        return own[0] if len(own) == 1 else None
 
 
 def _has_paragraphs(file: Path) -> bool:
-    if file.suffix.lower() != ".json":
-        return False
-    return all(isinstance(record.fields.get("paragraphs"), list) for record in read_file(file))
+    return file.suffix.lower() == ".json" and all(
+        isinstance(record.fields.get("paragraphs"), list) for record in read_file(file)
+    )
 
 
-def _example(record: Record) -> Example:
+def _example(record: Record, identifier: str) -> Example:
     question = record.text("question")
     aliases = texts(record.value("possible_answers"))
     if not aliases:
         raise record.error("possible_answers", f"holds no text: {record.value('possible_answers')!r:.80}")
     return Example(
-        id=f"test-{record.number}",
+        id=identifier,
         question=question,
         target=answer_target(aliases[0]),
         answer=aliases[0],

@@ -10,14 +10,15 @@ system message takes their place; (4) a trajectory that does not end in an answe
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, final
+
+from typing_extensions import override
 
 from memgen.environments.base import Example, Message, Split
-from memgen.environments.records import HubSplit, Record, Source, checked_fraction, share
+from memgen.environments.questions import Questions, seeded_key
 from memgen.environments.search.retrieval import Searcher
 from memgen.environments.search.search_qa import (
     SYSTEM_PROMPT,
@@ -29,8 +30,7 @@ from memgen.environments.search.search_qa import (
     normalize_answer,
     texts,
 )
-
-logger = logging.getLogger(__name__)
+from memgen.environments.sources import HubSplit, Record, Source
 
 _CANONICAL = {"trivia_qa": "mandarjoshi/trivia_qa"}
 """Names of the hub without an owner, as they were once."""
@@ -67,13 +67,13 @@ class TriviaQA(SearchQA):
 
         Args:
             path: the questions: a folder with files (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`) named after
-                their splits, `train` and `validation` (or `dev`, or `test` where there is neither), or a dataset of
+                their splits, `train` and `validation` (or `dev`, or `test` where there is neither), or a data set of
                 the Hugging Face hub. A single file is the test split, unless it is named `train`.
             train_file: the training questions' file in the folder `path`, if its name does not say so.
             test_file: the test questions' file, likewise.
-            subset: which part of the hub's dataset: rc.wikipedia.nocontext or rc.nocontext, for instance.
+            subset: which part of the hub's data set: rc.wikipedia.nocontext or rc.nocontext, for instance.
             trajectories: conversations to train on in place of the training questions: a file, a folder with a
-                `train` file, or a dataset of the hub with a part `triviaqa`
+                `train` file, or a data set of the hub with a part `triviaqa`
                 (`Solaris99/AgentBank`). Their final answers are their only aliases.
             validation_fraction: share of the training items set aside for validation, in [0, 1].
             search: finds passages.
@@ -87,72 +87,47 @@ class TriviaQA(SearchQA):
             ValueError: if a setting is not usable.
         """
         super().__init__(search, metric, on_failure, max_turns, max_observation_chars, system_prompt)
-        self.path = path
-        self.train_file = train_file
-        self.test_file = test_file
-        self.subset = subset
-        self.trajectories = trajectories
-        self.validation_fraction = checked_fraction("validation_fraction", validation_fraction)
-        self._read: dict[str, list[Example]] = {}
+        source = Source(
+            task="TriviaQA",
+            path=_CANONICAL.get(path, path),
+            files={"train": train_file, "test": test_file},
+            hub={"train": [HubSplit("train", subset)], "test": [HubSplit("validation", subset)]},
+            splits=("train", "test"),
+            prefer={"test": r"(?i)(?<![a-z])(?:val|valid|validation|dev)(?![a-z])"},
+            names={"test": "val|valid|validation|dev|test"},
+        )
 
+        def key(item: Example) -> str:
+            return seeded_key(normalize_answer(item.question), 0, "validation")
+
+        self._questions = Questions(source, _example, validation_fraction, split_key=key)
+        self._training = self._questions
+        if trajectories is not None:
+            file = Path(trajectories).expanduser()
+            conversations = Source(
+                task="TriviaQA's trajectories",
+                path=trajectories,
+                files={"train": str(file.resolve())} if file.is_file() else {},
+                hub={"train": [HubSplit("train", "triviaqa")]},
+                splits=("train",),
+            )
+            self._training = Questions(conversations, self._trajectory, validation_fraction, split_key=key)
+
+    @override
     def examples(self, split: Split) -> list[Example]:
         """The items of a split in the order of the data.
 
         Raises:
-            FileNotFoundError: if the data is not to be had.
+            FileNotFoundError: if the data cannot be found.
             ValueError: if a record is broken.
         """
-        if split == "test":
-            return list(self._items("test"))
-        return [e for e in self._items("train") if self._is_validation(e.question) == (split == "val")]
+        return (self._questions if split == "test" else self._training).examples(split)
 
-    def _is_validation(self, question: str) -> bool:
-        # By the question alone, so that a repeated one cannot be on both sides.
-        return share(normalize_answer(question), 0, "validation") < self.validation_fraction
-
-    def _items(self, part: Literal["train", "test"]) -> list[Example]:
-        if part not in self._read:
-            if part == "train" and self.trajectories is not None:
-                self._read[part] = self._trajectories(self.trajectories)
-            else:
-                records = self._questions(part)
-                self._read[part] = [_example(f"{part}-{record.number}", record) for record in records]
-        return self._read[part]
-
-    def _questions(self, part: Literal["train", "test"]) -> list[Record]:
-        source = Source(
-            "TriviaQA",
-            _CANONICAL.get(self.path, self.path),
-            files={"train": self.train_file, "test": self.test_file},
-            hub={"train": [HubSplit("train", self.subset)], "val": [HubSplit("validation", self.subset)]},
-        )
-        if part == "train":
-            return source.records("train")
-        return source.records("val" if self.test_file is None and source.has("val") else "test")
-
-    def _trajectories(self, path: str) -> list[Example]:
-        file = Path(path).expanduser()
-        source = Source(
-            "TriviaQA's trajectories",
-            path,
-            files={"train": str(file.resolve())} if file.is_file() else {},
-            hub={"train": [HubSplit("train", "triviaqa")]},
-        )
-        records = source.records("train")
-        read = [
-            _trajectory(f"train-{record.number}", record, self.max_observation_chars) for record in records
-        ]
-        kept = [item for item in read if isinstance(item, Example)]
-        reasons = [item for item in read if isinstance(item, str)]
-        if reasons:
-            message = f"{len(reasons)} of {len(read)} trajectories of {path} cannot be used, the first because {reasons[0]}"
-            if not kept:
-                raise ValueError(message)
-            logger.warning("%s; they are left out", message)
-        return kept
+    def _trajectory(self, record: Record, identifier: str) -> Example | str:
+        return _trajectory(record, identifier, self.max_observation_chars)
 
 
-def _example(identifier: str, record: Record) -> Example:
+def _example(record: Record, identifier: str) -> Example:
     question = record.text("question")
     answer = record.fields.get("answer")
     fields: Mapping[str, Any] = answer if isinstance(answer, Mapping) else {}
@@ -176,7 +151,7 @@ def _example(identifier: str, record: Record) -> Example:
     )
 
 
-def _trajectory(identifier: str, record: Record, max_chars: int) -> Example | str:
+def _trajectory(record: Record, identifier: str, max_chars: int) -> Example | str:
     """An item with its conversation, or why it cannot be one."""
     where, turns = record.where, record.value("conversations")
     if not isinstance(turns, Sequence) or not all(

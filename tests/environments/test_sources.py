@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import sys
@@ -7,11 +8,9 @@ import types
 
 import pyarrow
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pyarrow import parquet
 
-from memgen.environments.records import HubSplit, Source, normalised, read_file, share
+from memgen.environments.sources import HubSplit, Source, read_file
 
 ROWS = [{"q": "one, two", "a": "1"}, {"q": 'a "quoted"\nline', "a": "2"}, {"q": "drei ✓", "a": "3"}]
 
@@ -76,6 +75,23 @@ def test_a_broken_file_is_an_error_that_names_file_and_line(tmp_path, name, cont
         list(read_file(tmp_path / name))
 
 
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
+    for name in ("a.jsonl", "a.json", "a.csv", "a.tsv"):
+        file = write(tmp_path / name)
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+        assert [dict(record.fields) for record in read_file(file)] == ROWS
+
+
+def test_texts_come_as_they_are_written(tmp_path):
+    """Libraries that guess types read dates, NA, numbers and lone surrogates otherwise."""
+    values = ["2020-01-01", "NA", "1,200", "2.50", "None", ""]
+    for name in ("a.jsonl", "a.csv"):
+        file = write(tmp_path / name, [{"q": value, "a": "x"} for value in values])
+        assert [record.fields["q"] for record in read_file(file)] == values
+    (tmp_path / "b.jsonl").write_text('{"q": "\\ud800"}\n{"a": 1}\n')
+    assert [dict(record.fields) for record in read_file(tmp_path / "b.jsonl")] == [{"q": "\ud800"}, {"a": 1}]
+
+
 def test_a_missing_column_is_an_error_that_names_file_line_and_column(tmp_path):
     second = list(read_file(write(tmp_path / "a.csv")))[1]
     with pytest.raises(ValueError, match=r'a\.csv, line 3: "x" is missing \(the record has q, a\)'):
@@ -132,14 +148,51 @@ def test_several_files_of_one_split_are_an_error_unless_one_is_named(tmp_path):
         Source("T", str(tmp_path), files={"test": "nowhere.jsonl"}).records("test")
 
 
-def test_a_single_file_is_for_evaluation_unless_its_name_says_training(tmp_path):
-    for name, parts in (
-        ("dev.jsonl", {"val", "test"}),
-        ("some.csv", {"val", "test"}),
-        ("x_train.json", {"train"}),
-    ):
-        source = Source("T", str(write(tmp_path / name)))
-        assert {part for part in ("train", "val", "test") if source.has(part)} == parts
+@pytest.mark.parametrize(
+    ("lone_file", "name", "splits"),
+    [
+        ("by_name", "dev.jsonl", {"val", "test"}),
+        ("by_name", "some.csv", {"val", "test"}),
+        ("by_name", "x_train.json", {"train"}),
+        ("to_split", "dev.jsonl", {"val", "test"}),
+        ("to_split", "some.csv", {"train"}),
+        ("to_split", "x_train.json", {"train"}),
+        ("test", "x_train.json", {"test"}),
+        ("refused", "test.jsonl", set()),
+    ],
+)
+def test_what_a_single_file_holds(tmp_path, lone_file, name, splits):
+    source = Source("T", str(write(tmp_path / name)), lone_file=lone_file)
+    assert {split for split in ("train", "val", "test") if source.has(split)} == splits
+    for split in {"train", "val", "test"} - splits:
+        with pytest.raises(FileNotFoundError, match=rf"is a file, which is not read as {split} data"):
+            source.records(split)
+
+
+def test_the_only_file_of_a_folder_may_be_the_set_to_split(tmp_path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "published.jsonl", [{"a": "1"}])
+    (tmp_path / "LICENSE.txt").touch()
+    source = Source("T", str(tmp_path), folders=("data",), lone_file="to_split")
+    assert [source.has(split) for split in ("train", "val", "test")] == [True, False, False]
+    assert numbers(source, "train") == ["1"]
+    write(tmp_path / "data" / "other.jsonl", [{"a": "2"}])
+    with pytest.raises(FileNotFoundError, match="set train_file"):
+        source.records("train")
+
+
+def test_another_name_and_a_preference_find_one_of_several_files_and_folders(tmp_path):
+    source = Source(
+        "T", str(tmp_path), names={"test": "dev|test"}, prefer={"test": "dev"}, splits=("train", "test")
+    )
+    for name in ("test/a.jsonl", "dev/b.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        write(tmp_path / name, [{"a": name}])
+    assert numbers(source, "test") == ["dev/b.jsonl"]
+    for name in ("my-dev.jsonl", "test.jsonl"):
+        write(tmp_path / name, [{"a": name}])
+    assert numbers(source, "test") == ["my-dev.jsonl"]
+    assert not source.has("val")
 
 
 def test_a_path_that_is_nothing_says_what_to_set():
@@ -155,21 +208,17 @@ def test_the_hub_is_asked_for_split_configuration_and_revision(monkeypatch):
         return ROWS
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    hub = {"test": [HubSplit("train", "a"), HubSplit("train", "b")], "val": [HubSplit("dev")]}
+    hub = {
+        "test": [HubSplit("train", "a"), HubSplit("train", "b"), HubSplit("all", name="other/name")],
+        "val": [HubSplit("dev")],
+    }
     source = Source("T", "owner/name", hub=hub, revision="abc")
-    assert [r.number for r in source.records("test")] == list(range(1, 7))
+    assert [r.number for r in source.records("test")] == list(range(1, 10))
     assert source.records("val")[0].where == "owner/name dev, row 1"
     assert not source.has("train")
     assert calls == [
         (("owner/name", "a"), {"split": "train", "revision": "abc"}),
         (("owner/name", "b"), {"split": "train", "revision": "abc"}),
+        (("other/name",), {"split": "all"}),
         (("owner/name",), {"split": "dev", "revision": "abc"}),
     ]
-
-
-@given(st.text(), st.integers(0, 5))
-def test_a_question_goes_to_the_same_side_however_it_is_spaced(question, seed):
-    spaced = "  " + question.replace(" ", " \n ")
-    assert normalised(spaced) == normalised(question)
-    assert share(spaced, seed, "val") == share(question, seed, "val")
-    assert 0.0 <= share(question, seed, "val") < 1.0
