@@ -50,12 +50,12 @@ from memgen.model.boundary import BoundaryConfig
 from memgen.model.memgen import MemGenConfig
 from memgen.model.trigger import TriggerConfig
 from memgen.model.weaver import WeaverConfig
-from memgen.objectives.grpo import PolicySettings
+from memgen.objectives.policy_settings import PolicySettings
 from memgen.objectives.sft import Curriculum
-from memgen.training import cycle
+from memgen.training import playing
 from memgen.training.callbacks import AdapterCheckpoint
+from memgen.training.micro_batches import UpdateSettings
 from memgen.training.optimizer import OptimizerSettings
-from memgen.training.rollouts import UpdateSettings
 from memgen.training.trigger_rl import TriggerRL
 from memgen.training.weaver_grpo import WeaverGRPO
 from memgen.training.weaver_sft import WeaverSFT
@@ -307,8 +307,8 @@ def recorded(path: Path, *, write: bool) -> Callable[[], None]:
         path: the file; an episode is known by its seed.
         write: whether to roll out and record.
     """
-    # The name under which the cycle looks it up.
-    play = cycle.rollout  # type: ignore[attr-defined]
+    # The name under which a training step looks it up.
+    play = playing.rollout  # type: ignore[attr-defined]
     book: dict[int, Any] = {} if write or not path.exists() else torch.load(path, weights_only=True)
 
     def rollout(actor: Actor, examples: Sequence[Example], seeds: Sequence[int], **settings: Any) -> Rollouts:
@@ -325,8 +325,8 @@ def recorded(path: Path, *, write: bool) -> Callable[[], None]:
             environment_seconds=0.0,
         )
 
-    cycle.rollout = rollout  # type: ignore[attr-defined]
-    return lambda: setattr(cycle, "rollout", play)
+    playing.rollout = rollout  # type: ignore[attr-defined]
+    return lambda: setattr(playing, "rollout", play)
 
 
 def _trajectory(state: dict[str, Any]) -> Trajectory:

@@ -17,7 +17,7 @@ def launch(
 ) -> list[dict]:
     """What each rank wrote."""
     environment = os.environ | {
-        "PYTHONPATH": str(worker.parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(worker.parents[1]), *filter(None, sys.path)]),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",

@@ -8,14 +8,14 @@ from lightning.pytorch import Callback
 
 
 class Recorded(Callback):
-    """Gradients of every optimizer step; metrics, parts and losses of every training step."""
+    """Gradients of every optimizer step; metrics, micro-batches and losses of every training step."""
 
     def __init__(self) -> None:
-        self.steps, self.metrics, self.parts, self.losses = [], [], [], []
+        self.steps, self.metrics, self.micro_batches, self.losses = [], [], [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-        self.parts.append(pl_module.cycle.buffer.part(batch.place))
+        self.micro_batches.append(pl_module.buffer.micro_batch(batch.place))
         self.losses.append(float(outputs["loss"]))
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from memgen.generation.sampling import GenerationSettings
-from memgen.objectives.grpo import PolicySettings
-from memgen.training.rollouts import UpdateSettings
+from memgen.objectives.policy_settings import PolicySettings
+from memgen.training.micro_batches import UpdateSettings
 from memgen.training.trigger_rl import TriggerRL
 from memgen.training.weaver_grpo import WeaverGRPO
 from rl_runs import Countdown, make_data, make_grpo, make_trigger
@@ -66,8 +66,8 @@ def main(ranks: int, base: Path, out: Path, kind: str) -> None:
     trainer.fit(stage, make_data(base, Unequal(), batch_size=2 // ranks))
     result = {
         "gradients": recorded.steps,
-        "turns": [[len(t.turns) for t in part.trajectories] for part in recorded.parts],
-        "tokens": [[t.tokens for t in part.trajectories] for part in recorded.parts],
+        "turns": [[len(t.turns) for t in part.trajectories] for part in recorded.micro_batches],
+        "tokens": [[t.tokens for t in part.trajectories] for part in recorded.micro_batches],
         "metrics": recorded.metrics,
         "parameters": {name: p.detach() for name, p in stage.trained().items()},
     }

@@ -25,7 +25,7 @@ from memgen.distributed.collectives import over_ranks
 from memgen.distributed.zero import ZeroStrategy, whole_weights
 from memgen.model import memgen as memgen_module
 from memgen.model.backbone import load_backbone
-from memgen.training import cycle
+from memgen.training import playing
 from memgen.training.callbacks import AdapterCheckpoint
 from memgen.training.optimizer import OptimizerSettings
 from training_records import SaveAt
@@ -47,7 +47,7 @@ class Watched(Callback):
         self.parameters: dict[str, torch.Tensor] = {}
 
     def on_fit_start(self, trainer, pl_module):
-        played = cycle.rollout
+        played = playing.rollout
 
         def rollout(*args: Any, **kwargs: Any) -> Any:
             from deepspeed import comm
@@ -66,8 +66,8 @@ class Watched(Callback):
                 comm.allgather_fn = gather
                 self.gathers.append(count)
 
-        cycle.rollout = rollout
-        self.restore = lambda: setattr(cycle, "rollout", played)
+        playing.rollout = rollout
+        self.restore = lambda: setattr(playing, "rollout", played)
 
     def on_fit_end(self, trainer, pl_module):
         self.restore()
@@ -86,8 +86,8 @@ class Watched(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         loss = over_ranks(outputs["loss"].detach().double().reshape(1), "sum")
         self.losses.append(float(loss) / trainer.world_size)
-        if hasattr(pl_module, "cycle"):
-            part = pl_module.cycle.buffer.part(batch.place)
+        if hasattr(pl_module, "buffer"):
+            part = pl_module.buffer.micro_batch(batch.place)
             self.turns.append([len(trajectory.turns) for trajectory in part.trajectories])
 
     def on_train_end(self, trainer, pl_module):

@@ -11,14 +11,16 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from memgen.objectives.grpo import PolicySettings, Window, group_advantages, policy_loss
+from memgen.objectives.advantages import group_advantages
+from memgen.objectives.policy_gradient import TokenScores, policy_loss
+from memgen.objectives.policy_losses import StepTotals
+from memgen.objectives.policy_settings import PolicySettings
 from memgen.objectives.trigger import (
     Shaped,
     TriggerSettings,
     decision_entropy,
     decision_kl,
     decision_logprobs,
-    decision_penalty,
     shaped_rewards,
 )
 from memgen.types import Decision
@@ -87,12 +89,6 @@ def test_penalty_and_p_bar_equal_the_formula_decision_by_decision(settings, epis
     assert_close("penalty", shaped.penalty, torch.tensor(penalties, dtype=torch.float64))
     rewards = torch.tensor([e[1] for e in episodes], dtype=torch.float64)
     assert_close("reward", shaped.rewards, rewards - shaped.penalty)
-    # The general form on the decisions themselves, and the short one for binary decisions.
-    table = decision_table(episodes)
-    general = decision_penalty(table, table != Decision.NOT_ASKED, shaped.p_bar, settings.penalty)
-    assert_close("general form", general, shaped.penalty)
-    invocations = (table == Decision.INVOKE).sum(dim=1)
-    assert_close("identity", settings.penalty * (1 - shaped.p_bar) * invocations, shaped.penalty)
 
 
 @hypothesis_settings(max_examples=40)
@@ -248,10 +244,9 @@ def test_the_papers_trigger_objective_is_reinforce_with_its_groups_baseline_and_
     advantages = group_advantages(rewards, torch.zeros(4, dtype=torch.int64), settings).values
     logprobs = decision_logprobs(logits.reshape(-1, 2), decisions.reshape(-1)).reshape(4, 3)
     divergence = decision_kl(logits.reshape(-1, 2), old.reshape(-1, 2)).reshape(4, 3)
-    window = Window(tokens=int(offered.sum()), episodes=4)
-    part = policy_loss(
-        logprobs, logprobs.detach(), advantages, offered, settings, window, exact_kl=divergence
-    )
+    totals = StepTotals(tokens=int(offered.sum()), episodes=4)
+    scores = TokenScores(logprobs, offered, exact_kl=divergence)
+    part = policy_loss(scores, logprobs.detach(), advantages, settings, totals)
     mean, deviation = statistics.fmean(rewards.tolist()), statistics.pstdev(rewards.tolist())
     expected = torch.zeros((), dtype=torch.float64)
     for e in range(4):
@@ -260,7 +255,7 @@ def test_the_papers_trigger_objective_is_reinforce_with_its_groups_baseline_and_
                 p, q = logits[e, d].softmax(0), old[e, d].softmax(0)
                 expected = expected + p[decisions[e, d]].log() * (rewards[e] - mean) / deviation
                 expected = expected - 0.05 * (p * (p / q).log()).sum()
-    expected = -expected / window.tokens
+    expected = -expected / totals.tokens
     assert_close("loss", part.loss, expected)
     (ours,) = torch.autograd.grad(part.loss, logits, retain_graph=True)
     (reference,) = torch.autograd.grad(expected, logits)

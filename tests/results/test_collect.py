@@ -15,8 +15,8 @@ from memgen.generation.rollout import Actor, EpisodeSettings, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.lab.saving import save_backbone
 from memgen.results.collect import Candidate, Collector, KeepRule, select
+from memgen.seeds import seed_of
 from memgen.training.checkpoint import save_checkpoint
-from memgen.training.stage import seed_of
 from rl_runs import memgen_config
 from sft_runs import make_stage, make_trainer
 from tiny import byte_tokenizer, tiny_causal_lm

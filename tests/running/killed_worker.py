@@ -20,12 +20,12 @@ import torch
 from lightning.pytorch import Callback
 
 import memgen.files
-import memgen.training.cycle
-from memgen.objectives.grpo import PolicySettings
+import memgen.training.playing
+from memgen.objectives.policy_settings import PolicySettings
 from memgen.run_context import RunContext
 from memgen.running.resume import ResumeCheckpoint, StepSeeds, last_checkpoint
+from memgen.training.micro_batches import UpdateSettings
 from memgen.training.optimizer import OptimizerSettings
-from memgen.training.rollouts import UpdateSettings
 from rl_runs import make_data as make_rollout_data
 from rl_runs import make_grpo, make_trigger
 from sft_runs import MIXED, make_data, make_stage, make_trainer
@@ -84,7 +84,7 @@ def train(order: dict, base: Path) -> None:
     phase = order.get("phase")
     when = lambda: trainer.global_step >= order["step"]  # noqa: E731
     if phase == "rollout":
-        memgen.training.cycle.rollout = die_within(memgen.training.cycle.rollout, when, order["seed"])
+        memgen.training.playing.rollout = die_within(memgen.training.playing.rollout, when, order["seed"])
     elif phase == "update":
         stage.backward = die_within(stage.backward, when, order["seed"])
     elif phase == "save":

@@ -13,13 +13,13 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 
-from memgen.objectives.grpo import PolicySettings
+from memgen.objectives.policy_settings import PolicySettings
 from memgen.run_context import RunContext
 from memgen.running.interrupt import CONTINUES, LEFT, LISTENER, Interrupted, Wish
 from memgen.running.resume import RESUME, ResumeCheckpoint, Saved, StepSeeds, last_checkpoint
 from memgen.training.checkpoint import CheckpointError
+from memgen.training.micro_batches import UpdateSettings
 from memgen.training.optimizer import OptimizerSettings
-from memgen.training.rollouts import UpdateSettings
 from rl_runs import make_data as make_rollout_data
 from rl_runs import make_grpo, make_trigger
 from sft_runs import MIXED, make_data, make_stage, make_trainer, save_tiny

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from memgen.objectives.grpo import PolicySettings
+from memgen.objectives.policy_settings import PolicySettings
 from rl_runs import Vowels, make_data, make_grpo
 from sft_runs import make_trainer
 from training_records import Recorded
@@ -27,7 +27,7 @@ def main(ranks: int, base: Path, out: Path) -> None:
     )
     stage = make_grpo(base, policy=PolicySettings(loss="dapo", top_entropy=0.3))
     trainer.fit(stage, make_data(base, Vowels(), batch_size=4 // ranks))
-    (part,) = recorded.parts
+    (part,) = recorded.micro_batches
     focus = {
         f"{trajectory.example} {index % 4}": part.focus[index][: trajectory.tokens].tolist()
         for index, trajectory in enumerate(part.trajectories)

@@ -10,10 +10,10 @@ import torch
 from memgen.environments.base import Reward
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenConfig
-from memgen.objectives.grpo import PolicySettings
+from memgen.objectives.policy_settings import PolicySettings
 from memgen.objectives.trigger import TriggerSettings
+from memgen.training.micro_batches import UpdateSettings
 from memgen.training.optimizer import OptimizerSettings
-from memgen.training.rollouts import UpdateSettings
 from memgen.training.trigger_rl import TriggerRL
 from rl_runs import Countdown, Vowels, make_data, make_trigger, memgen_config
 from sft_runs import assert_gradients_close, make_trainer, save_tiny
@@ -64,8 +64,8 @@ def test_only_the_trigger_moves(base, tmp_path, kind):
 
 def test_every_boundary_that_was_offered_is_a_decision_the_prompts_end_included(base, tmp_path):
     _, recorded = run(base, tmp_path, data=make_data(base, Countdown((1, 2, 3))))
-    (part,) = recorded.parts
-    assert part.window.tokens == sum(t.offered for t in part.trajectories)
+    (part,) = recorded.micro_batches
+    assert part.totals.tokens == sum(t.offered for t in part.trajectories)
     for trajectory in part.trajectories:
         for turn in trajectory.turns:
             assert turn.decisions[0] >= 0
@@ -75,7 +75,7 @@ def test_every_boundary_that_was_offered_is_a_decision_the_prompts_end_included(
 def test_the_advantage_is_that_of_the_penalised_reward(base, tmp_path, scope):
     stage = make_trigger(base, objective=TriggerSettings(penalty=0.5, scope=scope))
     _, recorded = run(base, tmp_path, stage)
-    (part,) = recorded.parts
+    (part,) = recorded.micro_batches
     shaped = []
     for first in (0, 4):
         everyone = part.trajectories
@@ -93,7 +93,7 @@ def test_the_advantage_is_that_of_the_penalised_reward(base, tmp_path, scope):
 def test_lambda_zero_is_plain_grpo(base, tmp_path):
     stage = make_trigger(base, objective=TriggerSettings(penalty=0.0))
     _, recorded = run(base, tmp_path, stage)
-    (part,) = recorded.parts
+    (part,) = recorded.micro_batches
     rewards = torch.tensor([t.reward for t in part.trajectories]).view(2, 4)
     assert_close("advantages", part.advantages.view(2, 4), rewards - rewards.mean(dim=1, keepdim=True))
     assert recorded.metrics[0]["trigger/penalty"] == 0.0
@@ -181,7 +181,7 @@ def test_invocations_are_told_of_each_kind_of_item(base, tmp_path):
 
     stage = make_trigger(base)
     _, recorded = run(base, tmp_path, stage, make_data(base, Mixture(2), batch_size=2))
-    (part,) = recorded.parts
+    (part,) = recorded.micro_batches
     for kind, rest in (("even", 0), ("odd", 1)):
         episodes = [t for t in part.trajectories if int(t.example.rpartition("-")[2]) % 2 == rest]
         invocations = sum(t.invocations for t in episodes) / len(episodes)

@@ -14,8 +14,8 @@ import pytest
 
 from allocations import Largest
 from memgen.generation.sampling import GenerationSettings
-from memgen.objectives.grpo import PolicySettings
-from memgen.training.rollouts import UpdateSettings
+from memgen.objectives.policy_settings import PolicySettings
+from memgen.training.micro_batches import UpdateSettings
 from rl_runs import Vowels, make_data, make_grpo, make_trigger
 from sft_runs import Letters, make_stage, make_trainer, save_tiny
 from sft_runs import make_data as make_sft_data
@@ -63,8 +63,8 @@ def test_weaver_grpo_steps_hold_no_logits_of_a_whole_batch(base, tmp_path, polic
     )
     with watched(stage):
         make_trainer(tmp_path).fit(stage, make_data(base, Vowels(2), batch_size=1))
-    (part,) = stage.cycle.buffer.parts
-    assert part.window.tokens > 0.9 * ROWS * LENGTH
+    (part,) = stage.buffer.micro_batches
+    assert part.totals.tokens > 0.9 * ROWS * LENGTH
 
 
 @pytest.mark.parametrize("kind", ["tokens", "hidden_states"])
@@ -105,7 +105,7 @@ def test_an_update_on_8192_tokens_and_151936_words_takes_less_than_a_gigabyte(tm
         # At a fixed threshold every tensor of size goes back to the system at once, and a peak is what is in use.
         env=os.environ
         | {
-            "PYTHONPATH": str(worker.parents[1]),
+            "PYTHONPATH": os.pathsep.join([str(worker.parents[1]), *filter(None, sys.path)]),
             "MALLOC_MMAP_THRESHOLD_": str(1 << 17),
             "CUDA_VISIBLE_DEVICES": "",
         },

@@ -15,10 +15,10 @@ from launched import launch
 from memgen.data import PromptBatch, PromptIndex
 from memgen.generation.rollout import EpisodeSettings
 from memgen.generation.sampling import GenerationSettings
-from memgen.objectives.grpo import PolicySettings
-from memgen.training import cycle
+from memgen.objectives.policy_settings import PolicySettings
+from memgen.training import policy_stage
+from memgen.training.micro_batches import UpdateSettings
 from memgen.training.optimizer import OptimizerSettings
-from memgen.training.rollouts import UpdateSettings
 from rl_runs import Countdown, Vowels, make_data, make_grpo
 from sft_runs import assert_gradients_close, make_trainer, save_tiny
 from tolerance import assert_close
@@ -87,13 +87,16 @@ def test_a_rollout_serves_all_its_iterations_and_minibatches(base, tmp_path):
     stage = make_grpo(base, update=UpdateSettings(iterations=2, minibatches=2))
     _, recorded = run(base, tmp_path, stage, accumulate_grad_batches=2, max_steps=8)
     assert len(recorded.steps) == 8
-    places = [part.window for part in recorded.parts]
+    places = [part.totals for part in recorded.micro_batches]
     assert len(places) == 16
     # Two rollouts of eight training steps; each part is used twice.
     for first in (0, 8):
         for part in range(4):
-            assert recorded.parts[first + part].trajectories is recorded.parts[first + 4 + part].trajectories
-    assert recorded.parts[0].trajectories is not recorded.parts[8].trajectories
+            assert (
+                recorded.micro_batches[first + part].trajectories
+                is recorded.micro_batches[first + 4 + part].trajectories
+            )
+    assert recorded.micro_batches[0].trajectories is not recorded.micro_batches[8].trajectories
     ratios = [metrics["train/ratio_max"] for metrics in recorded.metrics]
     assert max(ratios[4:8]) > 1.001
     # The first minibatch of a rollout is updated at the rollout's own weights.
@@ -132,12 +135,12 @@ def test_the_tokens_in_focus_are_those_of_the_whole_step_however_it_is_cut(base,
         )
         results.append(recorded)
     whole, cut = results
-    (part,) = whole.parts
-    tokens = part.window.tokens
+    (part,) = whole.micro_batches
+    tokens = part.totals.tokens
     assert int(part.focus.sum()) == round(0.3 * tokens)
-    assert sum(int(p.focus.sum()) for p in cut.parts) == round(0.3 * tokens)
+    assert sum(int(p.focus.sum()) for p in cut.micro_batches) == round(0.3 * tokens)
     # Every micro-batch's own share would be another.
-    shares = [int(p.focus.sum()) / sum(t.tokens for t in p.trajectories) for p in cut.parts]
+    shares = [int(p.focus.sum()) / sum(t.tokens for t in p.trajectories) for p in cut.micro_batches]
     assert max(shares) - min(shares) > 0.05
     assert_gradients_close("gradient", cut.steps[0], whole.steps[0])
 
@@ -147,16 +150,16 @@ def test_every_minibatch_has_a_focus_of_its_own_and_keeps_it_in_every_pass(base,
         base, policy=PolicySettings(top_entropy=0.4), update=UpdateSettings(iterations=2, minibatches=2)
     )
     _, recorded = run(base, tmp_path, stage, max_steps=4)
-    for part in recorded.parts[:2]:
-        assert int(part.focus.sum()) == round(0.4 * part.window.tokens)
-    for first, second in zip(recorded.parts[:2], recorded.parts[2:], strict=True):
+    for part in recorded.micro_batches[:2]:
+        assert int(part.focus.sum()) == round(0.4 * part.totals.tokens)
+    for first, second in zip(recorded.micro_batches[:2], recorded.micro_batches[2:], strict=True):
         assert first.focus is second.focus
 
 
 def test_episodes_that_were_left_out_are_in_no_focus(base, tmp_path):
     stage = make_grpo(base, policy=PolicySettings(mask_truncated=True, top_entropy=0.5))
     _, recorded = run(base, tmp_path, stage, make_data(base, Countdown((2, 2), fails={0: 1})))
-    (part,) = recorded.parts
+    (part,) = recorded.micro_batches
     for trajectory, line in zip(part.trajectories, part.focus, strict=True):
         if trajectory.fault is not None or trajectory.truncated:
             assert not line.any()
@@ -181,11 +184,11 @@ def test_two_ranks_focus_on_the_tokens_that_one_does(base, tmp_path):
 def test_episodes_that_the_environment_failed_teach_nothing(base, tmp_path, caplog):
     environment = Countdown((2, 2), fails={0: 1})
     _, recorded = run(base, tmp_path, make_grpo(base), make_data(base, environment))
-    (part,) = recorded.parts
+    (part,) = recorded.micro_batches
     failed = [t.fault is not None for t in part.trajectories]
     assert sum(failed) == 4
     assert part.advantages[torch.tensor(failed)].tolist() == [0.0] * 4
-    assert part.window.episodes == 4
+    assert part.totals.episodes == 4
     assert "4 episodes had an environment error" in caplog.text
     every = Countdown((2, 2), fails={0: 1, 1: 1})
     _, recorded = run(base, tmp_path, make_grpo(base), make_data(base, every))
@@ -195,10 +198,10 @@ def test_episodes_that_the_environment_failed_teach_nothing(base, tmp_path, capl
 
 def test_cut_episodes_can_be_left_out_of_the_loss(base, tmp_path):
     _, recorded = run(base, tmp_path, make_grpo(base, policy=PolicySettings(mask_truncated=True)))
-    (part,) = recorded.parts
+    (part,) = recorded.micro_batches
     kept = [t.tokens for t in part.trajectories if not t.truncated]
-    assert part.window.tokens == sum(kept)
-    assert part.window.episodes == len(kept)
+    assert part.totals.tokens == sum(kept)
+    assert part.totals.episodes == len(kept)
 
 
 def test_groups_without_spread_are_replaced(base, tmp_path):
@@ -213,7 +216,7 @@ def test_groups_without_spread_are_replaced(base, tmp_path):
     for rounds in (0, 6):
         stage = make_grpo(base, update=UpdateSettings(dynamic_sampling=rounds))
         _, recorded = run(base, tmp_path, stage, make_data(base, Rare(16), batch_size=4))
-        assert len(recorded.parts[0].trajectories) == 16
+        assert len(recorded.micro_batches[0].trajectories) == 16
         shares.append(recorded.metrics[0]["rollout/dead_groups"])
     assert shares[1] < shares[0]
 
@@ -244,7 +247,7 @@ def test_a_run_says_what_a_person_needs_to_see(base, tmp_path):
         *("rollout/logprob_drift", "rollout/logprob_drift_max"),
         *("perf/rollout_tokens_per_second", "perf/update_tokens_per_second", "perf/process_memory_bytes"),
     } <= set(every)
-    (part,) = recorded.parts[1:]
+    (part,) = recorded.micro_batches[1:]
     rewards = torch.tensor([t.parts["vowels"] for t in part.trajectories])
     assert every["rollout/reward_vowels_std"] == pytest.approx(float(rewards.std(correction=0)), rel=1e-4)
 
@@ -284,18 +287,20 @@ def test_the_time_of_an_update_has_its_backward_pass(base, tmp_path):
 
     stage.on_before_backward = slow
     _, recorded = run(base, tmp_path, stage, max_steps=2)
-    tokens = sum(t.tokens for t in recorded.parts[0].trajectories)
+    tokens = sum(t.tokens for t in recorded.micro_batches[0].trajectories)
     assert 0 < recorded.metrics[1]["perf/update_tokens_per_second"] < tokens / 0.3
 
 
 def test_pages_of_rollouts_show_woven_places_and_rewards(base, tmp_path, monkeypatch):
     pages = {}
-    monkeypatch.setattr(cycle, "log_samples", lambda loggers, samples, name: pages.update({name: samples}))
+    monkeypatch.setattr(
+        policy_stage, "log_samples", lambda loggers, samples, name: pages.update({name: samples})
+    )
     stage = make_grpo(base, samples_every=2)
     _, recorded = run(base, tmp_path, stage, max_steps=5)
     assert list(pages) == ["rollout_step_000000", "rollout_step_000002", "rollout_step_000004"]
     for name, samples in pages.items():
-        part = recorded.parts[int(name[-6:])]
+        part = recorded.micro_batches[int(name[-6:])]
         assert len(samples) == len(part.trajectories)
         for sample, trajectory in zip(samples, part.trajectories, strict=True):
             assert f"reward {trajectory.reward:g} (vowels" in sample.title
@@ -380,14 +385,14 @@ def test_settings_that_cannot_work_say_what_to_change(base, tmp_path):
 def test_a_step_of_a_rollout_that_is_not_there_is_refused(base, tmp_path):
     stage = make_grpo(base)
     make_trainer(tmp_path).fit(stage, make_data(base))
-    stage.cycle.buffer = None
+    stage.buffer = None
     with pytest.raises(RuntimeError, match="comes before its first"):
-        stage.cycle.step(stage, PromptBatch([], PromptIndex((0,), 0, 0, part=2)))
+        stage.training_step(PromptBatch([], PromptIndex((0,), 0, 0, part=2)), 2)
 
 
 def test_a_reward_that_counts_is_the_environments(base, tmp_path):
     _, recorded = run(base, tmp_path)
-    (part,) = recorded.parts
+    (part,) = recorded.micro_batches
     rewards = torch.tensor([t.reward for t in part.trajectories])
     assert_close("reward", torch.tensor(recorded.metrics[0]["rollout/reward"]), rewards.mean())
     assert recorded.metrics[0]["rollout/reward_vowels"] == recorded.metrics[0]["rollout/reward"]

@@ -21,8 +21,8 @@ from lightning.pytorch import Callback
 from memgen.bench.timing import ProcessMeter
 from memgen.generation.rollout import Actor, Rollouts
 from memgen.generation.sampling import GenerationSettings
-from memgen.objectives.grpo import PolicySettings
-from memgen.training import cycle
+from memgen.objectives.policy_settings import PolicySettings
+from memgen.training import playing
 from memgen.types import AgentTurn, Decision, InsertionKind, Trajectory, WorkCount
 from rl_runs import Vowels, make_data, make_grpo
 from sft_runs import make_trainer, save_tiny
@@ -73,7 +73,7 @@ class Update(Callback):
         norms = [float(p.grad.norm()) for p in pl_module.trained().values() if p.grad is not None]
         self.step = {
             "peak_above_weights_bytes": None if peak is None or self.before is None else peak - self.before,
-            "tokens": pl_module.cycle.buffer.part(batch.place).window.tokens,
+            "tokens": pl_module.buffer.micro_batch(batch.place).totals.tokens,
             "gradient": max(norms),
             "entropy": float(trainer.callback_metrics["train/entropy"]),
         }
@@ -97,7 +97,7 @@ def main(folder: Path, rows: int, length: int, vocabulary: int, policy: PolicySe
         trajectories = [written(row, length, vocabulary) for row in range(len(seeds))]
         return Rollouts(trajectories, latents=None, work=WorkCount(), seconds=1.0, environment_seconds=0.0)
 
-    cycle.rollout = made_up
+    playing.rollout = made_up
     stage = make_grpo(
         base,
         rollout=GenerationSettings(max_new_tokens=length, temperature=1.0, group_size=rows),

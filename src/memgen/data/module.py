@@ -115,8 +115,6 @@ class EnvironmentData(LightningDataModule):
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.learn_from = learn_from
-        self.steps_per_rollout = 1
-        """Training steps that one rollout serves; set by a stage that learns from rollouts."""
         self.item_settings = ItemSettings(
             trajectories=trajectories,
             max_length=max_length,
@@ -150,6 +148,13 @@ class EnvironmentData(LightningDataModule):
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.resolve_asset(self.tokenizer))
         return self._tokenizer
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Training steps that one rollout serves, as the stage in training says."""
+        assert self.trainer is not None, "a stage trains with a Trainer"
+        stage: Any = self.trainer.lightning_module
+        return int(stage.steps_per_rollout)
 
     @property
     def template(self) -> str | None:

@@ -67,7 +67,7 @@ def objects_of_all_ranks(value: Any) -> list[Any]:
 
 
 def stats_over_ranks(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums and extremes (by their names' ends, as `merge_stats` has them) over all ranks, which have the same names."""
+    """Statistics of all ranks, which have the same names: extremes where these end in `_min` or `_max`, else sums."""
     merged: dict[str, Tensor] = {}
     for how in ("sum", "min", "max"):
         names = sorted(name for name in stats if _reduction(name) == how)

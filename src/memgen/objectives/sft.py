@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def token_loss(logprobs: Float[Tensor, " labels"], window_tokens: int, parts: int = 1) -> Float[Tensor, ""]:
+def token_loss(
+    logprobs: Float[Tensor, " labels"], step_tokens: int, micro_batches: int = 1
+) -> Float[Tensor, ""]:
     """Negative log-likelihood per token of a whole optimizer step.
 
     Divided by the tokens of the step (all micro-batches, all ranks), not of this batch: short batches do not weigh
@@ -18,18 +20,18 @@ def token_loss(logprobs: Float[Tensor, " labels"], window_tokens: int, parts: in
 
     Args:
         logprobs: log-probability of each supervised token of this batch.
-        window_tokens: supervised tokens of the whole optimizer step.
-        parts: what the caller's framework divides by (micro-batches per step times ranks).
+        step_tokens: supervised tokens of the whole optimizer step.
+        micro_batches: of the step, over all ranks: what the caller's framework divides the sum of their losses by.
 
     Returns:
-        A scalar whose sum over all parts, divided by `parts`, is the step's mean loss.
+        A scalar whose sum over all micro-batches, divided by their number, is the step's mean loss.
     """
-    return -logprobs.sum() * (parts / window_tokens)
+    return -logprobs.sum() * (micro_batches / step_tokens)
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Where latents go while the weaver learns: for each answer one of four rules is drawn.
+    """Where latents are inserted while the weaver learns: one of four rules, sampled for each answer.
 
     The end of the prompt always has latents. The released code always takes the first delimiters; the paper names
     all boundaries, or a random subset of them, whose probability it does not give.
@@ -57,13 +59,13 @@ class Curriculum:
 def choose_points(
     points: Sequence[int], cap: int, curriculum: Curriculum, generator: torch.Generator
 ) -> list[int]:
-    """The delimiters of one answer that get latents.
+    """Samples the delimiters of one answer that get latents.
 
     Args:
         points: all of its candidates, ascending.
-        cap: most insertions inside an answer (of the rules that keep to it).
+        cap: most insertions inside an answer (for the rules that have a cap).
         curriculum: the shares of the four rules.
-        generator: draws the rule, then one number per candidate.
+        generator: of the rule, then of one number per candidate.
     """
     rule, *draws = torch.rand(1 + len(points), generator=generator).tolist()
     if rule < curriculum.first:
@@ -71,6 +73,6 @@ def choose_points(
     if rule < curriculum.first + curriculum.all:
         return list(points)
     if rule < curriculum.first + curriculum.all + curriculum.random:
-        drawn = [point for point, draw in zip(points, draws, strict=True) if draw < curriculum.probability]
-        return drawn[:cap]
+        sampled = [point for point, draw in zip(points, draws, strict=True) if draw < curriculum.probability]
+        return sampled[:cap]
     return []

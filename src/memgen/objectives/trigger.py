@@ -1,21 +1,21 @@
 """The trigger's objective: rewards with a penalty on more invocations than success needs (paper, Eq. 8-9).
 
 The paper subtracts lambda * sum_j max(0, d_j - p_bar) from an episode's reward, where p_bar is the mean invocation rate
-of the episodes that did well. The released code has no such term. What the paper leaves open is decided here:
+of the high-reward episodes. The released code has no such term. The paper leaves open, and we decide:
 
 - The penalty enters through the reward, so that advantages see it.
 - A rate is invocations by decisions offered (all boundaries at which the trigger was asked). By "activated" positions
   alone, as the text has it, every rate would be 1 and the penalty always 0.
 - The median is that of the episodes' rewards in the group (REV, Eq. 19) or in the batch (V2, Eq. 9), and for an even
-  number of episodes the average of the middle two: with half of the answers right, the right ones did well. The lower
-  of the two, which `torch.median` takes, would count every episode then.
-- An episode to which no decision was offered has no rate: it counts for the median, not for p_bar. If no episode that
-  did well was offered a decision, nothing is known about what success needs, and p_bar is 1: no penalty.
+  number of episodes the average of the middle two: with half of the answers right, the right ones have high reward. The
+  lower of the two, which `torch.median` takes, would count every episode then.
+- An episode to which no decision was offered has no rate: it counts for the median, not for p_bar. If no high-reward
+  episode was offered a decision, nothing is known about what success needs, and p_bar is 1: no penalty.
 
-The surrogate is `policy_loss` of `memgen.objectives.grpo`, a decision standing for a token.
+The surrogate is `policy_loss` of `memgen.objectives.policy_gradient`, with decisions in place of tokens.
 """
 
-# E episodes, D decisions of the episode that was asked most often, M decisions in all
+# E episodes, M decisions in all
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from memgen.types import Decision
 
 @dataclass(frozen=True)
 class TriggerSettings:
-    """What the trigger pays for invocations."""
+    """The trigger's penalty on invocations."""
 
     penalty: float = 0.1
     """Lambda of Eq. 8: the reward that an invocation costs where success needs none. The paper gives no value.
     0: the plain reward."""
     scope: Literal["group", "batch"] = "group"
-    """Whose median and mean rate count: those of the answers to one prompt (REV), or of the whole batch (V2)."""
+    """Episodes that median and mean rate are taken over: the answers to one prompt (REV), or the whole batch (V2)."""
     median: Literal["average", "lower"] = "average"
     """For an even number of episodes: the average of the middle two rewards, or the lower of them."""
 
@@ -52,9 +52,9 @@ class Shaped:
 
     Attributes:
         rewards: reward less penalty of each episode.
-        p_bar: mean invocation rate of the episodes that did well in its scope.
-        penalty: what was subtracted.
-        high: True where an episode did well: valid, and at or above the median of its scope.
+        p_bar: mean invocation rate of the high-reward episodes of its scope.
+        penalty: subtracted from the reward.
+        high: True for high-reward episodes: valid, and at or above the median of their scope.
     """
 
     rewards: Float[Tensor, " episodes"]
@@ -108,24 +108,6 @@ def shaped_rewards(
             p_bar = torch.where(scope == number, rates[asked].mean().to(rewards.dtype), p_bar)
     penalty = settings.penalty * (1.0 - p_bar) * invocations
     return Shaped(rewards=rewards - penalty, p_bar=p_bar, penalty=penalty, high=high)
-
-
-def decision_penalty(
-    decisions: Float[Tensor, "episodes decisions"] | Int[Tensor, "episodes decisions"],
-    offered: Bool[Tensor, "episodes decisions"],
-    p_bar: Float[Tensor, " episodes"],
-    penalty: float,
-) -> Float[Tensor, " episodes"]:
-    """The penalty in its general form, lambda * sum_j max(0, d_j - p_bar): for decisions of any value in [0, 1].
-
-    Args:
-        decisions: 1 for INVOKE, 0 for SKIP, or a probability; anything where none was offered.
-        offered: True where the trigger was asked.
-        p_bar: mean invocation rate of the episodes that did well in each episode's scope.
-        penalty: lambda.
-    """
-    excess = (decisions - p_bar[:, None]).clamp(min=0.0)  # (E, D)
-    return penalty * torch.where(offered, excess, 0.0).sum(dim=1)
 
 
 def decision_logprobs(

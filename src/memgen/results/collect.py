@@ -30,7 +30,8 @@ from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.results.controls import without_memory
 from memgen.results.ledger import Entry, Ledger, read_journal
 from memgen.results.recorded_test import code_hash, require_different_answers, run_settings
-from memgen.training.stage import build_model, seed_of
+from memgen.seeds import seed_of
+from memgen.training.stage import build_model
 from memgen.types import Trajectory
 
 logger = logging.getLogger(__name__)

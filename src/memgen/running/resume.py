@@ -27,10 +27,10 @@ from memgen.files import new_file, point_to, remove, remove_leftovers, write_who
 from memgen.lightning_internals import log_step_metrics, validation_is_due
 from memgen.run_context import run_context
 from memgen.running.interrupt import LISTENER, Agreement, Interrupted, Limit, Wish
+from memgen.seeds import seed_of
 from memgen.tracking.run_logger import pause_runs
 from memgen.training.callbacks import RESUME, AdapterCheckpoint
 from memgen.training.checkpoint import CheckpointError
-from memgen.training.stage import seed_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Where a run's files go: the trained parts, best and last, and Lightning's own checkpoints for resuming."""
+"""Writes a run's checkpoints: the trained components, best and last; says where Lightning's own go."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ RESUME = "resume"
 
 @final
 class AdapterCheckpoint(Callback):
-    """Writes the trained parts to `<root>/<run>/last` after each validation and at the end, and the best to `best`.
+    """Writes the trained components to `<root>/<run>/last` after each validation and at the end, the best to `best`.
 
     `<root>/latest` points to the newest run. Lightning checkpoints of a ModelCheckpoint that names no directory go
     to `<root>/<run>/resume`. At the end the best (or last) is copied into the MLflow run.
 
     Args:
         root: folder of this stage's runs.
-        monitor: metric that decides what is best; None keeps only the last.
-        mode: whether a larger or a smaller value is better; of equal ones the later is taken.
+        monitor: metric that chooses the best; None keeps only the last.
+        mode: whether a larger or a smaller value is better; of equal ones the later is kept.
         with_trigger: whether the trigger is trained too.
     """
 
@@ -65,7 +65,7 @@ class AdapterCheckpoint(Callback):
                 found.log_run_folder(self.run)
 
     def _folder(self, trainer: Trainer) -> Path:
-        """As chosen; else a resumed run goes on in its folder; a new one is named after its MLflow run, or the time."""
+        """The chosen folder; else that of the run it resumes; else one named after its MLflow run, or the time."""
         context = run_context(trainer)
         if context.folder is not None:
             return context.folder
@@ -118,7 +118,7 @@ class AdapterCheckpoint(Callback):
         model, config = pl_module.memgen, pl_module.config
         assert isinstance(model, MemGenModel), "every stage has a MemGenModel"
         assert isinstance(config, MemGenConfig), "and its configuration"
-        # One rank writes, and all put together what it writes.
+        # One rank writes; all take part in gathering what it writes.
         with whole_weights(trainer):
             if not trainer.is_global_zero or self.run is None:
                 return

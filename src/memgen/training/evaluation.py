@@ -1,4 +1,4 @@
-"""What validation, test and predict do in every stage: play the items, score them, show some."""
+"""Validation, test and predict of every stage: plays the items, scores them, keeps some episodes to show."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from memgen.data import EvalBatch
 from memgen.environments.base import InteractiveEnvironment
 from memgen.generation.rollout import Actor, Rollouts, rollout
 from memgen.model.weaver import WeaverConfig
+from memgen.seeds import episode_seeds
 from memgen.tracking.episodes import Sample, episode_row, episode_trace, marked_trajectory
 from memgen.tracking.metrics import AnswerMetrics, Measured
 from memgen.tracking.page import log_samples
@@ -29,7 +30,7 @@ ROWS = 256
 
 
 class Recorder(ABC):
-    """Records a test item by item, so that an interrupted one goes on: `memgen.results.recorded_test` has it."""
+    """Records a test item by item, so that an interrupted one can be resumed; see `memgen.results.recorded_test`."""
 
     @abstractmethod
     def remaining(self, batch: EvalBatch) -> EvalBatch:
@@ -46,10 +47,10 @@ class Recorder(ABC):
 
 @final
 class Evaluation(nn.Module):
-    """Metrics and sample episodes of an evaluation. A submodule of a stage, so that its counts lie where the stage does.
+    """Metrics and sample episodes of an evaluation. A submodule of a stage, so that its counts are on its device.
 
     Args:
-        weaver: how many latents an insertion has.
+        weaver: says how many latents an insertion has.
     """
 
     def __init__(self, weaver: WeaverConfig) -> None:
@@ -60,22 +61,18 @@ class Evaluation(nn.Module):
         self._rows: list[dict[str, Any]] = []
         self._traces: list[Trace] = []
         self.recorder: Recorder | None = None
-        """Where a test is recorded item by item; what is recorded already is not played again."""
+        """Records a test item by item; recorded items are not played again."""
 
     def play(self, actor: Actor, batch: EvalBatch, *, keep_latents: bool = False) -> Rollouts:
-        """Plays the items of a batch. An item's draws depend on the item alone, not on its batch."""
+        """Plays the items of a batch. An item's samples depend on the item alone, not on its batch."""
         settings = actor.generation
-        seeds = [
-            settings.seed * 1_000_003 + index * settings.group_size + member
-            for index in batch.indices
-            for member in range(settings.group_size)
-        ]
+        seeds = episode_seeds(settings.seed, batch.indices, settings.group_size)
         if self.recorder is not None:
             return self.recorder.play(actor, batch, seeds, keep_latents=keep_latents)
         return rollout(actor, batch.examples, seeds, keep_latents=keep_latents)
 
     def update(self, actor: Actor, batch: EvalBatch) -> None:
-        """Plays the items of a batch and adds them to the metrics and to what is shown."""
+        """Plays the items of a batch and adds them to the metrics, the table and the samples."""
         if self.recorder is not None:
             self.metrics.update(self.recorder.recorded(batch))
             batch = self.recorder.remaining(batch)
@@ -133,7 +130,7 @@ class Evaluation(nn.Module):
         return records
 
     def finish(self, stage: LightningModule, split: str, name: str) -> dict[str, Any]:
-        """Logs the means and the page of samples, and begins anew.
+        """Logs the means and the page of samples, and starts over.
 
         Args:
             stage: whose Trainer logs.

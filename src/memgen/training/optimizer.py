@@ -1,4 +1,8 @@
-"""AdamW with linear warm-up and cosine decay (paper, Table 2)."""
+"""AdamW with linear warm-up and cosine decay (paper, Table 2).
+
+transformers has two such schedules with a least rate, and neither is this one: one begins its warm-up at a rate of 0, so
+that the first step is lost; the other is one step ahead in the cosine, and rises again behind its end.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class OptimizerSettings:
     warmup_ratio: float = 0.1
     """Share of all steps with a linearly rising rate."""
     final_lr_ratio: float = 0.0
-    """What is left of the rate at the end of the cosine."""
+    """Share of the peak rate that is left at the end of the cosine."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -46,7 +50,7 @@ class OptimizerSettings:
         """Optimizer and schedule as Lightning takes them.
 
         Args:
-            parameters: what is trained.
+            parameters: the trained ones.
             steps: optimizer steps of the whole run.
         """
         optimizer = torch.optim.AdamW(

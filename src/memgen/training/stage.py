@@ -1,23 +1,154 @@
-"""What every stage does to begin: find its data, build its model."""
+"""What the three training stages share: set-up, optimizer, evaluation, and Lightning's checkpoint."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
 
 from memgen.chat import end_of_turn_id
-from memgen.data import EnvironmentData
+from memgen.data import EnvironmentData, EvalBatch
 from memgen.distributed.zero import require_whole
+from memgen.generation.rollout import Actor, EpisodeSettings
+from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel
-from memgen.training.checkpoint import load_checkpoint
+from memgen.model.trigger import Trigger
+from memgen.model.weaver import Weaver
+from memgen.training.checkpoint import keep_trained, load_checkpoint, require_trained
+from memgen.training.evaluation import Evaluation
+from memgen.training.optimizer import OptimizerSettings
 
 logger = logging.getLogger(__name__)
+
+
+class Stage(LightningModule, ABC):
+    """A training stage: trains one component of a MemGenModel and leaves the rest frozen.
+
+    Args:
+        memgen: the model.
+        optimizer: AdamW, warm-up and cosine.
+        generation: how answers are sampled in validation and test.
+        episodes: limits of episodes of several turns.
+        init_from: a checkpoint directory to start from (test, validate and predict: to score).
+        checkpointing: recompute activations in the backward pass: less memory, more time.
+    """
+
+    learns_from: ClassVar[Literal["answers", "rollouts"]]
+    """The `data.learn_from` that training needs."""
+
+    def __init__(
+        self,
+        memgen: MemGenConfig,
+        optimizer: OptimizerSettings,
+        generation: GenerationSettings,
+        episodes: EpisodeSettings,
+        init_from: str | None,
+        checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.config = memgen
+        self.optimizer_settings = optimizer
+        self.generation = generation
+        self.episodes = episodes
+        self.init_from = init_from
+        self.recompute = checkpointing
+        # A .ckpt holds only trained tensors; the frozen base is loaded from its own files.
+        self.strict_loading = False
+        self.memgen: MemGenModel
+        self.evaluation = Evaluation(memgen.weaver)
+
+    # The component that is trained
+
+    @property
+    @abstractmethod
+    def component(self) -> Weaver | Trigger:
+        """The component of the model that this stage trains."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained tensors, by name."""
+        return self.component.own_parameters()
+
+    # Set-up
+
+    @override
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "memgen"):
+            data = stage_data(self, self.learns_from if stage == "fit" else None)
+            self.memgen = build_model(self.config, data, data.resolve_asset, self.init_from)
+            if stage == "fit":
+                self.check_start()
+        self.memgen.train_only(self.component)
+        self.memgen.use_checkpointing(self.recompute)
+
+    def check_start(self) -> None:
+        """Called once before training, with the model built and its checkpoint loaded; may refuse to train."""
+
+    @property
+    def data(self) -> EnvironmentData:
+        """The Trainer's data module."""
+        return stage_data(self)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The reasoner's tokenizer."""
+        return self.data.tokenizer_object
+
+    def actor_with(self, settings: GenerationSettings) -> Actor:
+        """The model as it plays episodes with the given settings."""
+        data = self.data
+        return Actor(self.memgen, self.tokenizer, data.environment, settings, self.episodes, data.template)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_settings.build(list(self.trained().values()), self.data.optimizer_steps())
+
+    # Evaluation
+
+    @override
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        self.evaluation.update(self.actor_with(self.generation), batch)
+
+    @override
+    def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        self.evaluation.update(self.actor_with(self.generation), batch)
+
+    @override
+    def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[dict[str, Any]]:
+        return self.evaluation.records(self.actor_with(self.generation), batch)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self.finish_validation()
+
+    def finish_validation(self) -> dict[str, Any]:
+        """Logs validation's means and page.
+
+        Returns:
+            The means by their names.
+        """
+        return self.evaluation.finish(self, "val", f"step_{self.global_step:06d}")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self.evaluation.finish(self, "test", "test")
+
+    # Lightning's own checkpoint
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        keep_trained(self, checkpoint)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        require_trained(self, checkpoint)
 
 
 def stage_data(stage: LightningModule, learn_from: str | None = None) -> EnvironmentData:
@@ -25,11 +156,11 @@ def stage_data(stage: LightningModule, learn_from: str | None = None) -> Environ
 
     Args:
         stage: whose Trainer.
-        learn_from: what the stage's training needs `data.learn_from` to be; None: it does not train.
+        learn_from: the `data.learn_from` that the stage's training needs; None: it does not train.
 
     Raises:
-        TypeError: if it is none of ours.
-        ValueError: if it yields something else to learn from.
+        TypeError: if it is not an EnvironmentData.
+        ValueError: if its `learn_from` is another.
     """
     module = stage.trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(module, EnvironmentData):
@@ -45,11 +176,11 @@ def stage_data(stage: LightningModule, learn_from: str | None = None) -> Environ
 def build_model(
     config: MemGenConfig, data: EnvironmentData, resolve_asset: Callable[[str], str], init_from: str | None
 ) -> MemGenModel:
-    """Builds the model and loads what was trained before.
+    """Builds the model and loads a checkpoint into it.
 
     Args:
-        config: the whole model.
-        data: whose tokenizer and template say where an answer ends.
+        config: of the whole model.
+        data: its tokenizer and template say which token ends an answer.
         resolve_asset: turns an asset's name into a directory.
         init_from: a checkpoint directory or an asset's name; None: a new weaver.
     """
@@ -62,19 +193,16 @@ def build_model(
     return model
 
 
-def seed_of(*key: object) -> int:
-    """A 63-bit seed from anything with a text, the same on every machine."""
-    text = " ".join(str(part) for part in key)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def tied_to_all(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """0, through which every weight gets a gradient, if only 0: ranks that average gradients wait for each other's.
+def zero_loss(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Zero loss term that touches every parameter: ranks that average gradients (DDP, ZeRO) wait for each one's.
 
     Make it before the forward pass and add it to the loss. The backward pass then reaches it last, so that gradients
     are complete in one order on every rank, whatever passes each has made: DeepSpeed reduces them as they come.
 
     Args:
-        parameters: what is trained.
+        parameters: the trained ones.
+
+    Returns:
+        A scalar.
     """
     return 0.0 * torch.stack([parameter.sum() for parameter in parameters]).sum()

@@ -8,21 +8,18 @@ divergence from the reference is exact, both outcomes of a decision being known.
 
 from __future__ import annotations
 
-import logging
-from typing import Any, final
+from typing import final
 
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 from typing_extensions import override
 
-from memgen.data import EnvironmentData, EvalBatch, PromptBatch
-from memgen.generation.rollout import Actor, EpisodeSettings, Replay
+from memgen.generation.rollout import EpisodeSettings, Replay
 from memgen.generation.sampling import GenerationSettings
-from memgen.model.memgen import MemGenConfig, MemGenModel
-from memgen.objectives.grpo import PolicySettings
+from memgen.model.memgen import MemGenConfig
+from memgen.model.trigger import Trigger
+from memgen.objectives.policy_gradient import TokenScores
+from memgen.objectives.policy_settings import PolicySettings
 from memgen.objectives.trigger import (
     TriggerSettings,
     decision_entropy,
@@ -30,38 +27,37 @@ from memgen.objectives.trigger import (
     decision_logprobs,
     shaped_rewards,
 )
-from memgen.training.checkpoint import keep_trained, require_trained
-from memgen.training.cycle import RolloutCycle, Scored, Shaping
-from memgen.training.evaluation import Evaluation
+from memgen.training.micro_batches import UpdateSettings
 from memgen.training.optimizer import OptimizerSettings
-from memgen.training.rollouts import UpdateSettings
-from memgen.training.stage import build_model, stage_data
+from memgen.training.playing import Episodes
+from memgen.training.policy_stage import PolicyStage, Shaping
 from memgen.types import Trajectory
-
-logger = logging.getLogger(__name__)
 
 INSERTION_COST = 0.01
 """What an insertion costs in `val/net_reward`, by which the best checkpoint is chosen."""
 
 
 @final
-class TriggerRL(LightningModule):
-    """Trains a trigger by reinforcement.
+class TriggerRL(PolicyStage):
+    """Trains a trigger by reinforcement. The trained units are the decisions that it was asked for.
 
     Args:
         memgen: the model; `trigger.kind` is tokens or hidden_states.
         optimizer: AdamW, warm-up and cosine.
-        objective: what invocations cost.
-        policy: the surrogate; a decision stands for a token.
+        objective: the penalty on invocations.
+        policy: the surrogate, with decisions in place of tokens.
         update: how often a rollout is used.
-        rollout: how training episodes are drawn; `group_size` of each item. Decisions are drawn, tokens need not be.
-        generation: how answers are drawn in validation and test.
+        rollout: how training episodes are sampled; `group_size` of each item. Decisions are sampled, tokens need not be.
+        generation: how answers are sampled in validation and test.
         episodes: limits of episodes of several turns.
         init_from: a checkpoint directory with a trained weaver (test, validate and predict: to score).
         allow_untrained_weaver: start although the weaver was never trained.
         checkpointing: recompute activations in the backward pass: less memory, more time.
         samples_every: rollouts between two pages of sample episodes in MLflow; 0: none.
-        seed: of the rollouts' draws; the Trainer's own seed is `seed_everything`.
+        seed: of the rollouts; the Trainer's own seed is `seed_everything`.
+
+    Raises:
+        ValueError: if the trigger cannot learn with these settings, or the policy's loss is unknown.
     """
 
     exact_kl = True
@@ -82,7 +78,10 @@ class TriggerRL(LightningModule):
         samples_every: int = 50,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            memgen, optimizer, policy, update, rollout, generation, episodes, init_from, checkpointing,
+            samples_every, seed,
+        )  # fmt: skip
         if memgen.trigger.kind not in ("tokens", "hidden_states"):
             raise ValueError(
                 f"trigger.kind {memgen.trigger.kind!r} has nothing to learn; set model.memgen.trigger.kind to tokens or "
@@ -96,36 +95,12 @@ class TriggerRL(LightningModule):
             raise ValueError(
                 "policy.overlong_length punishes long answers, which are not the trigger's; set it to null"
             )
-        self.config = memgen
-        self.optimizer_settings = optimizer
         self.objective = objective
-        self.rollout = rollout
-        self.generation = generation
-        self.episodes = episodes
-        self.init_from = init_from
         self.allow_untrained_weaver = allow_untrained_weaver
-        self.recompute = checkpointing
-        # A .ckpt holds what is trained; the frozen base is loaded from where it came.
-        self.strict_loading = False
-        self.memgen: MemGenModel
-        self.cycle = RolloutCycle(policy, update, seed, samples_every)
-        self.evaluation = Evaluation(memgen.weaver)
-
-    # Set-up
 
     @override
-    def setup(self, stage: str) -> None:
-        if not hasattr(self, "memgen"):
-            data = stage_data(self, "rollouts" if stage == "fit" else None)
-            self.memgen = build_model(self.config, data, data.resolve_asset, self.init_from)
-            if stage == "fit":
-                self._require_trained_weaver()
-        self.memgen.train_only(self.memgen.trigger)
-        self.memgen.use_checkpointing(self.recompute)
-        self.data.steps_per_rollout = self.cycle.update.steps(self.trainer.accumulate_grad_batches)
-
-    def _require_trained_weaver(self) -> None:
-        """A trigger that learns from what an untrained weaver does would learn never to invoke."""
+    def check_start(self) -> None:
+        """Refuses an untrained weaver: a trigger that learns from what it does would learn never to invoke."""
         if self.allow_untrained_weaver or not self.memgen.weaver.is_untrained():
             return
         start = (
@@ -140,125 +115,58 @@ class TriggerRL(LightningModule):
         )
 
     @property
-    def data(self) -> EnvironmentData:
-        """The Trainer's data module."""
-        return stage_data(self)
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The reasoner's."""
-        return self.data.tokenizer_object
+    @override
+    def component(self) -> Trigger:
+        return self.memgen.trigger
 
     @override
-    def configure_optimizers(self) -> Any:
-        return self.optimizer_settings.build(list(self.trained().values()), self.data.optimizer_steps())
-
-    # What the cycle asks for
-
-    @property
-    def actor(self) -> Actor:
-        """Who rolls out."""
-        return self._actor(self.rollout)
-
-    def _actor(self, settings: GenerationSettings) -> Actor:
-        data = self.data
-        return Actor(self.memgen, self.tokenizer, data.environment, settings, self.episodes, data.template)
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trigger's tensors."""
-        return self.memgen.trigger.own_parameters()
-
     def units(self, trajectory: Trajectory) -> int:
-        """Decisions that were offered."""
         return trajectory.offered
 
-    def max_units(self) -> int:
-        """Most decisions that an episode can have: every prompt's end, and every token but a turn's last."""
-        return self.actor.max_turns * self.rollout.max_new_tokens
-
-    def shape(
-        self,
-        rewards: Tensor,
-        lengths: Tensor,
-        invocations: Tensor,
-        offered: Tensor,
-        group: Tensor,
-        valid: Tensor,
-    ) -> Shaping:
+    @override
+    def shape(self, episodes: Episodes) -> Shaping:
         """Rewards less the penalty on invocations."""
-        shaped = shaped_rewards(rewards, invocations, offered, group, self.objective, valid)
+        valid = episodes.valid
+        shaped = shaped_rewards(
+            episodes.rewards, episodes.invocations, episodes.offered, episodes.group, self.objective, valid
+        )
         metrics = {
             "trigger/p_bar": float(shaped.p_bar[valid].mean()) if bool(valid.any()) else float("nan"),
             "trigger/penalty": float(shaped.penalty[valid].mean()) if bool(valid.any()) else float("nan"),
         }
         return Shaping(shaped.rewards, metrics)
 
-    def score(self, replay: Replay, *, entropy: bool, reference: Tensor | None) -> Scored:
-        """Log-probabilities of the decisions."""
-        logits = self.memgen.decision_logits(replay.batch, replay.plan, replay.at)  # (M, 2)
+    @override
+    def score(self, replay: Replay, *, entropy: bool, reference: Tensor | None) -> TokenScores:
+        logits = self._logits(replay)  # (M, 2)
         device = logits.device
         mask = replay.decided.to(device)
         decisions = replay.decisions.to(device)
         probs = replay.invoke_probs.to(device)
-        # Greatest care at 0 and 1: what was drawn had a probability above 0.
+        # Greatest care at 0 and 1: a sampled decision had a probability above 0.
         chosen = torch.where(decisions.bool(), probs, 1.0 - probs).clamp(min=torch.finfo(probs.dtype).tiny)
-        return Scored(
+        return TokenScores(
             logprobs=replay.by_episode(decision_logprobs(logits, decisions[mask]), mask),
             mask=mask,
-            recorded=torch.where(mask, chosen.log(), 0.0),
             entropy=replay.by_episode(decision_entropy(logits), mask) if entropy else None,
-            reference=logits.detach(),
+            rollout_logprobs=torch.where(mask, chosen.log(), 0.0),
             exact_kl=None
             if reference is None
             else replay.by_episode(decision_kl(logits, reference.to(device)), mask),
         )
 
-    # Training and evaluation
-
     @override
-    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
-        return self.cycle.step(self, batch)
+    def reference_values(self, replay: Replay) -> Tensor:
+        """The logits of the decisions, (M, 2): with both outcomes known, the divergence is exact."""
+        return self._logits(replay)
 
-    @override
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.cycle.on_gradient(self)
-
-    @override
-    def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
-        self.cycle.on_step_end()
-
-    @override
-    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        self.evaluation.update(self._actor(self.generation), batch)
-
-    @override
-    def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        self.evaluation.update(self._actor(self.generation), batch)
-
-    @override
-    def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[dict[str, Any]]:
-        return self.evaluation.records(self._actor(self.generation), batch)
+    def _logits(self, replay: Replay) -> Tensor:
+        return self.memgen.decision_logits(replay.batch, replay.plan, replay.at)
 
     @override
     def on_validation_epoch_end(self) -> None:
-        means = self.evaluation.finish(self, "val", f"step_{self.global_step:06d}")
+        means = self.finish_validation()
         # What is best by rewards alone would pay any number of insertions for one item more. Training's own penalty would
         # refuse those that success needs: greedy answers do not show which these are.
         cost = INSERTION_COST * means["insertions_per_answer"]
         self.log("val/net_reward", means["reward"] - cost, sync_dist=True)
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self.evaluation.finish(self, "test", "test")
-
-    # Lightning's own checkpoint
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        keep_trained(self, checkpoint)
-        checkpoint["rollout_cycle"] = self.cycle.state_dict()
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        require_trained(self, checkpoint)
-        self.cycle.load_state_dict(checkpoint["rollout_cycle"], self.trained())

@@ -1,8 +1,8 @@
 """Stage 1a: the weaver learns from reference answers through the frozen reasoner (paper, Eq. 11-13).
 
 Differs from the released code: (1) latents lie in training exactly where decoding puts them; (2) the loss is divided
-by the tokens of the whole optimizer step over all micro-batches and ranks; (3) the insertion curriculum is a
-setting; (4) validation decodes answers and rewards them.
+by the tokens of the whole optimizer step over all micro-batches and ranks; (3) the insertion curriculum is a setting;
+(4) validation decodes answers and rewards them.
 """
 
 from __future__ import annotations
@@ -12,40 +12,40 @@ import time
 from typing import Any, final
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric
-from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from memgen.data import EnvironmentData, EvalBatch, SFTBatch
-from memgen.generation.rollout import Actor, EpisodeSettings
+from memgen.data import EvalBatch, SFTBatch
+from memgen.generation.rollout import EpisodeSettings
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel, Woven
+from memgen.model.weaver import Weaver
 from memgen.objectives.sft import Curriculum, choose_points, token_loss
-from memgen.training.checkpoint import keep_trained, require_trained
-from memgen.training.evaluation import Evaluation
+from memgen.seeds import seed_of
 from memgen.training.optimizer import OptimizerSettings
-from memgen.training.stage import build_model, seed_of, stage_data, tied_to_all
+from memgen.training.stage import Stage, zero_loss
 from memgen.types import InsertionPlan
 
 logger = logging.getLogger(__name__)
 
 
 @final
-class WeaverSFT(LightningModule):
+class WeaverSFT(Stage):
     """Trains a weaver on reference answers.
 
     Args:
         memgen: the model.
         optimizer: AdamW, warm-up and cosine.
-        curriculum: where latents go while the weaver learns.
-        generation: how answers are drawn in validation and test.
+        curriculum: where latents are inserted while the weaver learns.
+        generation: how answers are sampled in validation and test.
         episodes: limits of episodes of several turns in validation and test.
         init_from: a checkpoint directory to start from (test, validate and predict: to score).
         checkpointing: recompute activations in the backward pass: less memory, more time.
         seed: of the insertion curriculum; the Trainer's own seed is `seed_everything`.
     """
+
+    learns_from = "answers"
 
     def __init__(
         self,
@@ -58,75 +58,49 @@ class WeaverSFT(LightningModule):
         checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.config = memgen
-        self.optimizer_settings = optimizer
+        super().__init__(memgen, optimizer, generation, episodes, init_from, checkpointing)
         self.curriculum = curriculum
-        self.generation = generation
-        self.episodes = episodes
-        self.init_from = init_from
-        self.recompute = checkpointing
         self.seed = seed
-        # A .ckpt holds what is trained; the frozen base is loaded from where it came.
-        self.strict_loading = False
-        self.memgen: MemGenModel
         self.train_loss = MeanMetric()
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
-        self.evaluation = Evaluation(memgen.weaver)
         self._clock = 0.0
 
-    # Set-up
+    @property
+    @override
+    def component(self) -> Weaver:
+        return self.memgen.weaver
 
     @override
     def setup(self, stage: str) -> None:
         weaver, cap = self.config.weaver, self.config.boundaries.max_inference_insertions
         if stage == "fit" and not weaver.prompt_latents and not (weaver.inference_latents and cap):
             raise ValueError(
-                f"no latents would ever be woven, so there is nothing to train: weaver.prompt_latents is 0, "
+                f"no latents would ever be inserted, so there is nothing to train: weaver.prompt_latents is 0, "
                 f"weaver.inference_latents {weaver.inference_latents}, boundaries.max_inference_insertions {cap}"
             )
-        if not hasattr(self, "memgen"):
-            data = stage_data(self, "answers" if stage == "fit" else None)
-            self.memgen = build_model(self.config, data, data.resolve_asset, self.init_from)
-        self.memgen.train_only(self.memgen.weaver)
-        self.memgen.use_checkpointing(self.recompute)
-
-    @property
-    def data(self) -> EnvironmentData:
-        """The Trainer's data module."""
-        return stage_data(self)
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The reasoner's."""
-        return self.data.tokenizer_object
-
-    @override
-    def configure_optimizers(self) -> Any:
-        parameters = list(self.memgen.weaver.own_parameters().values())
-        return self.optimizer_settings.build(parameters, self.data.optimizer_steps())
+        super().setup(stage)
 
     # Training
 
     @override
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         # A batch may use only one bank of queries, and an optimizer step must not depend on how a batch is split.
-        nothing = tied_to_all(self.memgen.weaver.own_parameters().values())
+        zero = zero_loss(self.trained().values())
         logprobs, woven = self.memgen.label_logprobs(batch.tokens, self.plan(batch))
-        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        loss = token_loss(logprobs, batch.window_tokens, parts)
+        micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        loss = token_loss(logprobs, batch.window_tokens, micro_batches)
         self._log_step(batch, logprobs.detach(), woven)
-        return loss + nothing
+        return loss + zero
 
     def plan(self, batch: SFTBatch) -> InsertionPlan:
-        """Where latents go in a batch: drawn per item, epoch and seed, so that batching does not change it."""
+        """Insertion plan of a batch: sampled per item, epoch and seed, so that batching does not change it."""
         group = batch.tokens.group
         items = range(len(batch.examples)) if group is None else group.tolist()
         rows = [batch.examples[item] for item in items]
         cap = self.config.boundaries.max_inference_insertions
 
         def choose(row: int, points: tuple[int, ...]) -> list[int]:
-            # Points are part of the key: turns of one item draw for themselves.
+            # Points are part of the key: turns of one item are sampled independently.
             seed = seed_of(self.seed, batch.epoch, rows[row], points)
             generator = torch.Generator().manual_seed(seed)
             return choose_points(points, cap, self.curriculum, generator)
@@ -167,19 +141,7 @@ class WeaverSFT(LightningModule):
         self.val_accuracy.update(hits.mean(), weight=len(targets))
         self.log("val/loss", self.val_loss, prog_bar=True, on_epoch=True)
         self.log("val/token_accuracy", self.val_accuracy, on_epoch=True)
-        self.evaluation.update(self.actor, batch)
-
-    @property
-    def actor(self) -> Actor:
-        """Who answers in validation and test."""
-        return Actor(
-            self.memgen,
-            self.tokenizer,
-            self.data.environment,
-            self.generation,
-            self.episodes,
-            self.data.template,
-        )
+        self.evaluation.update(self.actor_with(self.generation), batch)
 
     @override
     def on_test_start(self) -> None:
@@ -194,36 +156,14 @@ class WeaverSFT(LightningModule):
             logger.warning("no checkpoint was given: this scores an untrained weaver (--checkpoint DIR)")
 
     @override
-    def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        self.evaluation.update(self.actor, batch)
-
-    @override
-    def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[dict[str, Any]]:
-        return self.evaluation.records(self.actor, batch)
-
-    @override
     def on_validation_epoch_end(self) -> None:
-        self.evaluation.finish(self, "val", f"step_{self.global_step:06d}")
+        self.finish_validation()
         self._clock = 0.0
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self.evaluation.finish(self, "test", "test")
-
-    # Lightning's own checkpoint
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        keep_trained(self, checkpoint)
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        require_trained(self, checkpoint)
 
 
 @torch.no_grad()
 def _latent_metrics(memgen: MemGenModel, woven: Woven) -> dict[str, Tensor]:
-    """How large latents are against token embeddings: norms that run away are the first sign of trouble."""
+    """Norm of the latents, absolute and relative to token embeddings: a growing one is the first sign of trouble."""
     if woven.latents.shape[0] == 0:
         return {}
     table = memgen.reasoner.backbone.embedding

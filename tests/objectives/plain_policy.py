@@ -7,17 +7,17 @@ log-probabilities gives the gradient that the paper means.
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass
 
-from memgen.objectives.grpo import PolicySettings, Window
+from memgen.objectives.policy_losses import StepTotals
+from memgen.objectives.policy_settings import PolicySettings
 
 Rows = list[list[float]]
 
 
 @dataclass
 class Case:
-    """One part of an optimizer step, as lists of lists (E, N)."""
+    """One micro-batch of an optimizer step, as lists of lists (E, N)."""
 
     logprobs: Rows
     old: Rows
@@ -30,8 +30,8 @@ class Case:
     focus: list[list[bool]] | None = None
 
 
-def plain_loss(case: Case, settings: PolicySettings, window: Window, frozen: Rows | None = None) -> float:
-    """The loss of one part. `frozen`: log-probabilities for what is held constant; default: the case's own."""
+def plain_loss(case: Case, settings: PolicySettings, totals: StepTotals, frozen: Rows | None = None) -> float:
+    """The loss of one micro-batch. `frozen`: log-probabilities for what is held constant; default: the case's own."""
     frozen = case.logprobs if frozen is None else frozen
     focus = case.focus if case.focus is not None else plain_focus(case, settings.top_entropy)
     sums, counts = [], []
@@ -50,12 +50,12 @@ def plain_loss(case: Case, settings: PolicySettings, window: Window, frozen: Row
         counts.append(len(places))
     if settings.loss in ("grpo", "gspo", "sapo"):
         means = [total / count for total, count in zip(sums, counts, strict=True) if count > 0]
-        return -sum(means) / window.episodes * window.parts
+        return -sum(means) / totals.episodes * totals.micro_batches
     if settings.loss == "bnpo":
         return -sum(sums) / sum(counts) if sum(counts) else 0.0
     if settings.loss == "dr_grpo":
-        return -sum(sums) / (window.episodes * window.max_tokens) * window.parts
-    return -sum(sums) / window.tokens * window.parts if window.tokens else 0.0
+        return -sum(sums) / (totals.episodes * totals.max_tokens) * totals.micro_batches
+    return -sum(sums) / totals.tokens * totals.micro_batches if totals.tokens else 0.0
 
 
 def surrogate(case: Case, e: int, t: int, places: list[int], settings: PolicySettings, frozen: Rows) -> float:
@@ -75,10 +75,7 @@ def surrogate(case: Case, e: int, t: int, places: list[int], settings: PolicySet
     clipped = min(max(ratio, 1 - settings.clip_low), 1 + high)
     if settings.delta is not None:
         ratio = min(ratio, settings.delta)
-    value = min(ratio * advantage, clipped * advantage)
-    if settings.dual_clip is not None and advantage < 0:
-        value = max(value, settings.dual_clip * advantage)
-    return value
+    return min(ratio * advantage, clipped * advantage)
 
 
 def divergence(case: Case, e: int, t: int, settings: PolicySettings) -> float:
@@ -122,7 +119,7 @@ def plain_focus(case: Case, share: float) -> list[list[bool]]:
     ]
 
 
-def difference_quotient(case: Case, field: str, settings: PolicySettings, window: Window) -> Rows:
+def difference_quotient(case: Case, field: str, settings: PolicySettings, totals: StepTotals) -> Rows:
     """Central differences of the loss in every entry of a field, with what is frozen left where it is."""
     frozen = [list(row) for row in case.logprobs]
     focus = case.focus if case.focus is not None else plain_focus(case, settings.top_entropy)
@@ -137,47 +134,9 @@ def difference_quotient(case: Case, field: str, settings: PolicySettings, window
                 gradient[e].append(0.0)
                 continue
             row[t] = value + step
-            above = plain_loss(held, settings, window, frozen)
+            above = plain_loss(held, settings, totals, frozen)
             row[t] = value - step
-            below = plain_loss(held, settings, window, frozen)
+            below = plain_loss(held, settings, totals, frozen)
             row[t] = value
             gradient[e].append((above - below) / (2 * step))
     return gradient
-
-
-def plain_advantages(
-    rewards: list[float], group: list[int], settings: PolicySettings, valid: list[bool] | None = None
-) -> list[float]:
-    """Each episode's advantage."""
-    valid = [True] * len(rewards) if valid is None else valid
-    everyone = [r for r, ok in zip(rewards, valid, strict=True) if ok]
-    baseline = settings.baseline or {"reinforce": "none", "reinforce_pp": "batch"}.get(settings.loss, "group")
-    advantages = []
-    for i, reward in enumerate(rewards):
-        if not valid[i]:
-            advantages.append(0.0)
-            continue
-        mates = [rewards[j] for j in range(len(rewards)) if group[j] == group[i] and valid[j]]
-        others = [rewards[j] for j in range(len(rewards)) if group[j] == group[i] and valid[j] and j != i]
-        dead = min(mates) == max(mates)
-        if baseline == "none":
-            value = reward
-        elif baseline == "batch":
-            value = reward - statistics.fmean(everyone)
-        elif dead:
-            value = 0.0
-        else:
-            value = reward - statistics.fmean(others if settings.leave_one_out else mates)
-        if settings.loss != "reinforce_pp" and settings.advantage_scale == "group":
-            value = 0.0 if dead else value / statistics.pstdev(mates)
-        elif settings.loss != "reinforce_pp" and settings.advantage_scale == "batch":
-            spread = statistics.pstdev(everyone)
-            value = value / spread if min(everyone) < max(everyone) else 0.0
-        advantages.append(value)
-    if settings.loss == "reinforce_pp":
-        kept = [a for a, ok in zip(advantages, valid, strict=True) if ok]
-        if min(kept) == max(kept):
-            return [0.0] * len(rewards)
-        mean, spread = statistics.fmean(kept), statistics.pstdev(kept)
-        advantages = [(a - mean) / spread if ok else 0.0 for a, ok in zip(advantages, valid, strict=True)]
-    return advantages
