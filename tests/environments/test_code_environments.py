@@ -199,7 +199,7 @@ def test_a_broken_bigcodebench_record_is_an_error_that_names_file_line_and_colum
     with pytest.raises(ValueError, match=r'b\.jsonl, line 2: "test" is missing'):
         BigCodeBench(str(file), **LIMITS).examples("test")
     write(file, [bigcodebench(1, libs="nonsense(")])
-    with pytest.raises(ValueError, match=r'b\.jsonl, line 1: "libs" is no Python list'):
+    with pytest.raises(ValueError, match=r'b\.jsonl, line 1: "libs" is not a Python list'):
         BigCodeBench(str(file), **LIMITS).examples("test")
 
 

@@ -7,8 +7,6 @@ import types
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from memgen.environments.qa.gsm8k import GSM8K
 
@@ -62,18 +60,6 @@ def test_the_target_is_the_solution_in_the_chosen_style_and_scores_one(tmp_path,
     assert environment.reward(example, "2").total == 0.0
 
 
-@given(st.floats(0.0, 0.5), st.integers(0, 399), st.integers(0, 399))
-def test_validation_and_training_share_no_question_and_miss_none(tmp_path_factory, fraction, first, second):
-    lines = [*LINES, LINES[first], LINES[second]]  # Repeated questions go to the same side.
-    environment = GSM8K(
-        str(write(tmp_path_factory.mktemp("gsm8k"), train=lines)), validation_fraction=fraction
-    )
-    train, val = environment.examples("train"), environment.examples("val")
-    assert not {e.question for e in train} & {e.question for e in val}
-    assert {e.id for e in train} | {e.id for e in val} == {f"train-{i}" for i in range(1, 403)}
-    assert abs(len(val) - fraction * 402) < 60
-
-
 def test_the_validation_split_does_not_depend_on_the_order_of_the_file(tmp_path):
     forward, backward = tmp_path / "a", tmp_path / "b"
     forward.mkdir()
@@ -86,9 +72,6 @@ def test_the_validation_split_does_not_depend_on_the_order_of_the_file(tmp_path)
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"question": "a", "answer": ', "not a JSON object"),
-        ("", "not a JSON object"),
-        ("[1, 2]", "expected an object"),
         ({"answer": "b #### 1"}, '"question" is missing'),
         ({"question": "a"}, '"answer" is missing'),
         ({"question": " ", "answer": "b #### 1"}, '"question" is empty'),
@@ -104,14 +87,6 @@ def test_a_broken_line_is_an_error_that_names_file_and_number(tmp_path, line, me
     assert str(caught.value).startswith(f"{tmp_path / 'train.jsonl'}, line 7: ")
     assert "\n" not in str(caught.value)
     assert len(environment.examples("test")) == 3, "the other file is not affected"
-
-
-def test_bytes_that_are_no_utf8_and_odd_line_separators_do_not_shift_line_numbers(tmp_path):
-    write(tmp_path, train=[{"question": "a\u2028b", "answer": "c #### 1"}])
-    file = tmp_path / "train.jsonl"
-    file.write_bytes(file.read_bytes() + json.dumps(LINES[0]).encode() + b"\r\n" + b'{"question": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"train\.jsonl, line 3: not a JSON object"):
-        GSM8K(str(tmp_path)).examples("train")
 
 
 def test_absent_data_is_named(tmp_path):
@@ -170,21 +145,10 @@ def test_many_answers_are_scored_as_one_by_one(tmp_path):
     ]
 
 
-def test_an_unreachable_hub_is_one_line_that_says_what_to_set(monkeypatch):
-    def load_dataset(*args, **kwargs):
-        raise ConnectionError("Couldn't reach the hub\n  many more lines")
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(FileNotFoundError, match=r"could not be read from the hub .*set data\.path") as caught:
-        GSM8K("openai/gsm8k").examples("test")
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
         {"validation_fraction": 1.1},
-        {"validation_fraction": -0.1},
         {"prompt": "Solve it"},
         {"target_style": "plain"},
     ],

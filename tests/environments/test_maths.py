@@ -78,7 +78,6 @@ def test_a_box_at_the_end_of_any_text_is_its_final_answer(text, answer):
         ("5", "3, 5", False),
         ("5", "eggs", False),
         ("5", r"\frac{", False),
-        ("5", "{" * 3000 + "5" + "}" * 3000, False),
     ],
 )
 def test_answers_are_compared_as_mathematics(verifier, gold, answer, equal):
@@ -96,12 +95,13 @@ def test_text_without_a_marked_answer_is_wrong_and_starts_no_worker():
     assert verifier.worker_pids == ()
 
 
-def test_a_hung_comparison_is_wrong_and_the_next_one_is_answered_by_a_new_worker():
-    verifier = MathsVerifier(timeout_s=3.0)
+@pytest.mark.parametrize("answer", ["9^{9^{9^{9}}}", "{" * 3000 + "5" + "}" * 3000], ids=["power", "braces"])
+def test_a_hung_comparison_is_wrong_and_the_next_one_is_answered_by_a_new_worker(answer):
+    verifier = MathsVerifier(timeout_s=2.0)
     assert verifier.correct("5", r"\boxed{5}")
     (hung,) = verifier.worker_pids
     start = time.monotonic()
-    assert not verifier.correct("5", r"\boxed{9^{9^{9^{9}}}}")
+    assert not verifier.correct("5", f"\\boxed{{{answer}}}")
     assert time.monotonic() - start < 60
     assert not _is_running(hung)
     assert verifier.correct("5", r"\boxed{5}")

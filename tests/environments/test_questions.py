@@ -54,6 +54,23 @@ def test_a_split_with_data_of_its_own_is_taken_as_it_is(tmp_path):
         assert {name: len(items) for name, items in split.items()} == {"train": 300, "val": 3, "test": 2}
 
 
+@given(st.floats(0.0, 0.5), st.integers(0, 299), st.integers(0, 5), st.booleans())
+def test_splits_share_no_question_and_miss_none_in_any_order(
+    tmp_path_factory, fraction, repeated, seed, back
+):
+    folder = tmp_path_factory.mktemp("questions")
+    asked = [*ASKED, f" {ASKED[repeated].upper()}"][:: -1 if back else 1]
+    questions = Questions(
+        Source("T", str(write(folder / "train.jsonl", asked))), example, fraction, split_seed=seed
+    )
+    train, val = ({normalised(e.question) for e in questions.examples(s)} for s in ("train", "val"))
+    assert not train & val
+    assert len(train | val) == 300
+    assert len(questions.examples("train")) + len(questions.examples("val")) == 301
+    assert abs(len(val) - fraction * 300) < 50
+    assert val == {normalised(q) for q in ASKED if hash_fraction(seeded_key(q, seed, "val")) < fraction}
+
+
 def test_a_set_that_is_published_whole_is_split_in_three(tmp_path):
     source = Source("T", str(write(tmp_path / "all.jsonl", ASKED)), lone_file="to_split")
     split = ids(Questions(source, example, 0.1, 0.2))

@@ -674,7 +674,7 @@ def test_a_failed_search_marks_the_episodes_that_searched_and_no_other(caplog):
         episodes[0].reward()
     with pytest.raises(RuntimeError, match="is over"):
         episodes[0].step("<answer> Ottawa </answer>")
-    assert "1 episodes are marked" in caplog.text
+    assert "1 episodes end with an environment error" in caplog.text
 
 
 @pytest.mark.parametrize(

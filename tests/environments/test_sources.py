@@ -56,6 +56,7 @@ def test_every_format_gives_the_same_records(tmp_path, name):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"q": 1}\n{"q": \n', r"a\.jsonl, line 2: not a JSON object"),
+        ("a.jsonl", b'{"q": 1}\n\n{"q": 2}\n', r"a\.jsonl, line 2: not a JSON object"),
         ("a.jsonl", b'{"q": 1}\n[2]\n', r"a\.jsonl, line 2: expected an object"),
         ("a.jsonl", b"", "has no lines"),
         ("a.json", b'[{"q": 1}, 2]', r"a\.json, record 2: expected an object"),
@@ -90,6 +91,12 @@ def test_texts_come_as_they_are_written(tmp_path):
         assert [record.fields["q"] for record in read_file(file)] == values
     (tmp_path / "b.jsonl").write_text('{"q": "\\ud800"}\n{"a": 1}\n')
     assert [dict(record.fields) for record in read_file(tmp_path / "b.jsonl")] == [{"q": "\ud800"}, {"a": 1}]
+
+
+def test_odd_line_separators_do_not_shift_line_numbers(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"q": "a\u2028b"}\n{"q": "c"}\r\n{"q": '.encode() + b'"\xff"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 3: not a JSON object"):
+        list(read_file(tmp_path / "a.jsonl"))
 
 
 def test_a_missing_column_is_an_error_that_names_file_line_and_column(tmp_path):
@@ -222,3 +229,14 @@ def test_the_hub_is_asked_for_split_configuration_and_revision(monkeypatch):
         (("other/name",), {"split": "all"}),
         (("owner/name",), {"split": "dev", "revision": "abc"}),
     ]
+
+
+def test_an_unreachable_hub_is_one_line_that_says_what_to_set(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the hub\n  many more lines")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    source = Source("T", "owner/name", hub={"test": [HubSplit("test")]})
+    with pytest.raises(FileNotFoundError, match=r"could not be read from the hub .*set data\.path") as caught:
+        source.records("test")
+    assert "\n" not in str(caught.value)

@@ -114,7 +114,7 @@ def test_conversations_of_another_environment_are_told(tmp_path, caplog):
 
 def test_a_recorded_conversation_scores_nothing(tmp_path):
     source = Trajectories(write(tmp_path / "t.jsonl", EPISODE))
-    with pytest.raises(NotImplementedError, match="a training split alone"):
+    with pytest.raises(NotImplementedError, match="a training split only"):
         source.reward(source.examples("train")[0], "go")
     assert source.examples("test") == []
 
@@ -123,12 +123,12 @@ BROKEN = {
     "nothing of the agent": ([said("user", "a"), said("assistant", "b")], "has no message of the agent"),
     "an answer that is nobody's": (
         [*EPISODE, said("user", "more"), said("assistant", "x")],
-        "message 6: what an assistant says behind the first message of the agent",
+        "message 6: from the agent's first message on, the assistant's messages and no others",
     ),
     "a user's message as the agent's": ([*EPISODE, said("user", "x", agent=True)], "its role is user"),
     "no role": ([{"content": "a"}], "message 0 needs a role"),
     "no text": ([{"role": "user", "content": ["a"]}], "a content that is text"),
-    "no list": ("hello", "is no list of objects"),
+    "no list": ("hello", "is not a list of objects"),
 }
 
 

@@ -1,7 +1,7 @@
-"""What a task is: examples, prompts, a reward, and for interactive tasks episodes. Text in, text out.
+"""The interface of a task: examples, prompts, a reward, and for interactive tasks episodes. Text in, text out.
 
-Token ids stay in generation/. The reward that trains is the metric that is reported, unless configuration says
-otherwise.
+Token ids stay in generation/. The reward that training maximises is also the reported metric, unless the configuration
+says otherwise.
 """
 
 from __future__ import annotations
@@ -23,47 +23,42 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Example:
-    """One item of a task.
-
-    Attributes:
-        id: unique within its split, stable between runs.
-        question: what is asked, as the data has it.
-        target: the reference completion that SFT learns (without end token).
-        answer: what the reward compares with.
-        meta: anything else the environment needs.
-    """
+    """One item of a task."""
 
     id: str
+    """Unique within its split, the same in every run."""
     question: str
+    """The question as it is in the data."""
     target: str
+    """The reference completion that SFT learns, without end token."""
     answer: str
+    """The reference that the reward compares with."""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else the environment needs."""
 
 
 @dataclass(frozen=True)
 class Reward:
-    """Named parts and their total.
-
-    Attributes:
-        total: what training maximises and evaluation reports, usually in [0, 1].
-        parts: what it is made of, by name.
-    """
+    """The score of a completion or an episode."""
 
     total: float
+    """What training maximises and evaluation reports, usually in [0, 1]."""
     parts: Mapping[str, float] = field(default_factory=dict)
+    """Reward components and counts by name, reported beside the total."""
 
 
 class Environment(ABC):
-    """A task with one answer per prompt. `name` says which, in metrics and tables."""
+    """A task with one answer per prompt."""
 
     name: str
+    """Identifies the task in metrics and tables."""
 
     @abstractmethod
     def examples(self, split: Split) -> Sequence[Example]:
         """The items of a split, always in the same order.
 
         Raises:
-            FileNotFoundError: if the split's data is absent.
+            FileNotFoundError: if the split's data cannot be found.
             ValueError: if the data is broken; the message names file and line.
         """
 
@@ -76,11 +71,11 @@ class Environment(ABC):
         """Scores a completion's text (special tokens removed)."""
 
     def rewards(self, examples: Sequence[Example], answers: Sequence[str]) -> list[Reward]:
-        """Scores many completions. Environments whose rewards take time override it to score side by side."""
+        """Scores many completions. Environments whose rewards take time override it to score them in parallel."""
         return [self.reward(example, answer) for example, answer in zip(examples, answers, strict=True)]
 
     def conversation(self, example: Example) -> list[Message]:
-        """The prompt followed by the reference completion: what SFT trains on. Multi-turn tasks override it."""
+        """The prompt followed by the reference completion, for SFT. Multi-turn tasks override it."""
         return [*self.messages(example), {"role": "assistant", "content": example.target}]
 
     def conversations(self, examples: Sequence[Example]) -> Iterator[list[Message]]:
@@ -90,31 +85,25 @@ class Environment(ABC):
 
 @dataclass(frozen=True)
 class Observation:
-    """What an episode begins with.
-
-    Attributes:
-        text: becomes a user message behind `Environment.messages`; empty if those say everything.
-    """
+    """The first observation of an episode."""
 
     text: str
+    """Becomes a user message after `Environment.messages`; empty: no message."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """The environment's answer to an action.
-
-    Attributes:
-        observation: becomes the next user message; not shown if the episode is done.
-        done: whether the episode is over.
-        parts: what this step earned or counted, by name (for records; `Episode.reward` scores the episode).
-        fault: why the environment itself failed (a crash, a server that is gone), or None. Such an episode is over;
-            it is neither trained on nor scored, since what went wrong is not the agent's doing.
-    """
+    """The environment's response to an action."""
 
     observation: str
+    """Becomes the next user message; not shown if the episode is done."""
     done: bool
+    """Whether the episode is over."""
     parts: Mapping[str, float] = field(default_factory=dict)
+    """Reward components and counts of this step by name, for records; `Episode.reward` scores the episode."""
     fault: str | None = None
+    """Environment error that ended the episode (a crash, an unreachable server), or None. Such an episode is neither
+    trained on nor scored, since the agent did not cause the error."""
 
 
 class Episode(ABC):
@@ -122,38 +111,38 @@ class Episode(ABC):
 
     @abstractmethod
     def reset(self, example: Example) -> Observation:
-        """Begins anew with an item."""
+        """Starts a new run on an item."""
 
     @abstractmethod
     def step(self, action: str) -> Step:
-        """Acts. `action` is the text of the agent's turn, special tokens removed."""
+        """Takes an action: the text of the agent's turn, special tokens removed."""
 
     @abstractmethod
     def reward(self) -> Reward:
-        """The score of the episode as it stands, also where it was cut before its end."""
+        """The score of the episode so far; also for an episode truncated before its end."""
 
     def close(self) -> None:  # noqa: B027 - most episodes hold nothing
-        """Frees what the episode holds. It can be reset no more."""
+        """Releases the episode's resources. It cannot be reset afterwards."""
 
 
 class InteractiveEnvironment(Environment):
-    """A task of several turns: the agent's text, the environment's observation, and so on."""
+    """A task of several turns, in which the agent's actions and the environment's observations alternate."""
 
     max_turns: int
-    """Turns of the agent after which an episode is cut."""
+    """Turns of the agent after which an episode is truncated."""
     stop_texts: tuple[str, ...] = ()
-    """Texts that end a turn of the agent where they appear, besides its end-of-turn token."""
+    """Texts that end a turn of the agent, besides its end-of-turn token."""
 
     @abstractmethod
     def episode(self) -> Episode:
         """A new episode, to be reset before its first step."""
 
     def reset_all(self, episodes: Sequence[Episode], examples: Sequence[Example]) -> list[Observation]:
-        """Begins many episodes. Environments that wait for processes or servers override it to do so side by side."""
+        """Starts many episodes. Environments that wait for processes or servers override it to do so in parallel."""
         return [episode.reset(example) for episode, example in zip(episodes, examples, strict=True)]
 
     def step_all(self, episodes: Sequence[Episode], actions: Sequence[str]) -> list[Step]:
-        """One step of many episodes, likewise."""
+        """Takes one step in each of many episodes, likewise."""
         return [episode.step(action) for episode, action in zip(episodes, actions, strict=True)]
 
     def reward(self, example: Example, answer: str) -> Reward:

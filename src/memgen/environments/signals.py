@@ -1,7 +1,7 @@
 """Signals that a scheduler, or a terminal, sends to every process of a job.
 
-They are meant for the trainer, which finishes its step and saves. A helper process that died of one would leave an
-answer that looks wrong.
+The trainer handles them: it finishes its step and saves. A helper process must ignore them; one that died would make an
+answer look wrong.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import signal
 
 SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Warnings before the time limit, and before preemption."""
+"""Sent before the time limit, and before preemption."""
 
 
 def stay() -> None:
-    """Lets this process outlive such signals, and Ctrl-C; the parent ends it. To be called in its main thread."""
+    """Makes this process ignore those signals and Ctrl-C; its parent ends it. Call it in the main thread."""
     for number in (*SCHEDULER_SIGNALS, signal.SIGINT):
-        # Not SIG_IGN, which what this process starts would inherit.
+        # Not SIG_IGN, which its child processes would inherit.
         signal.signal(number, lambda number, frame: None)

@@ -1,4 +1,4 @@
-"""Data files and data sets of the Hugging Face hub as records, each of which knows its place for error messages.
+"""Data files and datasets of the Hugging Face hub as records, each of which knows its place for error messages.
 
 JSON lines (also in a file named .json), a JSON array, CSV, TSV and Parquet, packed with gzip or not. The files of a
 split are found by name (`train`; `val`, `valid`, `validation` or `dev`; `test`): one file, numbered shards
@@ -39,7 +39,7 @@ _Row = tuple[Any, str]
 
 @dataclass(frozen=True)
 class Record:
-    """One record of a data set."""
+    """One record of a dataset."""
 
     fields: Mapping[str, Any]
     """Its columns."""
@@ -81,19 +81,19 @@ class Record:
 
 @dataclass(frozen=True)
 class HubSplit:
-    """A split of a data set on the hub."""
+    """A split of a dataset on the hub."""
 
     split: str
     """Its name on the hub."""
     config: str | None = None
-    """The data set's configuration; None if it has only one."""
+    """The dataset's configuration; None if it has only one."""
     name: str | None = None
-    """`owner/name` of another data set than the source's, read at its newest revision."""
+    """`owner/name` of another dataset than the source's, read at its newest revision."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the data of a benchmark is: a folder, a file, or a data set of the hub."""
+    """Where the data of a benchmark is: a folder, a file, or a dataset of the hub."""
 
     task: str
     """The benchmark's name, for error messages."""
@@ -104,7 +104,7 @@ class Source:
     hub: Mapping[Split, Sequence[HubSplit]] = field(default_factory=dict)
     """The hub's splits that make up each split; one that is missing here has no data on the hub."""
     revision: str | None = None
-    """Branch, tag or commit of the hub's data set; None: its newest."""
+    """Branch, tag or commit of the hub's dataset; None: its newest."""
     splits: Sequence[Split] = ("train", "val", "test")
     """Splits that may have data of their own. Files of others are not looked at."""
     folders: Sequence[str] = ()
@@ -194,7 +194,7 @@ class Source:
             return False
         raise FileNotFoundError(
             f"{self.task}: there is no directory {self.path} and no such file; set data.path to a file, to a folder "
-            "with a file for each split, or to a data set of the hub (owner/name)"
+            "with a file for each split, or to a dataset of the hub (owner/name)"
         )
 
     def _lone_file_is(self, file: Path, split: Split) -> bool:
@@ -380,7 +380,7 @@ def read_hub(task: str, path: str, split: HubSplit, revision: str | None) -> Ite
     """The records of a split on the hub, through the package `datasets`.
 
     Raises:
-        FileNotFoundError: if the hub or the data set cannot be reached.
+        FileNotFoundError: if the hub or the dataset cannot be reached.
     """
     import datasets  # Two seconds.
 

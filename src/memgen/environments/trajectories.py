@@ -1,7 +1,7 @@
-"""Recorded conversations of an agent (`memgen collect`) as training data. Nothing is played or scored here.
+"""Recorded conversations of an agent (`memgen collect`) as training data. No episodes are run or scored here.
 
-A line holds `messages`, of which those that the agent wrote have `agent: true`; they are what SFT learns. What lies
-before the first of them is the prompt. `id`, `sample`, `environment`, `reward` and anything else is for people.
+A line holds `messages`; SFT learns those that the agent wrote (`agent: true`), and those before the first of them are
+the prompt. `id`, `sample`, `environment`, `reward` and other columns are for the reader only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 @final
 class Trajectories(Environment):
-    """The conversations of a file, a training split and nothing else.
+    """The conversations of a file. It has a training split only.
 
     Args:
         path: JSON lines, packed with gzip or not.
@@ -43,12 +43,12 @@ class Trajectories(Environment):
         return self._read() if split == "train" else []
 
     def collected_on(self) -> set[str]:
-        """Names of the environments that the conversations come from, as far as they say so."""
+        """Names of the environments that the conversations were recorded in, as far as the file says."""
         return {str(e.meta["environment"]) for e in self._read() if e.meta["environment"] is not None}
 
     @override
     def messages(self, example: Example) -> list[Message]:
-        """What lies before the agent's first turn."""
+        """The messages before the agent's first turn."""
         messages: list[Message] = list(example.meta["messages"])
         return messages[: example.meta["prompt"]]
 
@@ -58,13 +58,13 @@ class Trajectories(Environment):
 
     @override
     def reward(self, example: Example, answer: str) -> Reward:
-        """Cannot be told from a record.
+        """Not available for recorded conversations.
 
         Raises:
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            f"{self.path} holds recorded conversations, which cannot score others; they are a training split alone"
+            f"{self.path} holds recorded conversations, which cannot score answers; they are a training split only"
         )
 
     def _read(self) -> list[Example]:
@@ -76,7 +76,7 @@ class Trajectories(Environment):
                 )
             if not file.stat().st_size:
                 raise ValueError(
-                    f"{file} is empty: nothing was collected; lower --min-reward, or draw more --samples"
+                    f"{file} is empty: nothing was collected; lower --min-reward, or raise --samples"
                 )
             self._examples = [_example(record) for record in read_file(file)]
         return self._examples
@@ -84,18 +84,18 @@ class Trajectories(Environment):
 
 def _example(record: Record) -> Example:
     messages = [_message(record, message, number) for number, message in enumerate(_messages(record))]
-    mine = [bool(message.get("agent")) for message in _messages(record)]
-    if not any(mine):
+    by_agent = [bool(message.get("agent")) for message in _messages(record)]
+    if not any(by_agent):
         raise record.error(
             "messages", 'has no message of the agent ("agent": true), so there is nothing to learn'
         )
-    first = mine.index(True)
-    for number, (message, own) in enumerate(zip(messages, mine, strict=True)):
+    first = by_agent.index(True)
+    for number, (message, own) in enumerate(zip(messages, by_agent, strict=True)):
         if own != (message["role"] == "assistant") and (own or number > first):
             raise record.error(
                 "messages",
-                f"message {number}: what an assistant says behind the first message of the agent is the agent's, and "
-                f'nothing else is; its role is {message["role"]}, and "agent" is {own}',
+                f"message {number}: from the agent's first message on, the assistant's messages and no others are "
+                f'the agent\'s; its role is {message["role"]}, and "agent" is {own}',
             )
     name = record.fields.get("id", record.number)
     return Example(
@@ -114,7 +114,7 @@ def _example(record: Record) -> Example:
 def _messages(record: Record) -> list[Mapping[str, Any]]:
     found = record.value("messages")
     if not isinstance(found, list) or not all(isinstance(message, Mapping) for message in found):
-        raise record.error("messages", f"is no list of objects: {found!r:.80}")
+        raise record.error("messages", f"is not a list of objects: {found!r:.80}")
     return found
 
 

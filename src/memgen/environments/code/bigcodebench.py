@@ -1,10 +1,10 @@
 """BigCodeBench (arXiv 2406.15877): Python functions that call libraries, tested by unittest.
 
-Asked as in the benchmark's "instruct" form (a description and the first lines) or its "complete" form (the first lines
-with a docstring, to be continued). As in the benchmark's own harness, an answer in the instruct form is run behind the
+The prompt is the benchmark's "instruct" form (a description and the first lines) or its "complete" form (the first lines
+with a docstring, to be continued). As in the benchmark's own harness, an answer in the instruct form is run after the
 task's first lines, so a forgotten import does not count as a wrong answer (`calibrated`). The paper's split (912 for
-training, 228 for testing) is not published; it is made here by a seed and the task. A task is left out, and counted in
-the log, if it needs a library that is neither in the standard library nor among `packages`.
+training, 228 for testing) is not published; it is made here by the hash of a seed and the task's id. A task is left out,
+and counted in the log, if it needs a library that is neither in the standard library nor among `packages`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from memgen.environments.sources import HubSplit, Record, Source
 
 PROMPT = "{question}\n"
 PROGRAMS = ("sh", "bash", "cat", "cp", "echo", "gzip", "ls", "mv", "rm", "sleep", "split", "tar")
-"""Commands that standard-library tasks run."""
+"""Commands that tasks of the standard library run."""
 
 
 @final
@@ -57,22 +57,22 @@ class BigCodeBench(CodeEnvironment):
         """Reads nothing yet.
 
         Args:
-            path: file, folder, or data set of the hub.
+            path: file, folder, or dataset of the hub.
             hub_split: the version, which is a split on the hub.
             train_file: records in the folder `path`, if not to be found by name. A file that is not named after a
-                split, and the hub's data set, are split by the fractions below.
+                split, and the hub's dataset, are split by the fractions below.
             val_file: likewise.
             test_file: likewise.
-            revision: of the hub's data set.
+            revision: of the hub's dataset.
             validation_fraction: share of all tasks for validation, where there is no file for it.
             test_fraction: share of all tasks for testing, likewise; 1 makes all of them test items.
             split_seed: which ones.
             form: which of the benchmark's two prompts.
             prompt: the user message; `{question}` stands for it.
-            calibrated: whether the task's first lines stand before an answer in the instruct form.
-            isolation: "bubblewrap", or "limits" where that cannot be had: limits only, no sandbox.
+            calibrated: whether the task's first lines are put before an answer in the instruct form.
+            isolation: "bubblewrap", or "limits" where it cannot be installed: limits only, no sandbox.
             limits: of each run; default: 20 s CPU, 60 s in all.
-            packages: installed packages that the code may import, by the names it imports them by.
+            packages: installed packages that the code may import, by their import names.
             programs: commands of the host that the code may run.
             reward_workers: runs at a time.
 
@@ -115,7 +115,7 @@ class BigCodeBench(CodeEnvironment):
 
     @override
     def program(self, example: Example, answer: str) -> Program | None:
-        """The answer's code, behind the task's first lines where the form asks for it, and the tests."""
+        """The tests, and the answer's code after the task's first lines where the form needs them."""
         code = extract_code(answer, defines=example.answer)
         if self.form == "complete" and f"def {example.answer}" not in code:
             code = example.meta["complete_prompt"] + code  # A continuation.
@@ -151,13 +151,13 @@ class BigCodeBench(CodeEnvironment):
 
 
 def _libraries(record: Record) -> set[str]:
-    """The libraries a task needs, by the name of their top package."""
+    """The libraries a task needs, by their top-level package names."""
     given = record.value("libs")
     if isinstance(given, str):
         try:
             given = ast.literal_eval(given)
         except (ValueError, SyntaxError) as error:
-            raise record.error("libs", f"is no Python list: {given!r:.80}") from error
+            raise record.error("libs", f"is not a Python list: {given!r:.80}") from error
     if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) for name in given):
         raise record.error("libs", f"must be a list of library names, got {given!r:.80}")
     return {name.partition(".")[0] for name in given}

@@ -1,7 +1,6 @@
-"""KodCode (arXiv 2503.02951), the Light-RL-10K set: one Python function per problem, tested in pytest's style.
+"""KodCode (arXiv 2503.02951), the Light-RL-10K set: one Python function per problem, with pytest tests.
 
-The prompt is the released code's. Its random 70/10/20 split is made here by a seed and the question's text, so a split
-depends neither on the file's order nor on global state, and a repeated question is on one side only; a folder
+The prompt is the released code's. Its random 70/10/20 split is made here by the hash of a seed and the question; a folder
 with files named after the splits is taken as it is split. Tests run without pytest (see `harness`), in a sandbox.
 An item whose test text holds no test is left out and counted in the log.
 """
@@ -58,19 +57,19 @@ class KodCode(CodeEnvironment):
         """Reads nothing yet.
 
         Args:
-            path: file, folder, or data set of the hub.
+            path: file, folder, or dataset of the hub.
             train_file: records in the folder `path`, if not to be found by name. A file that is not named after a
-                split, and the hub's data set, are split by the fractions below.
+                split, and the hub's dataset, are split by the fractions below.
             val_file: likewise.
             test_file: likewise.
-            revision: of the hub's data set.
+            revision: of the hub's dataset.
             validation_fraction: share of all items for validation, where there is no file for it.
             test_fraction: share of all items for testing, likewise; 1 makes all of them test items.
             split_seed: which ones.
             prompt: the user message; `{question}` stands for the problem and `{signature}`, if it is there, for the
                 wanted function's first line.
-            target_style: what SFT learns, the solution as it is or in a ```` ```python ```` block.
-            isolation: "bubblewrap", or "limits" where that cannot be had: limits only, no sandbox.
+            target_style: the SFT target, the solution as it is or in a ```` ```python ```` block.
+            isolation: "bubblewrap", or "limits" where it cannot be installed: limits only, no sandbox.
             limits: of each run; default: 5 s CPU, 20 s in all.
             packages: installed packages that the code may import.
             programs: commands of the host that the code may run.
@@ -107,7 +106,7 @@ class KodCode(CodeEnvironment):
 
     @override
     def program(self, example: Example, answer: str) -> Program | None:
-        """The answer's code, which has the wanted name as a second one if it chose another, and the tests."""
+        """The tests, and the answer's code; if its function has another name, the wanted name becomes an alias."""
         name = example.meta["function"]
         code = extract_code(answer, defines=name)
         tree = parsed(code)

@@ -39,11 +39,11 @@ class AQuA(ChoiceEnvironment):
         """Reads nothing yet.
 
         Args:
-            path: folder, file, or data set of the hub.
+            path: folder, file, or dataset of the hub.
             train_file: records in the folder `path`, if not to be found by name.
             val_file: likewise (found by the names dev, val, valid, validation).
             test_file: likewise.
-            revision: of the hub's data set.
+            revision: of the hub's dataset.
             validation_fraction: share of the training problems set aside where there is no file for validation.
             split_seed: which ones.
             prompt: the user message; `{question}` stands for the question with its options.

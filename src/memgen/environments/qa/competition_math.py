@@ -54,12 +54,12 @@ class MATH(MathsEnvironment):
         """Reads nothing yet.
 
         Args:
-            path: folder, file, or data set of the hub with the training problems.
+            path: folder, file, or dataset of the hub with the training problems.
             train_file: records in the folder `path`, if not to be found by name.
             test_file: likewise; of several test files, one with 500 in its name takes precedence.
-            test_name: the hub's data set of the test problems, where `path` is one of the hub.
-            revision: of the hub's data set `path`.
-            subjects: configurations of the hub's data set `path`; empty if it has none.
+            test_name: the hub's dataset of the test problems, where `path` is one of the hub.
+            revision: of the hub's dataset `path`.
+            subjects: configurations of the hub's dataset `path`; empty if it has none.
             validation_fraction: share of the training problems set aside for validation.
             split_seed: which ones.
             prompt: the user message; `{question}` stands for the problem.

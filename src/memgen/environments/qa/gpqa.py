@@ -51,14 +51,14 @@ class GPQA(ChoiceEnvironment):
         """Reads nothing yet.
 
         Args:
-            path: folder with a file for each set, a single file (which is tested on, never trained on), or a data
-                set of the hub.
+            path: folder with a file for each set, a single file (which is tested on, never trained on), or a
+                dataset of the hub.
             train_set: the set to train on: the hub's configuration, and what the local file's name begins with.
             test_set: the set to test on, likewise.
             train_file: the set to train on in the folder `path`, if it has another name.
             test_file: likewise.
             diamond_file: the Diamond set, which is kept out of training, where `test_set` or `test_file` is another.
-            revision: of the hub's data set.
+            revision: of the hub's dataset.
             validation_fraction: share of the training items set aside for validation.
             split_seed: which ones.
             option_seed: the order of the options.

@@ -46,12 +46,12 @@ class GSM8K(MathsEnvironment):
         r"""Reads nothing yet.
 
         Args:
-            path: folder with a training and a test file, one such file, or a data set of the Hugging Face hub
+            path: folder with a training and a test file, one such file, or a dataset of the Hugging Face hub
                 (`owner/name`).
             train_file: question/answer records in the folder `path` (an absolute path may be elsewhere), if not to
                 be found by name.
             test_file: likewise.
-            revision: of the hub's data set.
+            revision: of the hub's dataset.
             validation_fraction: share of the training questions set aside for validation.
             prompt: the user message; `{question}` stands for the question.
             target_style: what SFT learns. "boxed": the solution without calculator annotations and `\boxed{X}` on

@@ -1,4 +1,4 @@
-"""PopQA (arXiv 2212.10511): questions about entities, most of them rarely asked for. A test split only.
+"""PopQA (arXiv 2212.10511): questions about entities, most of them rarely asked about. A test split only.
 
 The paper evaluates on it the agent that was trained on TriviaQA. Items of the data that carry `paragraphs` (title and
 text, as in HippoRAG's subset of 1,000 questions) are their own passages: without another search backend, an index of
@@ -28,7 +28,7 @@ from memgen.environments.sources import HubSplit, Record, Source, read_file
 
 @final
 class PopQA(SearchQA):
-    """Question in, searches as the agent likes, a short answer out."""
+    """A question, any number of searches, a short answer."""
 
     name = "popqa"
 
@@ -47,11 +47,11 @@ class PopQA(SearchQA):
 
         Args:
             path: a file (`.tsv`, `.json`, `.jsonl`, `.csv` or `.parquet`), a folder with one named `popqa` or
-                `test`, or a data set of the Hugging Face hub (`owner/name`).
+                `test`, or a dataset of the Hugging Face hub (`owner/name`).
             test_file: the file in the folder `path`, if its name does not say so.
-            search: finds passages; None: an index of the paragraphs in the file of `path`.
-            metric: what a reward's total is, see `SearchQA`.
-            on_failure: what a failed search does, see `SearchQA`.
+            search: the search backend; None: an index of the paragraphs in the file of `path`.
+            metric: the reward's total, see `SearchQA`.
+            on_failure: what happens when a search fails, see `SearchQA`.
             max_turns: turns of the agent, the answer's included.
             max_observation_chars: characters of an observation, the tags included; about four make a token.
             system_prompt: the system message; empty for none.
@@ -89,7 +89,7 @@ class PopQA(SearchQA):
 
     @override
     def searcher(self) -> Searcher:
-        """What finds passages: the configured backend, else an index of the data's own paragraphs.
+        """The search backend: the configured one, else an index of the data's own paragraphs.
 
         Raises:
             ValueError: if the data has no paragraphs.

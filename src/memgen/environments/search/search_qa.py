@@ -4,10 +4,10 @@ The agent writes `<think> ... </think>` and then either `<search> query </search
 `<information>` with passages, or `<answer> ... </answer>`, which ends the episode (the protocol of Search-R1, arXiv
 2503.09516; prompt and corrective message are the released code's, to the letter). Differs from the released code:
 (1) passages come inside `<information>`, as its prompt promises, where it inserts them bare (and trains on
-`<observation>`); (2) a search that failed is a fault or an error, where it tells the agent that no page was found
-and scores what follows as wrong; (3) an action is cut at the closing tag that comes first, where a later `</search>`
-wins over an earlier `</answer>`; (4) the number reported is an exact match unless configured otherwise, and its
-substring match is reported beside it.
+`<observation>`); (2) a failed search stops the run or ends the episode with an environment error, where it tells the
+agent that no page was found and scores what follows as wrong; (3) an action ends at the first closing tag, where a
+later `</search>` takes precedence over an earlier `</answer>`; (4) the reported number is an exact match unless
+configured otherwise, and its substring match is reported beside it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ INVALID_ACTION = (
     "My previous action is invalid. If I want to search, I should put the query between <search> and </search>. If I "
     "want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again."
 )
-"""What an action without a complete tag is answered with."""
+"""The observation after an action without a complete tag."""
 NOTHING_FOUND = "No passage was found."
 LEAST_OBSERVATION_CHARS = 200
 
@@ -67,19 +67,16 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 @dataclass(frozen=True)
 class Action:
-    """What a turn of the agent does.
-
-    Attributes:
-        kind: None if the turn is not valid: no complete tag, or nothing inside.
-        content: the query or the answer.
-    """
+    """The action of one turn of the agent."""
 
     kind: Literal["search", "answer"] | None
+    """None if the turn is not valid: no complete tag, or nothing inside."""
     content: str
+    """The query or the answer."""
 
 
 def parse_action(text: str) -> Action:
-    """The action of a turn: it ends at the first `</search>` or `</answer>`; what follows is not read."""
+    """The action of a turn: it ends at the first `</search>` or `</answer>`; the rest is ignored."""
     closing = _CLOSING.search(text)
     if closing is None:
         return Action(None, "")
@@ -91,9 +88,9 @@ def parse_action(text: str) -> Action:
 
 
 def information(passages: Sequence[Passage], max_chars: int) -> str:
-    """Passages as the agent reads them, best first, in at most `max_chars` characters, tags included.
+    """The observation after a search: the passages, best first, in at most `max_chars` characters, tags included.
 
-    Each is `Doc 1(Title: "...") text`, as in Search-R1. If they are too long together, the last ones suffer.
+    Each is `Doc 1(Title: "...") text`, as in Search-R1. If they are too long together, the last ones are truncated.
     """
     documents = [
         f'Doc {number}(Title: "{passage.title}") {passage.text.strip()}'
@@ -103,9 +100,9 @@ def information(passages: Sequence[Passage], max_chars: int) -> str:
 
 
 def framed(text: str, max_chars: int) -> str:
-    """A text in the tags of an observation, cut so that all is at most `max_chars` long; the closing tag stays.
+    """A text in the tags of an observation, truncated to at most `max_chars` characters, both tags included.
 
-    The protocol's own tags are taken out of the text: a page that holds `</information>` must not end it.
+    The protocol's own tags are removed from the text: a page that contains `</information>` must not end it.
     """
     room = max_chars - len(_OPEN) - len(_CLOSE)
     inner = _TAGS.sub("", text)
@@ -122,8 +119,8 @@ def normalize_answer(text: str) -> str:
     """Lower case, without punctuation and articles, single spaces: as SQuAD's evaluation (arXiv 1606.05250) does.
 
     Differs from SQuAD's: it also removes the quotation marks that TriviaQA's evaluation (arXiv 1705.03551) removes;
-    composed and decomposed accents are one; and a text of which nothing would be left ("A", "!!!") is only put in
-    lower case, so that it equals itself alone.
+    composed and decomposed accents are the same; and a text of which nothing would remain ("A", "!!!") is only
+    lower-cased, so that it equals itself alone.
     """
     lowered = unicodedata.normalize("NFC", text).lower()
     bare = "".join(character for character in lowered if character not in _PUNCTUATION)
@@ -131,16 +128,16 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(answer: str, aliases: Sequence[str]) -> bool:
-    """Whether the answer is one of the aliases, both normalised: the field's EM."""
+    """Whether the answer equals one of the aliases, both normalised (EM)."""
     return bool(answer.strip()) and normalize_answer(answer) in {
         normalize_answer(alias) for alias in aliases if alias.strip()
     }
 
 
 def alias_match(answer: str, aliases: Sequence[str]) -> bool:
-    """Whether an alias stands in the answer, both normalised, as a run of whole words (as DPR, arXiv 2004.04906).
+    """Whether the answer contains an alias as a sequence of whole words, both normalised (DPR, arXiv 2004.04906).
 
-    PopQA's own accuracy (arXiv 2212.10511) and the released code look for characters, by which "Napoli" holds the
+    PopQA's own accuracy (arXiv 2212.10511) and the released code compare characters: there "Napoli" contains the
     alias "pol" of "politician".
     """
     said = f" {normalize_answer(answer)} "
@@ -148,12 +145,12 @@ def alias_match(answer: str, aliases: Sequence[str]) -> bool:
 
 
 def released_match(answer: str, aliases: Sequence[str]) -> bool:
-    """Whether an alias stands in the answer, both in lower case only, anywhere: the released code's metric."""
+    """Whether the answer contains an alias as characters, both only lower-cased: the released code's metric."""
     return any(alias.lower() in answer.lower() for alias in aliases if alias.strip())
 
 
 def texts(value: object) -> list[str]:
-    """The texts of a list that may be JSON in a string or a single text; empty ones are left out."""
+    """The non-empty texts of a value that is a list, a list as a JSON string, or a single text."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -167,7 +164,7 @@ def texts(value: object) -> list[str]:
 
 
 def answer_target(answer: str) -> str:
-    """The completion that answers, as SFT learns it."""
+    """The completion that SFT learns: a thought and the answer."""
     return f"<think> I have what I need. </think>\n<answer> {answer} </answer>"
 
 
@@ -175,10 +172,10 @@ def answer_target(answer: str) -> str:
 
 
 class SearchQA(InteractiveEnvironment, ABC):
-    """Question in, searches as the agent likes, a short answer out. `examples` is the benchmark's own.
+    """A question, any number of searches, a short answer. `examples` is the benchmark's own.
 
-    An example's `meta` has `aliases` (what counts as right, as text) and `released_aliases` (what the released code
-    compares with); and `conversation` where the data has a trajectory.
+    An example's `meta` has `aliases` (the texts that count as right), `released_aliases` (those that the released code
+    compares with), and `conversation` where the data has a trajectory.
     """
 
     stop_texts = ("</search>", "</answer>")
@@ -195,13 +192,13 @@ class SearchQA(InteractiveEnvironment, ABC):
         """Searches nothing yet.
 
         Args:
-            search: finds passages; None: the benchmark's own, if it has any.
-            metric: what a reward's total is, and so what is reported and what trains. "exact_match": 1 if the answer
+            search: the search backend; None: the benchmark's own passages, if it has any.
+            metric: the reward's total, that is, the reported and the trained score. "exact_match": 1 if the answer
                 is an alias; "alias_match": 1 if it contains one as whole words; "released_match": 1 if it contains
                 one as characters, as the released code evaluates; "released_grpo": as its GRPO trains, 1 for
-                released_match, 0.5 for another answer, 0 for none. The first three are reported beside it as parts.
-            on_failure: when a search fails, "stop" raises a `SearchError`, and "mark" ends the episodes that
-                searched, with a fault: they are neither trained on nor scored.
+                released_match, 0.5 for another answer, 0 for none. The first three are reported beside it as components.
+            on_failure: when a search fails, "stop" raises a `SearchError`; "mark" ends the episodes that searched
+                with an environment error: they are neither trained on nor scored.
             max_turns: turns of the agent, the answer's included.
             max_observation_chars: characters of an observation, the tags included; about four make a token.
             system_prompt: the system message; empty for none.
@@ -227,7 +224,7 @@ class SearchQA(InteractiveEnvironment, ABC):
         self.system_prompt = system_prompt
 
     def searcher(self) -> Searcher:
-        """What finds passages.
+        """The search backend.
 
         Raises:
             ValueError: if there is nothing to search.
@@ -266,11 +263,11 @@ class SearchQA(InteractiveEnvironment, ABC):
         ]
 
     def episode(self) -> Episode:
-        """A new episode; it searches through this environment."""
+        """A new episode, which searches through this environment."""
         return SearchEpisode(self)
 
     def step_all(self, episodes: Sequence[Episode], actions: Sequence[str]) -> list[Step]:
-        """One step of many episodes; their queries go into one search."""
+        """Takes one step in each of many episodes; their queries are sent in one search."""
         playing: list[SearchEpisode] = []
         for episode in episodes:
             assert isinstance(episode, SearchEpisode), "episodes are this environment's own"
@@ -285,7 +282,7 @@ class SearchQA(InteractiveEnvironment, ABC):
         except SearchError as error:
             if self.on_failure == "stop":
                 raise
-            logger.warning("%d episodes are marked and left out: %s", len(searching), error)
+            logger.warning("%d episodes end with an environment error: %s", len(searching), error)
             return [
                 episode.fail(str(error)) if step is None else step
                 for episode, step in zip(playing, steps, strict=True)
@@ -296,12 +293,12 @@ class SearchQA(InteractiveEnvironment, ABC):
         ]
 
     def reward(self, example: Example, answer: str) -> Reward:
-        """The score of an episode in which `answer` is the only action; nothing is searched for it."""
+        """The score of an episode in which `answer` is the only action; nothing is searched."""
         action = parse_action(answer)
         return self.score(example, action.content if action.kind == "answer" else None)
 
     def score(self, example: Example, answer: str | None) -> Reward:
-        """The score of an answer without its tags; None: there was none."""
+        """The score of an answer without its tags; None: no answer was given."""
         aliases: Sequence[str] = example.meta["aliases"]
         said = answer if answer is not None else ""
         exact, alias = float(exact_match(said, aliases)), float(alias_match(said, aliases))
@@ -322,36 +319,36 @@ class SearchQA(InteractiveEnvironment, ABC):
 
 @final
 class SearchEpisode(Episode):
-    """One question. A step is `act`, and where that searches, `inform` or `fail`."""
+    """One question. A step is `act`, followed by `inform` or `fail` if the action is a search."""
 
     def __init__(self, environment: SearchQA) -> None:
         self._environment = environment
         self._example: Example | None = None
-        self._begin()
+        self._restart()
 
-    def _begin(self) -> None:
+    def _restart(self) -> None:
         self.query = ""
         self._answer: str | None = None
-        self._fault: str | None = None
+        self._error: str | None = None
         self._counts = {"turns": 0, "searches": 0, "invalid_actions": 0}
 
     def reset(self, example: Example) -> Observation:
-        """Begins anew; the prompt says everything."""
-        self._begin()
+        """Starts a new run; the first observation is empty, as the prompt has the question."""
+        self._restart()
         self._example = example
         return Observation("")
 
     def step(self, action: str) -> Step:
-        """Acts; a search is sent by itself. `SearchQA.step_all` sends those of many episodes together."""
+        """Takes an action; a search is sent alone. `SearchQA.step_all` sends those of many episodes together."""
         return self._environment.step_all([self], [action])[0]
 
     def act(self, action: Action) -> Step | None:
-        """Takes a turn; None if it searches for `query`, whose result is to be told next.
+        """Takes a turn; None if it searches for `query`: call `inform` with the result, or `fail`.
 
         Raises:
             RuntimeError: if the episode has not begun or is over.
         """
-        if self._example is None or self._answer is not None or self._fault is not None:
+        if self._example is None or self._answer is not None or self._error is not None:
             state = "has not begun" if self._example is None else "is over"
             raise RuntimeError(f"this episode {state}; reset it first")
         self._counts["turns"] += 1
@@ -368,25 +365,25 @@ class SearchEpisode(Episode):
                 return Step(observation=INVALID_ACTION, done=False, parts={"invalid_actions": 1.0})
 
     def inform(self, passages: Sequence[Passage]) -> Step:
-        """Shows what the search found."""
+        """The observation with the passages that the search found."""
         text = information(passages, self._environment.max_observation_chars)
         return Step(observation=text, done=False, parts={"searches": 1.0})
 
     def fail(self, reason: str) -> Step:
-        """Ends the episode because its search has failed."""
-        self._fault = reason
+        """Ends the episode with an environment error, because its search has failed."""
+        self._error = reason
         return Step(observation="", done=True, parts={"searches": 1.0}, fault=reason)
 
     def reward(self) -> Reward:
-        """The score so far, and how many turns, searches and invalid actions it took.
+        """The score so far, with counts of turns, searches and invalid actions.
 
         Raises:
-            SearchError: if the episode ended by a fault: it has no score.
+            SearchError: if the episode ended with an environment error: it has no score.
         """
         if self._example is None:
             raise RuntimeError("this episode has not begun; reset it first")
-        if self._fault is not None:
-            raise SearchError(f"an episode that ended by a fault has no score: {self._fault}")
+        if self._error is not None:
+            raise SearchError(f"an episode that ended with an environment error has no score: {self._error}")
         reward = self._environment.score(self._example, self._answer)
         counts = {name: float(count) for name, count in self._counts.items()}
         return Reward(total=reward.total, parts={**reward.parts, **counts})

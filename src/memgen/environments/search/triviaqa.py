@@ -1,11 +1,11 @@
-r"""TriviaQA (arXiv 1705.03551): trivia questions, each with the many names of its answer.
+r"""TriviaQA (arXiv 1705.03551): trivia questions, each with the aliases of its answer.
 
 Questions come from `trivia_qa`, whose test split has no answers: its validation split is the test split here, as in
 the paper. Supervised trajectories come from AgentBank's TriviaQA part, whose `Thought: / Action: search[..] / Final
 Answer:` is rewritten to the tags of the prompt. Differs from the released code: (1) its GRPO data tests on the split
 without answers; (2) an observation keeps all of its lines, a query its closing brackets, and both roles have the tags
-that an episode has; (3) an instruction before the question and the agent's assent to it are left out, since the
-system message takes their place; (4) a trajectory that does not end in an answer is left out and counted.
+of an episode; (3) an instruction before the question and the agent's reply to it are left out, since the system
+message replaces them; (4) a trajectory that does not end in an answer is left out and counted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from memgen.environments.search.search_qa import (
 from memgen.environments.sources import HubSplit, Record, Source
 
 _CANONICAL = {"trivia_qa": "mandarjoshi/trivia_qa"}
-"""Names of the hub without an owner, as they were once."""
+"""Former names on the hub, without an owner."""
 
 _THOUGHT = re.compile(r"Thought:\s*(.*?)(?=\n\s*Action:|\n\s*Final Answer:|\Z)", re.DOTALL)
 _SEARCH = re.compile(r"^\s*Action:\s*search\[(.*)\]\s*$", re.MULTILINE | re.IGNORECASE)
@@ -44,7 +44,7 @@ _QUESTION = re.compile(r"^\s*Question:\s*", re.MULTILINE)
 
 @final
 class TriviaQA(SearchQA):
-    """Question in, searches as the agent likes, a short answer out."""
+    """A question, any number of searches, a short answer."""
 
     name = "triviaqa"
 
@@ -67,18 +67,18 @@ class TriviaQA(SearchQA):
 
         Args:
             path: the questions: a folder with files (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`) named after
-                their splits, `train` and `validation` (or `dev`, or `test` where there is neither), or a data set of
+                their splits, `train` and `validation` (or `dev`, or `test` where there is neither), or a dataset of
                 the Hugging Face hub. A single file is the test split, unless it is named `train`.
             train_file: the training questions' file in the folder `path`, if its name does not say so.
             test_file: the test questions' file, likewise.
-            subset: which part of the hub's data set: rc.wikipedia.nocontext or rc.nocontext, for instance.
-            trajectories: conversations to train on in place of the training questions: a file, a folder with a
-                `train` file, or a data set of the hub with a part `triviaqa`
+            subset: which part of the hub's dataset: rc.wikipedia.nocontext or rc.nocontext, for instance.
+            trajectories: conversations to train on instead of the training questions: a file, a folder with a
+                `train` file, or a dataset of the hub with a part `triviaqa`
                 (`Solaris99/AgentBank`). Their final answers are their only aliases.
             validation_fraction: share of the training items set aside for validation, in [0, 1].
-            search: finds passages.
-            metric: what a reward's total is, see `SearchQA`.
-            on_failure: what a failed search does, see `SearchQA`.
+            search: the search backend.
+            metric: the reward's total, see `SearchQA`.
+            on_failure: what happens when a search fails, see `SearchQA`.
             max_turns: turns of the agent, the answer's included.
             max_observation_chars: characters of an observation, the tags included; about four make a token.
             system_prompt: the system message; empty for none.
@@ -152,7 +152,7 @@ def _example(record: Record, identifier: str) -> Example:
 
 
 def _trajectory(record: Record, identifier: str, max_chars: int) -> Example | str:
-    """An item with its conversation, or why it cannot be one."""
+    """An item with its conversation, or why the record cannot be used."""
     where, turns = record.where, record.value("conversations")
     if not isinstance(turns, Sequence) or not all(
         isinstance(turn, Mapping) and isinstance(turn.get("value"), str) for turn in turns
@@ -166,11 +166,11 @@ def _trajectory(record: Record, identifier: str, max_chars: int) -> Example | st
         if role == "gpt" and (_SEARCH.search(value) or _FINAL.search(value))
     ]
     if not acting or acting[0] == 0:
-        return f"{where} has no action behind a question"
+        return f"{where} has no action after a question"
     first = acting[0]
     if roles[first - 1 :] != ["human", "gpt"] * ((len(roles) - first + 1) // 2):
         return f"{where} does not alternate between human and gpt"
-    # Behind an instruction the question stands last, by its name; alone it may have none.
+    # After an instruction the question comes last, marked "Question:"; without an instruction the mark may be missing.
     question = _QUESTION.split(values[first - 1])[-1].strip()
     conversation: list[Message] = []
     for role, value in zip(roles[first:], values[first:], strict=True):
@@ -196,7 +196,7 @@ def _trajectory(record: Record, identifier: str, max_chars: int) -> Example | st
 
 
 def _tagged(turn: str) -> str | None:
-    """A turn of the agent in tags; None if it neither searches nor answers."""
+    """A turn of the agent, rewritten to tags; None if it neither searches nor answers."""
     thought, query, answer = _THOUGHT.search(turn), _SEARCH.search(turn), _FINAL.search(turn)
     parts = []
     if thought and thought[1].strip():
