@@ -12,11 +12,10 @@ from letters_env import LetterGame
 from memgen.chat import CHATML, conversation_ids
 from memgen.data import EnvironmentData
 from memgen.generation.rollout import Actor, EpisodeSettings, rollout
-from memgen.generation.sampling import GenerationSettings
+from memgen.generation.sampling import GenerationSettings, seed_of
 from memgen.lab.saving import save_backbone
 from memgen.results.collect import Candidate, Collector, KeepRule, select
 from memgen.training.checkpoint import save_checkpoint
-from memgen.training.stage import seed_of
 from rl_runs import memgen_config
 from sft_runs import make_stage, make_trainer
 from tiny import byte_tokenizer, tiny_causal_lm

@@ -91,13 +91,13 @@ def generation_counts(
         latents: K of a kind.
         trigger_reads: whether the trigger has a pass of its own over the text.
     """
-    prompts = generation.prompt.lengths.tolist()
-    lengths = [p + n for p, n in zip(prompts, generation.lengths.tolist(), strict=True)]
+    prompts = [len(turn.context) for turn in generation.turns]
+    lengths = [p + n for p, n in zip(prompts, generation.lengths, strict=True)]
     asked = None
     if trigger_reads:
         asked = []
-        for prompt, decisions in zip(prompts, generation.decisions.tolist(), strict=True):
-            steps = [step for step, made in enumerate(decisions) if made != Decision.NOT_ASKED]
+        for prompt, turn in zip(prompts, generation.turns, strict=True):
+            steps = [step for step, made in enumerate(turn.decisions) if made != Decision.NOT_ASKED]
             asked.append(prompt + steps[-1] if steps else 0)
     return stream_counts(lengths, prompts, generation.plan.rows(), latents, asked)
 

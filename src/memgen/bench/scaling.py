@@ -22,7 +22,7 @@ from memgen.bench.generation import Decoding, Memory, Work, has_static_cache, me
 from memgen.bench.regression import fit_line, fit_prices
 from memgen.bench.shapes import ModelSettings
 from memgen.bench.timing import Meter, interleave
-from memgen.model.cache import Memory as KeyValueMemory
+from memgen.model.cache import KVCache
 from memgen.model.trigger import Boundary, Trigger
 
 SweepName = Literal["batch", "new", "insertions", "latents", "prompt", "others"]
@@ -88,7 +88,7 @@ class RowTrigger(Trigger):
         self.rows = frozenset(rows)
 
     @override
-    def invoke_probs(self, boundary: Boundary, memory: KeyValueMemory | None) -> Float[Tensor, " rows"]:
+    def invoke_probs(self, boundary: Boundary, cache: KVCache | None) -> Float[Tensor, " rows"]:
         return torch.tensor([float(row in self.rows) for row in boundary.rows])
 
 

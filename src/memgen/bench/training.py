@@ -165,8 +165,8 @@ class MemoryStep(Step):
         self.model = self.parts.model(ConstantTrigger(1.0))
         self.model.train_only(self.model.weaver)
         self.model.train()
-        self.plan: InsertionPlan = self.model.boundaries.cpu().plan(self.batch.to("cpu"))
-        fewest = int(self.plan.counts.min())
+        self.plan: InsertionPlan = self.model.boundaries.plan(self.batch)
+        fewest = min(self.plan.counts)
         if fewest < work.points:
             raise ValueError(
                 f"some row has only {fewest} places for latents, but {work.points} points per row were asked for; "

@@ -22,9 +22,9 @@ from torch import Tensor
 from memgen.chat import end_of_turn_id, observation_ids, prompt_ids
 from memgen.environments.base import Environment, Episode, Example, InteractiveEnvironment, Message, Reward
 from memgen.generation.decode import generate
-from memgen.generation.sampling import GenerationSettings
+from memgen.generation.sampling import GenerationSettings, turn_seed
 from memgen.model.memgen import MemGenModel
-from memgen.types import AgentTurn, Decision, Generation, InsertionPlan, TokenBatch, Trajectory, WorkCount
+from memgen.types import AgentTurn, Decision, InsertionPlan, TokenBatch, Trajectory, WorkCount
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -305,7 +305,7 @@ class _Rollout:
             actor.model,
             [p.context for p in playing[::size]],
             settings,
-            row_seeds=[_turn_seed(p.seed, len(p.turns)) for p in playing],
+            row_seeds=[turn_seed(p.seed, len(p.turns)) for p in playing],
             earlier=_plan([p.turns for p in playing]) if earlier else None,
             earlier_latents=[p.latents for p in playing] if earlier else None,
             stop=self._stop(),
@@ -315,7 +315,7 @@ class _Rollout:
         for name in self.work:
             self.work[name] += getattr(generation.work, name)
         texts: list[str] = actor.tokenizer.batch_decode(generation.answers(), skip_special_tokens=True)
-        for p, turn, text in zip(playing, agent_turns(generation), texts, strict=True):
+        for p, turn, text in zip(playing, generation.turns, texts, strict=True):
             p.turns.append(dataclasses.replace(turn, text=text, observation=p.observation))
         if generation.latents is not None:
             for p, blocks in zip(playing, generation.latents, strict=True):
@@ -332,25 +332,6 @@ class _Rollout:
         return lambda tokens: any(text in decode(list(tokens[-tail:])) for text in texts)
 
 
-def agent_turns(generation: Generation) -> list[AgentTurn]:
-    """A generation's rows as turns."""
-    answers, plans, prompts = generation.answers(), generation.plan.rows(), generation.prompt.rows()
-    logprobs = generation.logprobs.tolist()
-    decisions, probs = generation.decisions.tolist(), generation.invoke_probs.tolist()
-    return [
-        AgentTurn(
-            context=prompts[row],
-            tokens=tokens,
-            logprobs=logprobs[row][: len(tokens)],
-            decisions=decisions[row][: len(tokens)],
-            invoke_probs=probs[row][: len(tokens)],
-            insertions=plans[row],
-            finished=finished,
-        )
-        for row, (tokens, finished) in enumerate(zip(answers, generation.finished.tolist(), strict=True))
-    ]
-
-
 def _trajectory(playing: _Playing) -> Trajectory:
     reward = playing.reward or Reward(0.0)
     return Trajectory(
@@ -364,16 +345,9 @@ def _trajectory(playing: _Playing) -> Trajectory:
     )
 
 
-def _turn_seed(seed: int, turn: int) -> int:
-    return (seed + turn * 0x9E3779B97F4A7C15) % 2**63
-
-
 def _plan(rows: Sequence[Sequence[AgentTurn]]) -> InsertionPlan:
     """All insertions of each row's turns."""
-    insertions = [[item for turn in turns for item in turn.insertions] for turns in rows]
-    return InsertionPlan.from_rows(
-        [[point for point, _ in row] for row in insertions], [[kind for _, kind in row] for row in insertions]
-    )
+    return InsertionPlan([[pair for turn in turns for pair in turn.insertions] for turns in rows])
 
 
 @dataclass(frozen=True)
@@ -407,13 +381,6 @@ class Replay:
         """Packed values of a pass, in the order of rows, as (E, N) or (E, D); 0 where `mask` is False."""
         # Rows of an episode are neighbours and in the order of its turns, so their values are already in place.
         return values.new_zeros(mask.shape).masked_scatter(mask.to(values.device), values)
-
-    def to(self, device: torch.device | str) -> Replay:
-        """The same on another device. The plan stays on the host, where it is read."""
-        moved = {
-            f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self) if f.name != "plan"
-        }
-        return Replay(plan=self.plan, **moved)
 
 
 def replay(

@@ -164,8 +164,13 @@ class Backbone(nn.Module):
         return cast(nn.Linear, self.model.get_output_embeddings())
 
     def add_adapter(self, name: str, settings: LoraSettings) -> None:
-        """Adds a LoRA adapter that a pass may name."""
+        """Adds a LoRA adapter that a pass may name.
+
+        Raises:
+            RuntimeError: if the new adapter changes the base: its initialisation was overwritten (by a sharded one, say).
+        """
         self.adapters.add(name, settings)
+        self.adapters.assert_untouched(name)
         if self._direct is not None:
             # Its layers were replaced by layers with an adapter.
             self._directly, self._direct = None, None

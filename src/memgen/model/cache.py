@@ -7,7 +7,7 @@
 3. What a pass writes counts only as far as the caller keeps it: the weaver's queries are read by their own pass and
    then forgotten.
 
-`RowCache` is for generation (preallocated, no gradient), `PackedStore` for training (autograd runs through it).
+`RowKVCache` is for generation (preallocated, no gradient), `PackedKVCache` for training (autograd runs through it).
 Both hand out a `View`: everything one pass needs, fixed when the pass begins, so that a recomputation under
 activation checkpointing sees exactly what the first computation saw.
 """
@@ -30,7 +30,7 @@ from typing_extensions import override
 
 
 @dataclass(frozen=True)
-class Segment:
+class PassSegment:
     """A part of a pass: for each row, how many new positions it feeds."""
 
     rows: Sequence[int]
@@ -91,11 +91,11 @@ def upload(values: Sequence[int] | Sequence[float] | np.ndarray, device: torch.d
     return host.to(device)
 
 
-class Memory(ABC):
+class KVCache(ABC):
     """What a pass reads and extends."""
 
     @abstractmethod
-    def open(self, segments: Sequence[Segment]) -> View:
+    def open(self, segments: Sequence[PassSegment]) -> View:
         """Begins a pass that feeds the segments, one behind the other. A later segment sees an earlier one."""
 
     @abstractmethod
@@ -200,13 +200,13 @@ class _Tail:
 class _Narrowed:
     """Gathers which positions of a pass are wanted, if not all are."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    def __init__(self, segments: Sequence[PassSegment]) -> None:
         self._all = all(segment.read is None for segment in segments)
         self._index: list[np.ndarray] = []
         self._offset = 0
         self.total = 0
 
-    def tail(self, segment: Segment) -> _Tail | None:
+    def tail(self, segment: PassSegment) -> _Tail | None:
         """The wanted part of the next segment; None if it is empty, or if the whole pass is wanted."""
         if self._all:
             return None
@@ -271,7 +271,7 @@ def _row_segment(
 
 @final
 class _RowView(View):
-    def __init__(self, cache: RowCache, segments: Sequence[Segment]) -> None:
+    def __init__(self, cache: RowKVCache, segments: Sequence[PassSegment]) -> None:
         self._cache = cache
         cursor = {row: cache.length(row) for segment in segments for row in segment.rows}
         offset = 0
@@ -362,7 +362,7 @@ class _OneEach(View):
         slots: how many slots of each line are read, S: more than any of the positions.
     """
 
-    def __init__(self, cache: RowCache, positions: Tensor, slots: int) -> None:
+    def __init__(self, cache: RowKVCache, positions: Tensor, slots: int) -> None:
         self.positions = positions
         self.limit = cache.capacity
         self._cache = cache
@@ -398,7 +398,7 @@ class _OneEach(View):
 
 
 @final
-class RowCache(Memory):
+class RowKVCache(KVCache):
     """Preallocated keys and values, one line per row, for generation.
 
     Args:
@@ -433,7 +433,7 @@ class RowCache(Memory):
         return self._keys[layer], self._values[layer]
 
     @override
-    def open(self, segments: Sequence[Segment]) -> View:
+    def open(self, segments: Sequence[PassSegment]) -> View:
         view = _RowView(self, segments)
         for segment in segments:
             keep = segment.counts if segment.keep is None else segment.keep
@@ -463,9 +463,9 @@ class RowCache(Memory):
         assert length <= self._lengths[row], "truncate shortens"
         self._lengths[row] = length
 
-    def select(self, rows: Sequence[int], capacity: int) -> RowCache:
+    def select(self, rows: Sequence[int], capacity: int) -> RowKVCache:
         """A new cache with the given rows (repeats allowed), e.g. one prompt for each answer of its group."""
-        chosen = RowCache(len(rows), capacity, self.device)
+        chosen = RowKVCache(len(rows), capacity, self.device)
         chosen._lengths = [self._lengths[row] for row in rows]
         used = max(chosen._lengths, default=0)
         index = upload(rows, self.device)
@@ -560,7 +560,7 @@ def _packed_segment(
 
 @final
 class _PackedView(View):
-    def __init__(self, store: PackedStore, chunk: int, segments: Sequence[Segment]) -> None:
+    def __init__(self, store: PackedKVCache, chunk: int, segments: Sequence[PassSegment]) -> None:
         self._store = store
         self._chunk = chunk
         self._parts: list[_PackedSegment] = []
@@ -630,7 +630,7 @@ class _PackedView(View):
 
 
 @final
-class PackedStore(Memory):
+class PackedKVCache(KVCache):
     """Keys and values of a training forward: the chunks of all passes, flat, with a list of slots per row.
 
     Gradients flow from a later pass into an earlier one through the stored tensors. A row may begin with slots of
@@ -667,7 +667,7 @@ class PackedStore(Memory):
         self._shared[row] = (source, length)
 
     @override
-    def open(self, segments: Sequence[Segment]) -> View:
+    def open(self, segments: Sequence[PassSegment]) -> View:
         view = _PackedView(self, self._passes, segments)
         self._passes += 1
         return view

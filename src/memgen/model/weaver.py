@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone, BackboneConfig
-from memgen.model.cache import Memory, Segment
+from memgen.model.cache import KVCache, PassSegment
 from memgen.types import InsertionKind
 
 
@@ -122,7 +122,7 @@ class Weaver(nn.Module):
         counts: Sequence[int],
         kinds: Sequence[InsertionKind],
         rows: Sequence[int],
-        memory: Memory,
+        memory: KVCache,
     ) -> Float[Tensor, "latents hidden"]:
         """Writes the latents of one insertion per row.
 
@@ -155,7 +155,7 @@ class Weaver(nn.Module):
             parts += [part, bank.to(part.dtype)]
             sizes.append(bank.shape[0])
         fed = [count + size for count, size in zip(counts, sizes, strict=True)]
-        view = memory.open([Segment(rows=rows, counts=fed, keep=counts, read=sizes)])
+        view = memory.open([PassSegment(rows=rows, counts=fed, keep=counts, read=sizes)])
         hidden = self.backbone(torch.cat(parts), view, self.adapter)
         latents: Tensor = self.weaver_to_reasoner(hidden.to(self.weaver_to_reasoner.weight.dtype))
         return latents

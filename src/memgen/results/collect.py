@@ -24,12 +24,12 @@ from memgen.data import EnvironmentData, EvalBatch, Item
 from memgen.distributed.collectives import objects_of_all_ranks
 from memgen.environments.base import Message
 from memgen.generation.rollout import Actor, EpisodeSettings, rollout
-from memgen.generation.sampling import GenerationSettings
+from memgen.generation.sampling import GenerationSettings, seed_of
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.results.controls import without_memory
 from memgen.results.ledger import Entry, Ledger, read_journal
 from memgen.results.recorded_test import code_hash, require_different_answers, run_settings
-from memgen.training.stage import build_model, seed_of
+from memgen.training.stage import build_model
 from memgen.types import Trajectory
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from memgen.environments.base import Environment, Example, Reward
 from memgen.generation.decode import Intervention, generate
-from memgen.generation.sampling import GenerationSettings
+from memgen.generation.sampling import GenerationSettings, row_seed
 from memgen.model.memgen import MemGenModel
 from memgen.model.trigger import ConstantTrigger
-from memgen.types import Decision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,8 +146,8 @@ def _score(
         texts = task.tokenizer.batch_decode(generation.answers(), skip_special_tokens=True)
         examples = task.examples[begin : begin + len(prompts)]
         rewards += [task.environment.reward(e, text) for e, text in zip(examples, texts, strict=True)]
-        insertions += int(generation.plan.counts.sum())
-        offered += int((generation.decisions != Decision.NOT_ASKED).sum())
+        insertions += sum(generation.plan.counts)
+        offered += sum(turn.offered for turn in generation.turns)
     names = sorted({part for reward in rewards for part in reward.parts})
     return Outcome(
         name=name,
@@ -170,4 +169,4 @@ def _batches(task: Task) -> Iterator[tuple[int, list[list[int]]]]:
 
 def _seeds(task: Task, begin: int, prompts: Sequence[Sequence[int]]) -> list[int]:
     """A seed for each item: its draws are the same whatever the batch size."""
-    return [task.settings.seed * 1_000_003 + begin + row for row in range(len(prompts))]
+    return [row_seed(task.settings.seed, begin + row) for row in range(len(prompts))]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memgen.model.memgen import MemGenModel
-from memgen.model.trigger import TokenTrigger
 from memgen.types import AgentTurn, Decision, InsertionKind, Trajectory
 
 # G answers to one prompt
@@ -87,7 +86,7 @@ def _turn(
         read += 0 if woven else prompt
 
     trigger = 0.0
-    if isinstance(model.trigger, TokenTrigger):
+    if model.trigger.reads_text:
         at_prompt = bool(queries)
         asked = [i for i, decision in enumerate(turn.decisions) if i and decision != Decision.NOT_ASKED]
         trigger = len(turn.context) / len(sharing) if at_prompt else 0.0

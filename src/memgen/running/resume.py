@@ -25,11 +25,11 @@ from typing_extensions import override
 
 from memgen.distributed.collectives import over_ranks, world_size
 from memgen.files import LAST, discard, publish, sweep, take_place, temporary_beside
+from memgen.generation.sampling import seed_of
 from memgen.running.interrupt import LISTENER, Agreement, Interrupted, Limit, Wish
 from memgen.tracking.mlflow import pause_runs
 from memgen.training.callbacks import RESUME, AdapterCheckpoint
 from memgen.training.checkpoint import CheckpointError
-from memgen.training.stage import seed_of
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from memgen.distributed.collectives import (
 from memgen.distributed.zero import whole_weights
 from memgen.environments.base import Example
 from memgen.generation.rollout import Actor, Replay, Rollouts, rollout
+from memgen.generation.sampling import seed_of
 from memgen.model.memgen import MemGenModel
 from memgen.objectives.grpo import (
     EQUAL_REWARDS,
@@ -45,7 +46,7 @@ from memgen.tracking.signals import (
 )
 from memgen.training.evaluation import SHOWN
 from memgen.training.rollouts import FrozenCopy, Part, RolloutBuffer, UpdateSettings, cut, focused
-from memgen.training.stage import seed_of, tied_to_all
+from memgen.training.stage import tied_to_all
 from memgen.types import Trajectory
 
 # E episodes, M trained units (tokens, or decisions) of an episode

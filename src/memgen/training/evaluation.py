@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from memgen.data import EvalBatch
 from memgen.environments.base import InteractiveEnvironment
 from memgen.generation.rollout import Actor, Rollouts, rollout
+from memgen.generation.sampling import row_seed
 from memgen.model.weaver import WeaverConfig
 from memgen.tracking.episodes import episode_row, episode_trace
 from memgen.tracking.metrics import AnswerMetrics, Measured
@@ -70,7 +71,7 @@ class Evaluation(nn.Module):
         """Plays the items of a batch. An item's draws depend on the item alone, not on its batch."""
         settings = actor.generation
         seeds = [
-            settings.seed * 1_000_003 + index * settings.group_size + member
+            row_seed(settings.seed, index * settings.group_size + member)
             for index in batch.indices
             for member in range(settings.group_size)
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -60,12 +59,6 @@ def build_model(
         report = load_checkpoint(model, Path(resolve_asset(init_from)))
         logger.info("%s: %d tensors loaded", init_from, len(report.matched))
     return model
-
-
-def seed_of(*key: object) -> int:
-    """A 63-bit seed from anything with a text, the same on every machine."""
-    text = " ".join(str(part) for part in key)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def tied_to_all(parameters: Iterable[nn.Parameter]) -> Tensor:

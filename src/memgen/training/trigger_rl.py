@@ -84,7 +84,7 @@ class TriggerRL(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if memgen.trigger.kind not in ("tokens", "hidden_states"):
+        if not memgen.trigger.learned:
             raise ValueError(
                 f"trigger.kind {memgen.trigger.kind!r} has nothing to learn; set model.memgen.trigger.kind to tokens or "
                 "hidden_states"

@@ -21,13 +21,13 @@ from typing_extensions import override
 
 from memgen.data import EnvironmentData, EvalBatch, SFTBatch, no_assets
 from memgen.generation.rollout import Actor, EpisodeSettings
-from memgen.generation.sampling import GenerationSettings
+from memgen.generation.sampling import GenerationSettings, seed_of
 from memgen.model.memgen import MemGenConfig, MemGenModel, Woven
 from memgen.objectives.sft import Curriculum, choose_points, token_loss
 from memgen.training.checkpoint import keep_trained, require_trained
 from memgen.training.evaluation import Evaluation
 from memgen.training.optimizer import OptimizerSettings
-from memgen.training.stage import build_model, seed_of, stage_data, tied_to_all
+from memgen.training.stage import build_model, stage_data, tied_to_all
 from memgen.types import InsertionPlan
 
 logger = logging.getLogger(__name__)
