@@ -188,7 +188,7 @@ def test_activation_checkpointing_gives_the_same_gradients(reads, dropout):
         loss = model.label_logprobs(batch, plan)[0].sum()
         # What runs between forward and backward must not change what the recomputation sees.
         with torch.no_grad():
-            model.trigger.logits(batch)
+            model.decision_logits(batch, plan, batch.supervised)
         loss.backward()
         gradients.append({n: p.grad.clone() for n, p in model.weaver.own_parameters().items()})
     for name in gradients[0]:

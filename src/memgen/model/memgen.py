@@ -246,7 +246,7 @@ class _Forward:
         self.work = dict.fromkeys(WorkCount.__dataclass_fields__, 0)
         ids = batch.ids.cpu().numpy()
         lengths = batch.lengths.tolist()
-        reads = [np.flatnonzero(line[:n]) for line, n in zip(read.cpu().numpy(), lengths, strict=True)]
+        reads = [np.flatnonzero(row[:n]) for row, n in zip(read.cpu().numpy(), lengths, strict=True)]
         self.streams = self._streams(ids, lengths, plan)
         self.reads = [
             stream.token_positions[places] if before_latents else stream.predictors(places)
@@ -285,8 +285,8 @@ class _Forward:
             dtype=weaver.weaver_to_reasoner.weight.dtype,
         )
         return [
-            Stream(line[:length], points, block)
-            for line, length, points, block in zip(ids, lengths, rows, blocks, strict=True)
+            Stream(tokens[:length], points, block)
+            for tokens, length, points, block in zip(ids, lengths, rows, blocks, strict=True)
         ]
 
     def _sharing(self, batch: TokenBatch, ids: np.ndarray) -> tuple[list[int], list[int]]:
@@ -325,12 +325,12 @@ class _Forward:
             self._weave(active, number, weaver_done)
         self._read({row: self.ends[row] for row in rows})
         states = self._all_states()
-        wanted = np.concatenate(
+        needed = np.concatenate(
             [self.state_index[row][self.reads[row]] for row in rows] or [np.zeros(0, int)]
         )
-        assert bool((wanted >= 0).all()), "every state that is read was computed"
+        assert bool((needed >= 0).all()), "every state that is read was computed"
         return Woven(
-            hidden=states[torch.from_numpy(wanted).to(self.device)],
+            hidden=states[torch.from_numpy(needed).to(self.device)],
             latents=self.latents,
             work=WorkCount(**self.work),
         )
@@ -394,7 +394,7 @@ class _Forward:
             until: row -> position.
             first: group -> the first position whose state is needed. Default: for each row, its own.
         """
-        spans, wanted = [], []
+        spans, needed = [], []
         for row, end in until.items():
             begin = self.reasoner_cache.length(row)
             if begin < end:
@@ -406,11 +406,11 @@ class _Forward:
                 count = end - from_
                 self.state_index[row][from_:end] = np.arange(self.state_count, self.state_count + count)
                 self.state_count += count
-                wanted.append(count)
+                needed.append(count)
         if not spans:
             return
         counts = [end - begin for _, begin, end in spans]
-        view = self.reasoner_cache.open([PassSegment([row for row, _, _ in spans], counts, read=wanted)])
+        view = self.reasoner_cache.open([PassSegment([row for row, _, _ in spans], counts, read=needed)])
         self.states.append(self.model.reasoner.read(self._embeddings(spans), view))
         self.work["reasoner_forwards"] += 1
         self.work["reasoner_positions"] += sum(end - begin for _, begin, end in spans)

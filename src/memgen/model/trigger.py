@@ -226,13 +226,13 @@ class TokenTrigger(Trigger):
         unread: Sequence[Sequence[int]],
         rows: Sequence[int],
         cache: KVCache,
-        wanted: Sequence[int] | None,
+        last: Sequence[int] | None,
     ) -> Tensor:
-        """Hidden states of the new tokens, packed: of the last `wanted` ones of each row, or of all."""
+        """Hidden states of the new tokens, packed: of the `last` ones of each row; None: of all."""
         counts = [len(ids) for ids in unread]
         assert min(counts) > 0, "a boundary lies behind a token that the trigger has not read"
         ids = upload([token for row in unread for token in row], self.backbone.device)
-        view = cache.open([PassSegment(rows=rows, counts=counts, read=wanted)])
+        view = cache.open([PassSegment(rows=rows, counts=counts, read=last)])
         hidden: Tensor = self.backbone(self.backbone.embed(ids), view, self.adapter)
         return hidden
 
