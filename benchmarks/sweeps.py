@@ -36,7 +36,7 @@ from memgen.bench.record import Recorder
 from memgen.bench.shapes import ModelSettings
 from memgen.bench.tables import Rows, notes, table
 from memgen.bench.timing import Meter, ProcessMeter, measure_in_turn
-from memgen.model.cache import Memory as KeyValueMemory
+from memgen.model.cache import KVCache
 from memgen.model.trigger import Boundary, Trigger
 from memgen.types import Generation
 
@@ -105,7 +105,7 @@ class RowTrigger(Trigger):
         self.rows = frozenset(rows)
 
     @override
-    def invoke_probs(self, boundary: Boundary, memory: KeyValueMemory | None) -> Float[Tensor, " rows"]:
+    def invoke_probs(self, boundary: Boundary, cache: KVCache | None) -> Float[Tensor, " rows"]:
         return torch.tensor([float(row in self.rows) for row in boundary.rows])
 
 
@@ -190,7 +190,7 @@ def attention_pairs(generation: Generation, latents: int) -> int:
         latents: K, of every insertion.
     """
     pairs = 0
-    lengths = (generation.prompt.lengths.cpu() + generation.lengths.cpu()).tolist()
+    lengths = [len(turn.context) + len(turn.tokens) for turn in generation.turns]
     for length, row in zip(lengths, generation.plan.rows(), strict=True):
         pairs += _triangle(length - 1 + latents * len(row))
         if row:

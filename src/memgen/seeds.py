@@ -1,4 +1,8 @@
-"""Seeds derived from other seeds: one rule for each purpose, the same on every machine."""
+"""Seeds derived from other seeds, the same on every machine.
+
+Small sums where the caller's numbers are already distinct (`episode_seeds`, `turn_seed`), a hash of the whole key where
+they are not (`seed_of`).
+"""
 
 from __future__ import annotations
 
@@ -23,3 +27,8 @@ def episode_seeds(seed: int, indices: Sequence[int], group_size: int = 1) -> lis
     return [
         seed * 1_000_003 + index * group_size + member for index in indices for member in range(group_size)
     ]
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """The seed of a turn of an episode, from the episode's seed; the first turn has the episode's."""
+    return (seed + turn * 0x9E3779B97F4A7C15) % 2**63

@@ -1,31 +1,33 @@
 """The records that travel between the parts. Start reading here.
 
-Axis letters, in the whole package: B rows, L token positions, E insertion points (in a batch of episodes: episodes),
-K latents per insertion, N new tokens, H hidden size, V vocabulary size, T packed stream positions.
+Axis letters, in the whole package: B rows, L token positions, E episodes, K latents per insertion, N new tokens,
+H hidden size, V vocabulary size, T packed stream positions.
 
-Two conventions hold everywhere. Rows lie left-aligned: row b's tokens are `ids[b, :lengths[b]]`, what stands
-behind them has no meaning, and padding is never inferred from token ids (pad may equal end-of-sequence).
-An insertion point p of a row means "directly before token p": the latents follow token p - 1.
+Conventions:
+- Rows are left-aligned: row b's tokens are `ids[b, :lengths[b]]`; the values behind them have no meaning. Padding is
+  never inferred from token ids (the pad token may be the end-of-sequence token).
+- An insertion point p of a row means "directly before token p": the latents follow token p - 1.
+- What a rollout records (turns, plans, texts) is host data: Python lists. Tensors are made where a pass needs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
 class Decision(IntEnum):
-    """What the trigger said before a token."""
+    """The trigger's decision before a token."""
 
     NOT_ASKED = -1
-    """No boundary, or the cap was reached: the trigger was not consulted."""
+    """No boundary, or the cap on insertions was reached: the trigger was not asked."""
     SKIP = 0
     INVOKE = 1
 
@@ -132,19 +134,23 @@ class InsertionPlan:
     """Where each row's latents go. A rollout records its plan, and every later pass replays it.
 
     Attributes:
-        points: token index before which latents go, ascending in a row, -1 behind a row's last point, int64 (B, E).
-        kinds: an `InsertionKind` for each point (meaningless where points is -1), int64 (B, E).
+        insertions: for each row (point, `InsertionKind`) pairs: the token index before which latents go, at least 1 and
+            strictly ascending, and which query bank writes them.
     """
 
-    points: Int[Tensor, "batch insertions"]
-    kinds: Int[Tensor, "batch insertions"]
+    insertions: list[list[tuple[int, int]]]
 
     def __post_init__(self) -> None:
-        assert self.points.shape == self.kinds.shape, "every point has a kind"
+        for index, row in enumerate(self.insertions):
+            points = [point for point, _ in row]
+            if any(point < 1 for point in points) or any(a >= b for a, b in pairwise(points)):
+                raise ValueError(
+                    f"row {index}: insertion points must be at least 1 and strictly ascending, got {points}"
+                )
 
     @classmethod
     def from_rows(cls, points: Sequence[Sequence[int]], kinds: Sequence[Sequence[int]]) -> InsertionPlan:
-        """Builds a plan from lists.
+        """Builds a plan from separate lists.
 
         Args:
             points: token indices of each row, strictly ascending, each at least 1.
@@ -155,40 +161,30 @@ class InsertionPlan:
         """
         if len(points) != len(kinds):
             raise ValueError(f"{len(points)} rows of points but {len(kinds)} rows of kinds")
-        width = max((len(row) for row in points), default=0)
-        all_points = torch.full((len(points), width), -1, dtype=torch.int64)
-        all_kinds = torch.zeros((len(points), width), dtype=torch.int64)
         for index, (row, row_kinds) in enumerate(zip(points, kinds, strict=True)):
             if len(row) != len(row_kinds):
                 raise ValueError(f"row {index} has {len(row)} points but {len(row_kinds)} kinds")
-            if any(point < 1 for point in row) or any(a >= b for a, b in pairwise(row)):
-                raise ValueError(
-                    f"row {index}: insertion points must be at least 1 and strictly ascending, got {list(row)}"
-                )
-            all_points[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
-            all_kinds[index, : len(row)] = torch.tensor(row_kinds, dtype=torch.int64)
-        return cls(points=all_points, kinds=all_kinds)
+        return cls(
+            [list(zip(row, row_kinds, strict=True)) for row, row_kinds in zip(points, kinds, strict=True)]
+        )
 
     @classmethod
     def empty(cls, rows: int) -> InsertionPlan:
         """A plan that inserts nothing."""
-        return cls.from_rows([[]] * rows, [[]] * rows)
+        return cls([[] for _ in range(rows)])
 
     @property
-    def counts(self) -> Int[Tensor, " batch"]:
+    def counts(self) -> list[int]:
         """Insertions of each row."""
-        return (self.points >= 0).sum(dim=1)
+        return [len(row) for row in self.insertions]
 
     def rows(self) -> list[list[tuple[int, int]]]:
         """(point, kind) pairs of each row."""
-        return [
-            [(p, k) for p, k in zip(points, kinds, strict=True) if p >= 0]
-            for points, kinds in zip(self.points.tolist(), self.kinds.tolist(), strict=True)
-        ]
+        return self.insertions
 
-    def select(self, index: Int[Tensor, " rows"]) -> InsertionPlan:
+    def select(self, index: Iterable[int]) -> InsertionPlan:
         """The plan of the given rows, in the given order."""
-        return InsertionPlan(points=self.points[index], kinds=self.kinds[index])
+        return InsertionPlan([self.insertions[row] for row in index])
 
 
 @dataclass(frozen=True)
@@ -233,66 +229,23 @@ class RowWork:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """Answers to a batch of prompts, with what is needed to replay them.
-
-    Attributes:
-        prompt: the prompts as they were read, one row per answer.
-        tokens: new token ids, int64 (B, N); meaningless behind a row's length.
-        lengths: new tokens of each row, the end token included, int64 (B,).
-        finished: True if the row ended with an end token, False if it was cut at its limit, bool (B,).
-        logprobs: log-probability of each new token at its temperature, before top-p and top-k cut anything; under the
-            model's own distribution if decoding was greedy, float32 (B, N).
-        decisions: a `Decision` taken before each new token, int64 (B, N).
-        invoke_probs: the trigger's probability of INVOKE where it was asked, else 0, float32 (B, N).
-        plan: where latents were inserted, in token indices of prompt + answer.
-        work: exact work counts.
-        row_work: each row's share of them.
-        latents: inserted latents per row in order of insertion, each (K, H), if they were asked for.
-    """
-
-    prompt: TokenBatch
-    tokens: Int[Tensor, "batch new"]
-    lengths: Int[Tensor, " batch"]
-    finished: Bool[Tensor, " batch"]
-    logprobs: Float[Tensor, "batch new"]
-    decisions: Int[Tensor, "batch new"]
-    invoke_probs: Float[Tensor, "batch new"]
-    plan: InsertionPlan
-    work: WorkCount
-    row_work: tuple[RowWork, ...] = ()
-    latents: list[list[Tensor]] | None = None
-
-    def answers(self) -> list[list[int]]:
-        """New token ids of each row, the end token included."""
-        return [row[:length] for row, length in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
-
-    def as_batch(self) -> TokenBatch:
-        """Prompt + answer as one batch whose answer tokens are supervised: what a later pass replays with `plan`."""
-        rows = [p + a for p, a in zip(self.prompt.rows(), self.answers(), strict=True)]
-        marks = [
-            [False] * len(p) + [True] * len(a)
-            for p, a in zip(self.prompt.rows(), self.answers(), strict=True)
-        ]
-        return TokenBatch.from_rows(rows, marks).to(self.tokens.device)
-
-
-@dataclass(frozen=True)
 class AgentTurn:
     """One turn of an agent: what it read, what it wrote, and how, token for token. Nothing is tokenised again.
 
     Attributes:
         context: token ids before the turn, as the reasoner read them: the prompt, earlier turns and observations.
         tokens: token ids that it wrote, the end token included.
-        logprobs: log-probability of each at the temperature it was drawn at, before top-p and top-k cut anything: a
-            later pass reads the same distribution, and what was cut is the same factor in both.
+        logprobs: log-probability of each at its temperature, before top-p and top-k (under the model's own
+            distribution if decoding was greedy). A later pass computes the same distribution, and what top-p and top-k
+            remove is the same factor in both.
         decisions: a `Decision` taken before each.
         invoke_probs: the trigger's probability of INVOKE where it was asked, else 0.
         insertions: (index in context + tokens, `InsertionKind`) of this turn's latents, ascending.
-        finished: False if the turn was truncated at its limit.
+        finished: True if it ended with an end token or a stop text, False if it was truncated at its limit.
         text: the tokens as text, special tokens removed: what the environment was given.
         observation: the text that the agent read between its previous turn and this one, truncated as it was read.
             Empty for the first turn, which reads `Trajectory.prompt`.
+        work: the turn's share of the work.
     """
 
     context: list[int]
@@ -304,6 +257,7 @@ class AgentTurn:
     finished: bool
     text: str = ""
     observation: str = ""
+    work: RowWork = field(default_factory=RowWork)
 
     @property
     def insertion_points(self) -> list[int]:
@@ -319,6 +273,41 @@ class AgentTurn:
     def invocations(self) -> int:
         """Boundaries at which it invoked."""
         return sum(decision == Decision.INVOKE for decision in self.decisions)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Answers to a batch of prompts, with what is needed to replay them.
+
+    Attributes:
+        turns: one for each answer, `group_size` of each prompt, those of a prompt next to each other. They have no text.
+        work: exact work counts.
+        latents: inserted latents of each answer in order of insertion, each (K, H), if they were asked for.
+    """
+
+    turns: list[AgentTurn]
+    work: WorkCount
+    latents: list[list[Tensor]] | None = None
+
+    @property
+    def plan(self) -> InsertionPlan:
+        """Where latents were inserted, in token indices of prompt + answer."""
+        return InsertionPlan([turn.insertions for turn in self.turns])
+
+    @property
+    def lengths(self) -> list[int]:
+        """New tokens of each answer, the end token included."""
+        return [len(turn.tokens) for turn in self.turns]
+
+    def answers(self) -> list[list[int]]:
+        """New token ids of each answer, the end token included."""
+        return [turn.tokens for turn in self.turns]
+
+    def as_batch(self) -> TokenBatch:
+        """Prompt + answer as one batch whose answer tokens are supervised: what a later pass replays with `plan`."""
+        rows = [turn.context + turn.tokens for turn in self.turns]
+        marks = [[False] * len(turn.context) + [True] * len(turn.tokens) for turn in self.turns]
+        return TokenBatch.from_rows(rows, marks)
 
 
 @dataclass(frozen=True)
@@ -347,6 +336,11 @@ class Trajectory:
     def tokens(self) -> int:
         """Tokens that the agent wrote."""
         return sum(len(turn.tokens) for turn in self.turns)
+
+    @property
+    def work(self) -> RowWork:
+        """The episode's share of the work, all its turns together."""
+        return sum((turn.work for turn in self.turns), RowWork())
 
     @property
     def offered(self) -> int:

@@ -12,7 +12,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
 from memgen.generation.decode import generate
-from memgen.generation.rollout import agent_turns
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.weaver import WeaverConfig
 from memgen.tracking.metrics import AnswerMetrics
@@ -43,7 +42,7 @@ def answers(rank: int, ranks: int, share: list[int]) -> dict[str, float]:
     generation = generate(model, random_rows([3, 5, 4, 6, 2, 7]), GenerationSettings(max_new_tokens=6))
     answered = [
         Trajectory(str(i), (turn,), i / 5, {"even": 1.0} if i % 2 == 0 else {"odd": i / 10})
-        for i, turn in enumerate(agent_turns(generation))
+        for i, turn in enumerate(generation.turns)
     ]
     first = sum(share[:rank]) if ranks > 1 else 0
     metric = AnswerMetrics(WeaverConfig())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from generations import asked_at, invoke_probs, logprobs
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.types import Decision, InsertionKind, InsertionPlan, TokenBatch
@@ -33,8 +34,7 @@ def test_a_row_alone_in_a_batch_of_twenty_and_beside_others_gives_the_same_token
         alone = generate(model, [prompts[row]], DRAWN, row_seeds=[seeds[row]])
         assert alone.answers()[0] == batch.answers()[row]
         assert alone.plan.rows()[0] == batch.plan.rows()[row]
-        length = int(batch.lengths[row])
-        assert_close("logprobs", alone.logprobs[0], batch.logprobs[row, :length])
+        assert_close("logprobs", logprobs(alone, 0), logprobs(batch, row))
 
 
 @pytest.mark.parametrize("trigger", ["always", "random", "tokens", "hidden_states", "never"])
@@ -45,8 +45,8 @@ def test_decoding_then_replaying_its_plan_gives_the_same_logprobs(trigger, reads
     generation = generate(model, random_rows(LENGTHS[:6]), DRAWN)
     with torch.no_grad():
         replayed, _ = model.label_logprobs(generation.as_batch(), generation.plan)
-    for row, ours in enumerate(replayed.split(generation.lengths.tolist())):
-        assert_close(f"row {row}", ours, generation.logprobs[row, : len(ours)])
+    for row, ours in enumerate(replayed.split(generation.lengths)):
+        assert_close(f"row {row}", ours, logprobs(generation, row))
 
 
 def test_never_trigger_equals_plain_generate_of_the_base():
@@ -61,7 +61,7 @@ def test_never_trigger_equals_plain_generate_of_the_base():
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=258
         )
         assert answer == expected[0, len(prompt) :].tolist()
-    assert generation.plan.counts.tolist() == [0, 0, 0]
+    assert generation.plan.counts == [0, 0, 0]
 
 
 def test_a_row_that_skips_equals_the_same_row_where_nobody_weaves():
@@ -72,23 +72,19 @@ def test_a_row_that_skips_equals_the_same_row_where_nobody_weaves():
     assert 0 < len(skipping) < len(prompts)
     for row in skipping:
         assert mixed.answers()[row] == plain.answers()[row]
-        assert_close(
-            f"row {row}",
-            mixed.logprobs[row, : int(mixed.lengths[row])],
-            plain.logprobs[row, : int(plain.lengths[row])],
-        )
+        assert_close(f"row {row}", logprobs(mixed, row), logprobs(plain, row))
 
 
 def test_work_counts_are_exact_for_rows_that_insert_at_different_steps():
     model = tiny_memgen(prompt_latents=3, inference_latents=2)
     prompts = random_rows(LENGTHS[:8])
     generation = generate(model, prompts, DRAWN)
-    rows = list(zip(prompts, generation.lengths.tolist(), generation.plan.rows(), strict=True))
+    rows = list(zip(prompts, generation.lengths, generation.plan.rows(), strict=True))
     assert len({tuple(p - len(prompt) for p, _ in points) for prompt, _, points in rows}) > 3
     later = [sum(kind == InsertionKind.INFERENCE for _, kind in points) for _, _, points in rows]
     reasoner = sum(len(prompt) + 3 + new - 1 + 2 * n for (prompt, new, _), n in zip(rows, later, strict=True))
     assert generation.work.reasoner_positions == reasoner
-    assert generation.work.reasoner_forwards == int(generation.lengths.max())
+    assert generation.work.reasoner_forwards == max(generation.lengths)
     weaver = sum(
         points[-1][0] + 3 * (n > 0) + 2 * max(0, n - 1) + 3 + 2 * n
         for (_, _, points), n in zip(rows, later, strict=True)
@@ -101,8 +97,8 @@ def test_a_group_reads_its_prompt_and_weaves_at_its_end_once():
     prompts = random_rows([9, 5])
     settings = GenerationSettings(max_new_tokens=6, temperature=1.0, group_size=4)
     generation = generate(model, prompts, settings)
-    assert generation.prompt.rows() == [prompts[0]] * 4 + [prompts[1]] * 4
-    decoded = sum(int(n) - 1 for n in generation.lengths)
+    assert [turn.context for turn in generation.turns] == [prompts[0]] * 4 + [prompts[1]] * 4
+    decoded = sum(n - 1 for n in generation.lengths)
     assert generation.work.reasoner_positions == 9 + 3 + 5 + 3 + decoded
     assert generation.work.weaver_positions == 9 + 3 + 5 + 3
 
@@ -119,18 +115,18 @@ def test_answers_of_a_group_equal_answers_to_the_repeated_prompt(trigger, reads)
     repeated = generate(model, [p for p in prompts for _ in range(4)], single, row_seeds=seeds)
     assert grouped.answers() == repeated.answers()
     assert grouped.plan.rows() == repeated.plan.rows()
-    assert torch.equal(grouped.decisions, repeated.decisions)
+    assert [turn.decisions for turn in grouped.turns] == [turn.decisions for turn in repeated.turns]
 
 
 def test_rows_stop_at_their_end_token_and_are_marked_finished():
     model = tiny_memgen()
     generation = generate(model, random_rows(LENGTHS), GenerationSettings(max_new_tokens=60, temperature=1.5))
     ends = set(model.reasoner.end_ids)
-    for answer, finished in zip(generation.answers(), generation.finished.tolist(), strict=True):
-        assert finished == (answer[-1] in ends)
-        assert not ends & set(answer[:-1])
-    assert any(generation.finished.tolist())
-    assert not all(generation.finished.tolist())
+    for turn in generation.turns:
+        assert turn.finished == (turn.tokens[-1] in ends)
+        assert not ends & set(turn.tokens[:-1])
+    assert any(turn.finished for turn in generation.turns)
+    assert not all(turn.finished for turn in generation.turns)
 
 
 @pytest.mark.parametrize("cap", [0, 1, 3])
@@ -145,12 +141,11 @@ def test_the_cap_counts_insertions_inside_the_answer_only(cap):
 def test_decisions_are_recorded_where_latents_went_and_nowhere_else():
     model = tiny_memgen(trigger="random")
     generation = generate(model, random_rows(LENGTHS), DRAWN)
-    for row, points in enumerate(generation.plan.rows()):
-        prompt = int(generation.prompt.lengths[row])
-        invoked = [i for i, d in enumerate(generation.decisions[row].tolist()) if d == Decision.INVOKE]
-        assert [point - prompt for point, _ in points] == invoked
-        asked = generation.decisions[row] != Decision.NOT_ASKED
-        assert torch.equal(asked, generation.invoke_probs[row] > 0)
+    for turn in generation.turns:
+        invoked = [i for i, d in enumerate(turn.decisions) if d == Decision.INVOKE]
+        assert turn.insertion_points == invoked
+        asked = [decision != Decision.NOT_ASKED for decision in turn.decisions]
+        assert asked == [prob > 0 for prob in turn.invoke_probs]
 
 
 def test_recorded_latents_are_those_that_the_replay_weaves():
@@ -159,8 +154,8 @@ def test_recorded_latents_are_those_that_the_replay_weaves():
     with torch.no_grad():
         woven = model.label_logprobs(generation.as_batch(), generation.plan)[1]
     recorded = generation.latents
-    stages = [row[stage] for stage in range(max(map(len, recorded))) for row in recorded if len(row) > stage]
-    assert_close("latents", woven.latents, torch.cat(stages))
+    rounds = [row[i] for i in range(max(map(len, recorded))) for row in recorded if len(row) > i]
+    assert_close("latents", woven.latents, torch.cat(rounds))
 
 
 def test_an_intervention_replaces_what_is_inserted():
@@ -185,11 +180,10 @@ def test_the_observer_hears_every_token_and_insertion_in_order():
     generation = generate(
         model, random_rows([9, 4]), GREEDY, observe=lambda row, token: heard[row].append(token)
     )
-    for row, points in enumerate(generation.plan.rows()):
-        expected = list(generation.answers()[row])
-        prompt = int(generation.prompt.lengths[row])
-        for point, _ in reversed(points):
-            expected.insert(point - prompt, None)
+    for row, turn in enumerate(generation.turns):
+        expected = list(turn.tokens)
+        for point in reversed(turn.insertion_points):
+            expected.insert(point, None)
         assert heard[row] == expected
 
 
@@ -214,16 +208,19 @@ def test_generation_in_training_mode_is_refused():
 
 def test_a_trigger_on_another_vocabulary_reads_the_translation_of_the_text_piece_by_piece():
     model = tiny_memgen(trigger="tokens", own_bases=True)
-    model.trigger.translate = lambda ids: [token for i in ids for token in (i % 200, 7)]
+    translate = lambda ids: [token for i in ids for token in (i % 200, 7)]  # noqa: E731
     prompts = random_rows([9, 4, 17])
+    model.trigger.translate = translate
     generation = generate(model, prompts, DRAWN)
+    model.trigger.translate = None
     asked = 0
     for row, (prompt, answer) in enumerate(zip(prompts, generation.answers(), strict=True)):
-        for step in torch.nonzero(generation.decisions[row] != Decision.NOT_ASKED).flatten().tolist():
-            text = TokenBatch.from_rows([model.trigger.translate(prompt + answer[:step])])
+        for step in asked_at(generation, row):
+            text = TokenBatch.from_rows([translate(prompt + answer[:step])])
             with torch.no_grad():
-                expected = model.trigger.logits(text)[-1].softmax(-1)[1]
-            assert_close("probability", generation.invoke_probs[row, step], expected)
+                logits = model.trigger.logits(text, torch.ones_like(text.supervised), None)
+            expected = logits[-1].softmax(-1)[1]
+            assert_close("probability", invoke_probs(generation, row)[step], expected)
             asked += 1
     assert asked > len(prompts)
 
@@ -254,8 +251,9 @@ def whole(first, second, group=1):
     marks, points, kinds = [], [], []
     for index, row in enumerate(rows):
         source = index // group
-        begin, end = int(first.prompt.lengths[source]), int(first.as_batch().lengths[source])
-        answer = int(second.prompt.lengths[index])
+        before = first.turns[source]
+        begin, end = len(before.context), len(before.context) + len(before.tokens)
+        answer = len(second.turns[index].context)
         marks.append([begin <= i < end or i >= answer for i in range(len(row))])
         pairs = first.plan.rows()[source] + second.plan.rows()[index]
         points.append([point for point, _ in pairs])
@@ -270,12 +268,12 @@ def test_a_second_turn_that_sees_the_firsts_latents_equals_one_pass_over_both_tu
     first, second = two_turns(model, DRAWN)
     batch, plan = whole(first, second)
     with torch.no_grad():
-        logprobs, woven = model.label_logprobs(batch, plan)
-    parts = logprobs.split(batch.supervised.sum(dim=1).tolist())
+        scored, woven = model.label_logprobs(batch, plan)
+    parts = scored.split(batch.supervised.sum(dim=1).tolist())
     for row, part in enumerate(parts):
-        turn_one, turn_two = part.split([int(first.lengths[row]), int(second.lengths[row])])
-        assert_close(f"row {row}, turn 1", turn_one, first.logprobs[row, : len(turn_one)])
-        assert_close(f"row {row}, turn 2", turn_two, second.logprobs[row, : len(turn_two)])
+        turn_one, turn_two = part.split([first.lengths[row], second.lengths[row]])
+        assert_close(f"row {row}, turn 1", turn_one, logprobs(first, row))
+        assert_close(f"row {row}, turn 2", turn_two, logprobs(second, row))
     assert woven.latents.shape[0] == sum(
         len(block) for g in (first, second) for r in g.latents for block in r
     )
@@ -284,30 +282,28 @@ def test_a_second_turn_that_sees_the_firsts_latents_equals_one_pass_over_both_tu
 def test_earlier_latents_change_the_answer_and_none_change_nothing():
     model = tiny_memgen()
     first, second = two_turns(model, GREEDY)
-    without = generate(model, second.prompt.rows(), GREEDY)
+    prompts = [turn.context for turn in second.turns]
+    without = generate(model, prompts, GREEDY)
     assert without.answers() != second.answers()
-    none = generate(
-        model, second.prompt.rows(), GREEDY, earlier=InsertionPlan.empty(3), earlier_latents=[[], [], []]
-    )
-    assert none.answers() == without.answers()
-    assert torch.equal(none.logprobs, without.logprobs)
+    none = generate(model, prompts, GREEDY, earlier=InsertionPlan.empty(3), earlier_latents=[[], [], []])
+    assert none == without
     extra = sum(len(block) for row in first.latents for block in row)
     assert extra > 0
-    decoded = lambda g: int((g.lengths - 1).sum()) + 2 * int((g.plan.counts - 1).sum())  # noqa: E731
-    prompts = int(second.prompt.lengths.sum()) + 3 * 3
-    assert without.work.reasoner_positions == prompts + decoded(without)
-    assert second.work.reasoner_positions == prompts + extra + decoded(second)
+    decoded = lambda g: sum(n - 1 for n in g.lengths) + 2 * sum(n - 1 for n in g.plan.counts)  # noqa: E731
+    fed = sum(map(len, prompts)) + 3 * 3
+    assert without.work.reasoner_positions == fed + decoded(without)
+    assert second.work.reasoner_positions == fed + extra + decoded(second)
 
 
 def test_the_cap_and_the_plan_leave_earlier_insertions_out():
     model = tiny_memgen(cap=2)
     first, second = two_turns(model, DRAWN)
-    assert max(first.plan.counts.tolist()) == 3
+    assert max(first.plan.counts) == 3
     for row, points in enumerate(second.plan.rows()):
-        begin = int(second.prompt.lengths[row])
+        begin = len(second.turns[row].context)
         assert points[0] == (begin, InsertionKind.PROMPT)
         assert all(point > begin and kind == InsertionKind.INFERENCE for point, kind in points[1:])
-    assert max(second.plan.counts.tolist()) == 3
+    assert max(second.plan.counts) == 3
 
 
 @pytest.mark.parametrize("trigger", ["always", "random"])
@@ -317,12 +313,13 @@ def test_a_group_shares_a_prompt_with_earlier_latents(trigger, reads):
     settings = GenerationSettings(max_new_tokens=16, temperature=1.0, group_size=3)
     first, second = two_turns(model, settings, row_seeds=list(range(9)))
     batch, plan = whole(first, second, group=3)
-    only_second = batch.supervised & (torch.arange(batch.ids.shape[1]) >= second.prompt.lengths[:, None])
+    prompts = torch.tensor([len(turn.context) for turn in second.turns])
+    only_second = batch.supervised & (torch.arange(batch.ids.shape[1]) >= prompts[:, None])
     batch = TokenBatch(ids=batch.ids, lengths=batch.lengths, supervised=only_second)
     with torch.no_grad():
-        logprobs, _ = model.label_logprobs(batch, plan)
-    for row, part in enumerate(logprobs.split(second.lengths.tolist())):
-        assert_close(f"row {row}", part, second.logprobs[row, : len(part)])
+        scored, _ = model.label_logprobs(batch, plan)
+    for row, part in enumerate(scored.split(second.lengths)):
+        assert_close(f"row {row}", part, logprobs(second, row))
 
 
 LATENT = torch.zeros(2, 32)
@@ -335,7 +332,7 @@ LATENT = torch.zeros(2, 32)
         (
             [[3], [2]],
             [[LATENT], [LATENT]],
-            "1 prompts need as many lines in earlier and earlier_latents, got 2 and 2",
+            "1 prompts need as many rows in earlier and earlier_latents, got 2 and 2",
         ),
         ([[3, 5]], [[LATENT]], "prompt 0 has 2 earlier points but 1 blocks of latents"),
         ([[9]], [[LATENT]], "prompt 0 has 9 tokens, but earlier latents lie before token 9"),
@@ -366,16 +363,16 @@ def test_an_answer_that_stops_is_the_beginning_of_the_one_that_does_not(reads):
     free = generate(model, prompts, DRAWN)
     # Rows stop at different steps, some at once, so that the lines of the caches are filled from behind.
     stopped = generate(model, prompts, DRAWN, stop=lambda tokens: tokens[-1] % 23 == 0)
-    assert len(set(stopped.lengths.tolist())) > 5
+    assert len(set(stopped.lengths)) > 5
     for row, (answer, full) in enumerate(zip(stopped.answers(), free.answers(), strict=True)):
         ends = [i for i, token in enumerate(full) if token % 23 == 0]
         assert answer == (full[: ends[0] + 1] if ends else full)
-        assert_close(f"row {row}", stopped.logprobs[row, : len(answer)], free.logprobs[row, : len(answer)])
+        assert_close(f"row {row}", logprobs(stopped, row), logprobs(free, row)[: len(answer)])
         last = answer[-1]
-        assert bool(stopped.finished[row]) == (last % 23 == 0 or last in model.reasoner.end_ids)
+        assert stopped.turns[row].finished == (last % 23 == 0 or last in model.reasoner.end_ids)
         begin = len(prompts[row])
         assert stopped.plan.rows()[row] == [p for p in free.plan.rows()[row] if p[0] < begin + len(answer)]
-    assert 0 < int(stopped.finished.sum()) < len(prompts)
+    assert 0 < sum(turn.finished for turn in stopped.turns) < len(prompts)
 
 
 def test_stop_is_asked_once_per_token_of_a_live_row_that_is_no_end_token():
@@ -395,7 +392,7 @@ def test_stop_is_asked_once_per_token_of_a_live_row_that_is_no_end_token():
             if answer[end - 1] not in model.reasoner.end_ids:
                 expected[tuple(answer[:end])] = expected.get(tuple(answer[:end]), 0) + 1
     assert heard == expected
-    assert any(generation.finished.tolist())
+    assert any(turn.finished for turn in generation.turns)
 
 
 def test_answers_of_a_group_stop_each_for_itself():
@@ -415,6 +412,6 @@ def test_answers_of_a_group_stop_each_for_itself():
 
 def test_all_rows_may_stop_at_their_first_token():
     generation = generate(tiny_memgen(), random_rows([9, 4]), GREEDY, stop=lambda tokens: True)
-    assert generation.lengths.tolist() == [1, 1]
-    assert generation.finished.tolist() == [True, True]
+    assert generation.lengths == [1, 1]
+    assert [turn.finished for turn in generation.turns] == [True, True]
     assert generation.work.reasoner_forwards == 1

@@ -11,7 +11,6 @@ from memgen.chat import CHATML
 from memgen.generation.rollout import Actor, EpisodeSettings, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
-from memgen.model.trigger import TokenTrigger
 from memgen.types import AgentTurn, Decision, InsertionKind, RowWork, Trajectory
 from rl_runs import Countdown, Vowels
 from tiny import byte_tokenizer, tiny_memgen
@@ -55,7 +54,7 @@ def test_the_work_of_answers_is_that_of_the_formula_and_adds_up_to_the_rollouts(
     agent, rollouts = played(environment, group_size, keep, **model)
     expected = work_by_formula(agent, rollouts.trajectories, group_size)
     for name in ("reasoner", "weaver", "trigger"):
-        found = [getattr(work, name) for work in rollouts.row_work]
+        found = [getattr(work, name) for work in (t.work for t in rollouts.trajectories)]
         assert found == pytest.approx([getattr(work, name) for work in expected])
         assert sum(found) == pytest.approx(getattr(rollouts.work, f"{name}_positions"))
 
@@ -64,7 +63,7 @@ def test_a_single_answer_to_a_prompt_has_whole_work():
     _, rollouts = played(Vowels(), 1, False)
     (turn,) = rollouts.trajectories[0].turns
     inside = len(turn.insertions) - 1
-    assert rollouts.row_work[0].reasoner == len(turn.context) + 3 + len(turn.tokens) - 1 + 2 * inside
+    assert rollouts.trajectories[0].work.reasoner == len(turn.context) + 3 + len(turn.tokens) - 1 + 2 * inside
 
 
 # The formula
@@ -122,7 +121,7 @@ def _turn(
         read += 0 if woven else prompt
 
     trigger = 0.0
-    if isinstance(model.trigger, TokenTrigger):
+    if model.trigger.reads_text:
         at_prompt = bool(queries)
         asked = [i for i, decision in enumerate(turn.decisions) if i and decision != Decision.NOT_ASKED]
         trigger = len(turn.context) / len(sharing) if at_prompt else 0.0

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memgen.generation.sampling import GenerationSettings, choose, row_uniforms, truncated
+from memgen.generation.sampling import GenerationSettings, row_uniforms, sample, truncated
 from tolerance import assert_close
 
 
@@ -68,7 +68,7 @@ def test_the_most_probable_token_always_stays():
 
 def test_greedy_takes_the_largest_logit_and_reports_the_models_own_distribution():
     logits = torch.tensor([[0.5, 2.0, 1.0], [3.0, -1.0, 2.9]])
-    tokens, logprobs = choose(logits, GenerationSettings(temperature=0.0, top_k=1, top_p=0.1), None)
+    tokens, logprobs = sample(logits, GenerationSettings(temperature=0.0, top_k=1, top_p=0.1), None)
     assert tokens.tolist() == [1, 0]
     assert_close("logprobs", logprobs, logits.log_softmax(-1)[[0, 1], [1, 0]])
 
@@ -90,7 +90,7 @@ LOGITS = torch.tensor([1.5, -0.5, 0.3, -2.0, 1.0, -torch.inf, 0.0])
 def test_tokens_are_drawn_with_their_probabilities(settings):
     count = 20_000
     uniforms = row_uniforms([11], count)[0]
-    tokens, logprobs = choose(LOGITS.expand(count, -1), settings, uniforms)
+    tokens, logprobs = sample(LOGITS.expand(count, -1), settings, uniforms)
     probs = torch.zeros(len(LOGITS), dtype=torch.float64)
     for token, probability in by_definition(
         LOGITS.tolist(), settings.temperature, settings.top_k, settings.top_p
@@ -112,7 +112,7 @@ def test_tokens_are_drawn_with_their_probabilities(settings):
 def test_the_ends_of_the_unit_interval_draw_possible_tokens(uniform):
     logits = torch.full((1, 1000), -torch.inf)
     logits[0, 300], logits[0, 700] = 0.1, 0.2
-    tokens, logprobs = choose(
+    tokens, logprobs = sample(
         logits, GenerationSettings(temperature=1.0), torch.tensor([uniform], dtype=torch.float64)
     )
     assert int(tokens) in (300, 700)
@@ -124,9 +124,9 @@ def test_a_rows_token_does_not_depend_on_the_rows_around_it():
     logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(0)) * 3
     uniforms = row_uniforms(range(9), 1)[:, 0]
     settings = GenerationSettings(temperature=1.0, top_p=0.9)
-    together = choose(logits, settings, uniforms)[0]
+    together = sample(logits, settings, uniforms)[0]
     for row in range(9):
-        assert int(choose(logits[row : row + 1], settings, uniforms[row : row + 1])[0]) == int(together[row])
+        assert int(sample(logits[row : row + 1], settings, uniforms[row : row + 1])[0]) == int(together[row])
 
 
 def test_a_seed_gives_its_own_line_whatever_seeds_stand_beside_it():

@@ -12,14 +12,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import memgen.generation.decode as decode
+import memgen.generation.state as state
 import memgen.generation.static_step as static_step
+import memgen.generation.step as step_module
 from architectures import ARCHITECTURES, random_lm
+from generations import invoke_probs, logprobs
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.generation.static_step import StaticStep
 from memgen.model.backbone import Backbone
-from memgen.model.cache import RowCache, Segment
+from memgen.model.cache import PassSegment, RowKVCache
 from memgen.model.reasoner import Reasoner
 from memgen.types import Decision, InsertionKind
 from tiny import random_rows, tiny_memgen
@@ -48,22 +50,21 @@ def both(model, prompts, settings, **options):
 def inserting_steps(generation) -> int:
     """Steps behind the prompt's in which some row inserts."""
     steps = set()
-    for row, points in enumerate(generation.plan.rows()):
-        prompt = int(generation.prompt.lengths[row])
-        steps |= {point - prompt for point, kind in points if kind == InsertionKind.INFERENCE}
+    for turn in generation.turns:
+        begin = len(turn.context)
+        steps |= {point - begin for point, kind in turn.insertions if kind == InsertionKind.INFERENCE}
     return len(steps)
 
 
 def assert_same(model, static, dynamic) -> None:
     assert static.answers() == dynamic.answers()
     assert static.plan.rows() == dynamic.plan.rows()
-    assert torch.equal(static.decisions, dynamic.decisions)
-    assert torch.equal(static.finished, dynamic.finished)
-    assert_close("probabilities", static.invoke_probs, dynamic.invoke_probs)
-    for row, length in enumerate(static.lengths.tolist()):
-        assert_close(f"row {row}", static.logprobs[row, :length], dynamic.logprobs[row, :length])
+    for row, (ours, theirs) in enumerate(zip(static.turns, dynamic.turns, strict=True)):
+        assert (ours.decisions, ours.finished) == (theirs.decisions, theirs.finished)
+        assert_close("probabilities", invoke_probs(static, row), invoke_probs(dynamic, row))
+        assert_close(f"row {row}", logprobs(static, row), logprobs(dynamic, row))
     ours, expected = vars(static.work), dict(vars(dynamic.work))
-    if model.trigger.memory(1, 1, CPU) is not None and model.weaver.config.reads == "embeddings":
+    if model.trigger.kv_cache(1, 1, CPU) is not None and model.weaver.config.reads == "embeddings":
         # The trigger is asked while the tokens are read, so latents take a pass of their own.
         expected["reasoner_forwards"] += inserting_steps(dynamic)
     assert ours == expected
@@ -77,9 +78,9 @@ def test_answers_decisions_and_work_are_those_of_the_ragged_engine(trigger, read
     # Rows stop at different steps, so that the step becomes smaller.
     static, dynamic = both(model, random_rows(LENGTHS), settings, stop=lambda tokens: tokens[-1] % 23 == 0)
     assert_same(model, static, dynamic)
-    assert len(set(static.lengths.tolist())) > (1 if settings is GREEDY else 3)
+    assert len(set(static.lengths)) > (1 if settings is GREEDY else 3)
     if trigger in ("tokens", "hidden_states"):
-        taken = {int(d) for d in static.decisions.flatten()}
+        taken = {decision for turn in static.turns for decision in turn.decisions}
         assert {int(Decision.SKIP), int(Decision.INVOKE)} <= taken
 
 
@@ -89,7 +90,7 @@ def test_drawn_decisions_of_groups_are_those_of_the_ragged_engine(trigger):
     settings = GenerationSettings(max_new_tokens=16, temperature=1.0, group_size=3, sample_decisions=True)
     static, dynamic = both(model, random_rows([9, 5, 1]), settings)
     assert_same(model, static, dynamic)
-    assert int(static.plan.counts.sum()) > 9
+    assert sum(static.plan.counts) > 9
 
 
 @pytest.mark.parametrize("trigger", ["always", "tokens", "hidden_states"])
@@ -207,9 +208,9 @@ class Recorder(TorchDispatchMode):
 
 def prepared(backbone, settings, lengths):
     """A cache that holds rows of these lengths, and a step on it."""
-    cache = RowCache(len(lengths), 48, CPU)
+    cache = RowKVCache(len(lengths), 48, CPU)
     ids = torch.randint(2, 64, (sum(lengths),), generator=torch.Generator().manual_seed(0))
-    backbone(backbone.embed(ids), cache.open([Segment(range(len(lengths)), lengths)]))
+    backbone(backbone.embed(ids), cache.open([PassSegment(range(len(lengths)), lengths)]))
     return cache, StaticStep(Reasoner(backbone, (1,)), cache, settings)
 
 
@@ -308,7 +309,7 @@ def test_the_host_waits_once_per_step_and_once_more_where_latents_are_read(trigg
     learned = trigger in ("tokens", "hidden_states")
     generate(model, [[65]], GREEDY)  # A base finds out once how it can be computed.
     reader, waits, ends = Reads(), [], []
-    original = decode._numbers
+    original = state.to_host
 
     def numbers(*parts):
         waits.append(len(parts))
@@ -317,7 +318,7 @@ def test_the_host_waits_once_per_step_and_once_more_where_latents_are_read(trigg
         del reader.seen[begin:]
         return found
 
-    monkeypatch.setattr(decode, "_numbers", numbers)
+    monkeypatch.setattr(step_module, "to_host", numbers)
 
     def observe(row, token):
         if token is not None:
@@ -327,12 +328,12 @@ def test_the_host_waits_once_per_step_and_once_more_where_latents_are_read(trigg
         generation = generate(model, random_rows(LENGTHS), replace(DRAWN, static_step="on"), observe=observe)
     # From the first token, behind the prompt, to the last: then the result is put together, on the host.
     (first, waits_before), (last, waits_then) = ends[0], ends[-1]
-    # Delimiters are looked up in tables on the host, and a constant trigger answers there.
+    # A constant trigger answers on the host.
     constant = not learned and reads == "embeddings"
     for name, dtype in reader.seen[first:last]:
-        assert name == "tolist"
-        assert dtype == torch.bool or (constant and dtype == torch.float32)
-    steps = int(generation.lengths.max()) - 1
+        assert (name, dtype) == ("tolist", torch.float32)
+        assert constant
+    steps = max(generation.lengths) - 1
     assert inserting_steps(generation) > 0 or trigger == "never"
     extra = inserting_steps(generation) if learned or reads == "hidden_states" else 0
     assert waits_then - waits_before == steps + extra
@@ -341,10 +342,10 @@ def test_the_host_waits_once_per_step_and_once_more_where_latents_are_read(trigg
 def test_numbers_of_several_kinds_come_to_the_host_in_one_copy():
     parts = [torch.tensor([2**40 + 1, 7]), torch.tensor([0.1, -3.0]), torch.zeros(0), torch.tensor([0.3])]
     with Reads() as reader:
-        ours = decode._one_copy(parts)
+        ours = state._one_copy(parts)
     assert [name for name, _ in reader.seen] == ["tolist"]
     assert ours == [part.tolist() for part in parts]
-    assert decode._numbers(*parts) == ours
+    assert state.to_host(*parts) == ours
 
 
 # On a GPU

@@ -15,12 +15,12 @@ from transformers import (
 
 from architectures import ARCHITECTURES, COMMON, random_lm
 from memgen.model.backbone import Backbone, BackboneConfig, fingerprint, load_backbone
-from memgen.model.cache import PackedStore, RowCache, Segment
+from memgen.model.cache import PackedKVCache, PassSegment, RowKVCache
 from tiny import tiny_causal_lm, tiny_memgen
 from tolerance import assert_close
 
 
-@pytest.mark.parametrize("memory", [RowCache, PackedStore], ids=["generation", "training"])
+@pytest.mark.parametrize("memory", [RowKVCache, PackedKVCache], ids=["generation", "training"])
 @pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 @torch.no_grad()
 def test_reading_rows_in_pieces_beside_each_other_gives_hugging_faces_own_logits(config, memory):
@@ -29,13 +29,15 @@ def test_reading_rows_in_pieces_beside_each_other_gives_hugging_faces_own_logits
     expected = model(input_ids=rows).logits
     backbone = Backbone(model, "tiny")
     store = (
-        RowCache(2, 13, torch.device("cpu")) if memory is RowCache else PackedStore(2, torch.device("cpu"))
+        RowKVCache(2, 13, torch.device("cpu"))
+        if memory is RowKVCache
+        else PackedKVCache(2, torch.device("cpu"))
     )
     read = [0, 0]
     # Row 1 lags behind, catches up with a long piece, and both take single steps.
     for counts in ((5, 2), (1, 1), (1, 8), (6, 2)):
         ids = torch.cat([rows[row, read[row] : read[row] + count] for row, count in enumerate(counts)])
-        hidden = backbone(backbone.embed(ids), store.open([Segment([0, 1], counts)]))
+        hidden = backbone(backbone.embed(ids), store.open([PassSegment([0, 1], counts)]))
         for row, part in enumerate(backbone.head(hidden).split(counts)):
             begin = read[row]
             assert_close(f"row {row} from {begin}", part, expected[row, begin : begin + counts[row]])
@@ -72,7 +74,7 @@ def test_architectures_that_packed_reading_would_get_wrong_are_refused(config, m
 def test_attention_with_sinks_is_refused_when_it_is_read():
     config = GptOssConfig(**COMMON, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
     backbone = Backbone(random_lm(config), "tiny")
-    view = RowCache(1, 4, torch.device("cpu")).open([Segment([0], [2])])
+    view = RowKVCache(1, 4, torch.device("cpu")).open([PassSegment([0], [2])])
     with pytest.raises(ValueError, match="soft capping or sinks is not supported"):
         backbone(backbone.embed(torch.tensor([3, 4])), view)
 

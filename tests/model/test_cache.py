@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memgen.model.cache import PackedStore, RowCache, Segment
+from memgen.model.cache import PackedKVCache, PassSegment, RowKVCache
 from tolerance import assert_close
 
 HEADS, GROUPS, SIZE = 4, 2, 8
@@ -43,7 +43,7 @@ class Model:
     def draw(self, *shape):
         return torch.randn(*shape, generator=self.generator, dtype=self.dtype)
 
-    def step(self, segments: list[Segment], window: int | None = None) -> None:
+    def step(self, segments: list[PassSegment], window: int | None = None) -> None:
         """Feeds a pass through both layers and compares every output and position."""
         view = self.memory.open(segments)
         total = sum(sum(segment.counts) for segment in segments)
@@ -82,7 +82,7 @@ class Model:
         return torch.stack(outputs), positions
 
 
-def wanted(segments: list[Segment]) -> list[int] | None:
+def wanted(segments: list[PassSegment]) -> list[int] | None:
     """Packed positions whose results are wanted, one by one."""
     if all(segment.read is None for segment in segments):
         return None
@@ -106,9 +106,9 @@ def drawn_reads(draw: random.Random, counts: list[int]) -> list[int] | None:
     return None
 
 
-def drawn_segments(draw: random.Random, room: list[int]) -> list[Segment]:
+def drawn_segments(draw: random.Random, room: list[int]) -> list[PassSegment]:
     """One segment, or two of which the second may continue rows of the first."""
-    segments: list[Segment] = []
+    segments: list[PassSegment] = []
     room = list(room)
     for _ in range(draw.randint(1, 2)):
         free = [row for row in range(len(room)) if room[row] > 0]
@@ -119,10 +119,10 @@ def drawn_segments(draw: random.Random, room: list[int]) -> list[Segment]:
         if not segments and draw.random() < 0.4:
             # What is not kept ends the pass, as the weaver's queries do.
             keep = [draw.randint(0, count) for count in counts]
-            return [Segment(chosen, counts, keep, read=drawn_reads(draw, counts))]
+            return [PassSegment(chosen, counts, keep, read=drawn_reads(draw, counts))]
         for row, count in zip(chosen, counts, strict=True):
             room[row] -= count
-        segments.append(Segment(chosen, counts, read=drawn_reads(draw, counts)))
+        segments.append(PassSegment(chosen, counts, read=drawn_reads(draw, counts)))
     return segments
 
 
@@ -134,7 +134,7 @@ WINDOWS = st.sampled_from([None, None, 1, 3])
 def test_a_row_cache_equals_dense_attention_in_any_order_of_reads_cuts_moves_and_selections(seed, window):
     draw = random.Random(seed)
     rows, capacity = draw.randint(1, 4), draw.randint(6, 14)
-    model = Model(RowCache(rows, capacity, CPU), rows, seed)
+    model = Model(RowKVCache(rows, capacity, CPU), rows, seed)
     for _ in range(draw.randint(1, 8)):
         lengths = [model.memory.length(row) for row in range(rows)]
         match draw.choice(["feed", "feed", "feed", "truncate", "move", "select"]):
@@ -162,43 +162,43 @@ def test_a_row_cache_equals_dense_attention_in_any_order_of_reads_cuts_moves_and
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
 def test_a_row_with_a_long_unread_chunk_stands_beside_a_row_near_its_end(order):
     """Padding the short rows to the long one's width would write past their ends into the next row."""
-    model = Model(RowCache(3, 20, CPU), 3, seed=1)
-    model.step([Segment([0, 1, 2], [1, 19, 12])])
+    model = Model(RowKVCache(3, 20, CPU), 3, seed=1)
+    model.step([PassSegment([0, 1, 2], [1, 19, 12])])
     counts = {0: 19, 1: 1, 2: 8}
-    model.step([Segment(order, [counts[row] for row in order])])
+    model.step([PassSegment(order, [counts[row] for row in order])])
     assert [model.memory.length(row) for row in range(3)] == [20, 20, 20]
     for row in range(3):
         model.memory.truncate(row, 19)
         model.rows[row] = [(keys[:19], values[:19]) for keys, values in model.rows[row]]
-    model.step([Segment([0, 1, 2], [1, 1, 1])])
+    model.step([PassSegment([0, 1, 2], [1, 1, 1])])
 
 
 def test_a_row_beyond_the_capacity_is_refused_and_the_others_stay_as_they_were():
-    model = Model(RowCache(2, 5, CPU), 2, seed=2)
-    model.step([Segment([0, 1], [5, 3])])
+    model = Model(RowKVCache(2, 5, CPU), 2, seed=2)
+    model.step([PassSegment([0, 1], [5, 3])])
     with pytest.raises(ValueError, match="a row needs 6 cache slots but the cache was made for 5"):
-        model.memory.open([Segment([1, 0], [1, 1])])
-    model.step([Segment([1], [2])])
+        model.memory.open([PassSegment([1, 0], [1, 1])])
+    model.step([PassSegment([1], [2])])
 
 
 def test_what_a_pass_does_not_keep_still_needs_room():
-    cache = RowCache(1, 5, CPU)
+    cache = RowKVCache(1, 5, CPU)
     with pytest.raises(ValueError, match="needs 6 cache slots"):
-        cache.open([Segment([0], [6], keep=[2])])
+        cache.open([PassSegment([0], [6], keep=[2])])
 
 
 def test_queries_are_seen_by_their_own_pass_and_by_no_later_one():
-    for memory in (RowCache(2, 20, CPU), PackedStore(2, CPU)):
+    for memory in (RowKVCache(2, 20, CPU), PackedKVCache(2, CPU)):
         model = Model(memory, 2, seed=3)
-        model.step([Segment([0, 1], [7, 5], keep=[4, 2])])
-        model.step([Segment([1, 0], [6, 9], keep=[3, 6])])
-        model.step([Segment([0, 1], [1, 1])])
+        model.step([PassSegment([0, 1], [7, 5], keep=[4, 2])])
+        model.step([PassSegment([1, 0], [6, 9], keep=[3, 6])])
+        model.step([PassSegment([0, 1], [1, 1])])
         assert [memory.length(row) for row in range(2)] == [11, 6]
 
 
 def test_lengthening_a_row_by_truncation_is_refused():
     with pytest.raises(AssertionError, match="truncate shortens"):
-        RowCache(1, 5, CPU).truncate(0, 1)
+        RowKVCache(1, 5, CPU).truncate(0, 1)
 
 
 # Training
@@ -209,8 +209,8 @@ def test_lengthening_a_row_by_truncation_is_refused():
 def test_a_packed_store_equals_dense_attention_in_any_order_of_reads_and_shares(seed, window):
     draw = random.Random(seed)
     rows, common = draw.randint(1, 4), draw.randint(1, 5)
-    model = Model(PackedStore(rows, CPU), rows, seed)
-    model.step([Segment([0], [common + 1])], window)
+    model = Model(PackedKVCache(rows, CPU), rows, seed)
+    model.step([PassSegment([0], [common + 1])], window)
     for row in range(1, rows):
         if draw.random() < 0.5:
             model.memory.share(row, 0, common)
@@ -220,9 +220,9 @@ def test_a_packed_store_equals_dense_attention_in_any_order_of_reads_and_shares(
 
 
 def test_a_row_may_share_what_its_leader_reads_in_the_same_pass():
-    model = Model(PackedStore(2, CPU), 2, seed=4)
+    model = Model(PackedKVCache(2, CPU), 2, seed=4)
     model.memory.share(1, 0, 3)
-    view = model.memory.open([Segment([0, 1], [5, 2], keep=[5, 2])])
+    view = model.memory.open([PassSegment([0, 1], [5, 2], keep=[5, 2])])
     assert view.positions.tolist() == [0, 1, 2, 3, 4, 3, 4]
     query, key, value = model.draw(7, HEADS, SIZE), model.draw(7, GROUPS, SIZE), model.draw(7, GROUPS, SIZE)
     ours = view.attend(0, *(t.transpose(0, 1)[None] for t in (query, key, value)), SCALE, None)
@@ -233,8 +233,8 @@ def test_a_row_may_share_what_its_leader_reads_in_the_same_pass():
 
 
 def test_a_share_longer_than_its_source_is_an_error():
-    store = PackedStore(2, CPU)
-    store.open([Segment([0], [2])])
+    store = PackedKVCache(2, CPU)
+    store.open([PassSegment([0], [2])])
     store.share(1, 0, 3)
     with pytest.raises(AssertionError, match="the source of a shared prefix is read before its sharer"):
         store.length(1)
@@ -243,7 +243,7 @@ def test_a_share_longer_than_its_source_is_an_error():
 
 
 def test_gradients_flow_from_a_later_pass_into_an_earlier_one():
-    store = PackedStore(2, CPU)
+    store = PackedKVCache(2, CPU)
     chunks = []
 
     def attend(segments, count, *, later=False):
@@ -255,8 +255,8 @@ def test_gradients_flow_from_a_later_pass_into_an_earlier_one():
         chunks.append(tensors)
         return store.open(segments).attend(0, *tensors, SCALE, None)
 
-    attend([Segment([0, 1], [3, 2])], 5)
-    second = attend([Segment([1, 0], [4, 1])], 5 + 0)
+    attend([PassSegment([0, 1], [3, 2])], 5)
+    second = attend([PassSegment([1, 0], [4, 1])], 5 + 0)
     second.square().sum().backward()
     (_, first_key, first_value), (_, key, value) = chunks
     # The definition: row 0 is positions 0..2 of the first pass and the last of the second; row 1 is the rest.
@@ -284,13 +284,13 @@ def test_gradients_flow_from_a_later_pass_into_an_earlier_one():
 
 
 def test_a_recomputation_reads_what_the_first_computation_read():
-    store = PackedStore(1, CPU)
+    store = PackedKVCache(1, CPU)
     model = Model(store, 1, seed=5)
     first, second = model.draw(3, 1, HEADS, 2, SIZE), model.draw(3, 1, HEADS, 2, SIZE)
-    view = store.open([Segment([0], [2])])
+    view = store.open([PassSegment([0], [2])])
     pack = lambda t: (t[0], t[1][:, :GROUPS], t[2][:, :GROUPS])  # noqa: E731
     before = view.attend(0, *pack(first), SCALE, None)
-    later = store.open([Segment([0], [2])])
+    later = store.open([PassSegment([0], [2])])
     after = later.attend(0, *pack(second), SCALE, None)
     assert torch.equal(view.attend(0, *pack(first), SCALE, None), before)
     assert torch.equal(later.attend(0, *pack(second), SCALE, None), after)

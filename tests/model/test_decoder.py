@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig, Olmo2Config, Phi3C
 from architectures import ARCHITECTURES, COMMON, random_lm
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone
-from memgen.model.cache import PackedStore, RowCache, Segment
+from memgen.model.cache import PackedKVCache, PassSegment, RowKVCache
 from tiny import random_batch, tiny_causal_lm, tiny_memgen
 from tolerance import assert_close
 
@@ -30,18 +30,18 @@ def with_adapter(config, dropout: float = 0.0, targets: tuple[str, ...] = ("q_pr
 
 
 def is_direct(backbone: Backbone) -> bool:
-    backbone(backbone.embed(torch.tensor([3])), RowCache(1, 1, CPU).open([Segment([0], [1])]))
+    backbone(backbone.embed(torch.tensor([3])), RowKVCache(1, 1, CPU).open([PassSegment([0], [1])]))
     return backbone._direct is not None
 
 
 def passes(backbone, memory, adapter, reads):
     """Two rows in three passes, the last ones narrowed: all hidden states that are wanted."""
-    store = RowCache(2, 13, CPU) if memory is RowCache else PackedStore(2, CPU)
+    store = RowKVCache(2, 13, CPU) if memory is RowKVCache else PackedKVCache(2, CPU)
     rows = torch.randint(2, 64, (2, 13), generator=torch.Generator().manual_seed(1))
     begin, found = [0, 0], []
     for counts, read in zip(((5, 2), (1, 8), (7, 3)), reads, strict=True):
         ids = torch.cat([rows[row, begin[row] : begin[row] + count] for row, count in enumerate(counts)])
-        view = store.open([Segment([0, 1], counts, read=read)])
+        view = store.open([PassSegment([0, 1], counts, read=read)])
         found.append(backbone(backbone.embed(ids), view, adapter))
         begin = [b + count for b, count in zip(begin, counts, strict=True)]
     return torch.cat(found)
@@ -52,7 +52,7 @@ def scalar(hidden: torch.Tensor) -> torch.Tensor:
     return (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4))).sum()
 
 
-@pytest.mark.parametrize("memory", [RowCache, PackedStore], ids=["generation", "training"])
+@pytest.mark.parametrize("memory", [RowKVCache, PackedKVCache], ids=["generation", "training"])
 @pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_it_equals_the_modules_with_and_without_an_adapter_and_for_any_wanted_positions(config, memory):
     backbone = with_adapter(config)
@@ -63,10 +63,10 @@ def test_it_equals_the_modules_with_and_without_an_adapter_and_for_any_wanted_po
             for results, direct in ((ours, True), (theirs, False)):
                 backbone.compute_directly(direct)
                 backbone.zero_grad()
-                with torch.set_grad_enabled(memory is PackedStore):
+                with torch.set_grad_enabled(memory is PackedKVCache):
                     hidden = passes(backbone, memory, adapter, reads)
                 results.append(hidden)
-                if memory is PackedStore and adapter is not None:
+                if memory is PackedKVCache and adapter is not None:
                     scalar(hidden).backward()
                     results += [p.grad for p in backbone.adapters.parameters(adapter).values()]
             for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -76,8 +76,8 @@ def test_it_equals_the_modules_with_and_without_an_adapter_and_for_any_wanted_po
 def test_each_wanted_position_has_the_state_that_it_has_where_all_are_wanted():
     backbone = with_adapter(ARCHITECTURES["qwen2"])
     with torch.no_grad():
-        everything = passes(backbone, RowCache, "weaver", (None, None, None))
-        some = passes(backbone, RowCache, "weaver", ([1, 2], [0, 8], [3, 0]))
+        everything = passes(backbone, RowKVCache, "weaver", (None, None, None))
+        some = passes(backbone, RowKVCache, "weaver", ([1, 2], [0, 8], [3, 0]))
     places = [4, 5, 6, *range(8, 16), 20, 21, 22]
     assert_close("wanted", some, everything[places])
 
@@ -90,20 +90,20 @@ def test_an_adapters_dropout_is_that_of_its_layer(targets):
         backbone.compute_directly(direct)
         is_direct(backbone)
         torch.manual_seed(3)
-        results.append(passes(backbone, PackedStore, "weaver", (None, None, None)))
+        results.append(passes(backbone, PackedKVCache, "weaver", (None, None, None)))
     assert_close("hidden", *results)
-    assert not torch.equal(results[0], passes(backbone, PackedStore, "weaver", (None, None, None)))
+    assert not torch.equal(results[0], passes(backbone, PackedKVCache, "weaver", (None, None, None)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_low_precision_is_no_further_from_float32_than_the_modules_are(dtype):
-    exact = passes(Backbone(random_lm(ARCHITECTURES["qwen3"])), RowCache, None, (None, None, None))
+    exact = passes(Backbone(random_lm(ARCHITECTURES["qwen3"])), RowKVCache, None, (None, None, None))
     backbone = Backbone(random_lm(ARCHITECTURES["qwen3"]).to(dtype))
     errors = []
     for direct in (True, False):
         backbone.compute_directly(direct)
-        hidden = passes(backbone, RowCache, None, (None, None, None))
+        hidden = passes(backbone, RowKVCache, None, (None, None, None))
         assert hidden.dtype == dtype
         errors.append(float((hidden.float() - exact).norm()))
     assert errors[0] <= 1.2 * errors[1]
@@ -116,7 +116,7 @@ def test_a_mixed_precision_pass_equals_the_modules():
         backbone.compute_directly(direct)
         backbone.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = passes(backbone, PackedStore, "weaver", (None, None, None))
+            hidden = passes(backbone, PackedKVCache, "weaver", (None, None, None))
         scalar(hidden.float()).backward()
         grads = [p.grad for p in backbone.adapters.parameters("weaver").values()]
         results.append([hidden, *grads])
@@ -128,8 +128,8 @@ def test_a_mixed_precision_pass_equals_the_modules():
 def test_angles_made_while_evaluating_serve_training():
     backbone = with_adapter(ARCHITECTURES["qwen2"])
     with torch.inference_mode():
-        passes(backbone, RowCache, None, (None, None, None))
-    passes(backbone, PackedStore, "weaver", (None, None, None)).sum().backward()
+        passes(backbone, RowKVCache, None, (None, None, None))
+    passes(backbone, PackedKVCache, "weaver", (None, None, None)).sum().backward()
     assert all(p.grad is not None for p in backbone.adapters.parameters("weaver").values())
 
 
@@ -142,10 +142,10 @@ def test_an_adapter_added_later_is_applied():
     with torch.no_grad():
         for parameter in backbone.adapters.parameters("trigger").values():
             parameter.normal_()
-        ours = passes(backbone, RowCache, "trigger", (None, None, None))
+        ours = passes(backbone, RowKVCache, "trigger", (None, None, None))
         backbone.compute_directly(False)
-        assert_close("hidden", ours, passes(backbone, RowCache, "trigger", (None, None, None)))
-        assert not torch.allclose(ours, passes(backbone, RowCache, "weaver", (None, None, None)))
+        assert_close("hidden", ours, passes(backbone, RowKVCache, "trigger", (None, None, None)))
+        assert not torch.allclose(ours, passes(backbone, RowKVCache, "weaver", (None, None, None)))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_another_shape_is_read_through_its_modules_and_says_so(config, reason, c
     expected = model(input_ids=ids[None]).logits[0]
     backbone = Backbone(model, "tiny")
     with caplog.at_level(logging.INFO, logger="memgen.model.backbone"):
-        hidden = backbone(backbone.embed(ids), RowCache(1, 9, CPU).open([Segment([0], [9], read=[4])]))
+        hidden = backbone(backbone.embed(ids), RowKVCache(1, 9, CPU).open([PassSegment([0], [9], read=[4])]))
     assert_close("logits", backbone.head(hidden), expected[-4:])
     assert "tiny is read through its modules" in caplog.text
     assert reason in caplog.text
@@ -173,13 +173,13 @@ def test_another_shape_is_read_through_its_modules_and_says_so(config, reason, c
 def test_modules_that_somebody_hooks_into_are_called():
     backbone = with_adapter(ARCHITECTURES["qwen2"])
     with torch.no_grad():
-        expected = passes(backbone, RowCache, None, (None, None, None))
+        expected = passes(backbone, RowKVCache, None, (None, None, None))
         heard = []
         handle = backbone._layers[0].register_forward_pre_hook(lambda *_: heard.append(1))
-        assert_close("hooked", passes(backbone, RowCache, None, (None, None, None)), expected)
+        assert_close("hooked", passes(backbone, RowKVCache, None, (None, None, None)), expected)
         assert len(heard) == 3
         handle.remove()
-        passes(backbone, RowCache, None, (None, None, None))
+        passes(backbone, RowKVCache, None, (None, None, None))
         assert len(heard) == 3
 
 
@@ -218,7 +218,7 @@ def test_a_long_stream_has_its_own_angles():
         for direct in (True, False):
             backbone.compute_directly(direct)
             is_direct(backbone)  # the table begins short
-            view = RowCache(1, 1200, CPU).open([Segment([0], [1200])])
+            view = RowKVCache(1, 1200, CPU).open([PassSegment([0], [1200])])
             results.append(backbone(backbone.embed(ids), view))
     assert_close("hidden", *results)
 

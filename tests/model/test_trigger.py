@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from generations import asked_at, invoke_probs
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
-from memgen.model.cache import RowCache
+from memgen.model.cache import RowKVCache
 from memgen.model.trigger import Boundary, ConstantTrigger, StateTrigger, TokenTrigger, TriggerConfig
-from memgen.types import Decision, TokenBatch
+from memgen.types import Decision, InsertionPlan, TokenBatch
 from tiny import random_rows, tiny_memgen
 from tolerance import assert_close
 
@@ -22,7 +23,7 @@ def test_a_constant_trigger_has_one_probability_and_nothing_to_train(probability
     probs = trigger.invoke_probs(Boundary(rows=[4, 2], unread=[[], []], states=None), None)
     assert torch.equal(probs, torch.full((2,), probability))
     assert trigger.own_parameters() == {}
-    assert trigger.memory(2, 10, CPU) is None
+    assert trigger.kv_cache(2, 10, CPU) is None
     assert trigger.stochastic
     assert not trigger.needs_states
 
@@ -34,9 +35,9 @@ def test_always_and_never_do_what_they_say(kind, expected):
         random_rows([4, 9, 6, 3, 7]),
         GenerationSettings(max_new_tokens=16, temperature=1.0),
     )
-    asked = generation.decisions != Decision.NOT_ASKED
-    assert int(asked.sum()) > 4
-    assert set(generation.decisions[asked].tolist()) == {int(expected)}
+    asked = [d for turn in generation.turns for d in turn.decisions if d != Decision.NOT_ASKED]
+    assert len(asked) > 4
+    assert set(asked) == {int(expected)}
 
 
 def test_random_invokes_with_its_probability():
@@ -44,8 +45,8 @@ def test_random_invokes_with_its_probability():
     generation = generate(
         model, random_rows([5] * 40), GenerationSettings(max_new_tokens=20, temperature=1.0)
     )
-    asked = int((generation.decisions != Decision.NOT_ASKED).sum())
-    invoked = int((generation.decisions == Decision.INVOKE).sum())
+    asked = sum(turn.offered for turn in generation.turns)
+    invoked = sum(turn.invocations for turn in generation.turns)
     assert asked > 80
     assert abs(invoked / asked - 0.25) < 4 * (0.25 * 0.75 / asked) ** 0.5
 
@@ -68,8 +69,8 @@ def dense_probability(trigger: TokenTrigger, tokens: list[int]) -> torch.Tensor:
 @torch.no_grad()
 def test_a_token_trigger_that_reads_only_what_is_new_decides_like_one_that_reads_everything(own_bases):
     trigger = tiny_memgen(trigger="tokens", own_bases=own_bases).trigger
-    memory = trigger.memory(3, 30, CPU)
-    assert isinstance(memory, RowCache)
+    memory = trigger.kv_cache(3, 30, CPU)
+    assert isinstance(memory, RowKVCache)
     text = {row: [] for row in range(3)}
     for step, (rows, lengths) in enumerate(
         [([0, 1, 2], [5, 1, 9]), ([2, 0], [3, 1]), ([1], [8]), ([0, 1, 2], [1, 2, 1])]
@@ -85,7 +86,8 @@ def test_a_token_trigger_that_reads_only_what_is_new_decides_like_one_that_reads
 def test_logits_behind_every_token_are_those_of_each_prefix():
     trigger = tiny_memgen(trigger="tokens").trigger
     rows = random_rows([6, 1, 4])
-    logits = trigger.logits(TokenBatch.from_rows(rows)).split([6, 1, 4])
+    batch = TokenBatch.from_rows(rows)
+    logits = trigger.logits(batch, torch.ones_like(batch.supervised), None).split([6, 1, 4])
     for row, ours in zip(rows, logits, strict=True):
         for end in range(1, len(row) + 1):
             expected = dense_probability(trigger, row[:end])
@@ -99,10 +101,10 @@ def test_a_token_trigger_never_sees_latents():
     settings = GenerationSettings(max_new_tokens=12)
     generation = generate(model, random_rows([5, 8]), settings)
     for row, (prompt, answer) in enumerate(zip(random_rows([5, 8]), generation.answers(), strict=True)):
-        for step in torch.nonzero(generation.decisions[row] != Decision.NOT_ASKED).flatten().tolist():
+        for step in asked_at(generation, row):
             expected = dense_probability(model.trigger, prompt + answer[:step])
-            assert_close("probability", generation.invoke_probs[row, step], expected)
-    assert int(generation.plan.counts.sum()) > 0
+            assert_close("probability", invoke_probs(generation, row)[step], expected)
+    assert sum(generation.plan.counts) > 0
 
 
 @torch.no_grad()
@@ -110,13 +112,14 @@ def test_a_state_trigger_reads_the_reasoners_state_alone():
     trigger = tiny_memgen(trigger="hidden_states").trigger
     assert isinstance(trigger, StateTrigger)
     assert trigger.needs_states
-    assert trigger.memory(3, 10, CPU) is None
+    assert trigger.kv_cache(3, 10, CPU) is None
     states = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 4
     normed = (states - states.mean(-1, keepdim=True)) / (
         states.var(-1, correction=0, keepdim=True) + 1e-5
     ).sqrt()
     logits = trigger.output_layer(normed * trigger.norm.weight + trigger.norm.bias)
-    assert_close("logits", trigger.logits(states), logits)
+    nothing = TokenBatch.from_rows([[0]])
+    assert_close("logits", trigger.logits(nothing, nothing.supervised, states), logits)
     probs = trigger.invoke_probs(Boundary(rows=[0, 1, 2], unread=[[], [], []], states=states), None)
     assert_close("probability", probs, logits.softmax(-1)[:, Decision.INVOKE])
 
@@ -125,10 +128,8 @@ def test_a_state_trigger_reads_the_reasoners_state_alone():
 def test_gradients_of_a_learned_trigger_reach_all_its_parameters_and_no_others(kind):
     model = tiny_memgen(trigger=kind)
     model.train_only(model.trigger)
-    if kind == "tokens":
-        logits = model.trigger.logits(TokenBatch.from_rows(random_rows([5, 3])))
-    else:
-        logits = model.trigger.logits(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)))
+    batch = TokenBatch.from_rows(random_rows([5, 3]))
+    logits = model.decision_logits(batch, InsertionPlan.empty(2), torch.ones_like(batch.supervised))
     logits.log_softmax(-1)[:, 1].sum().backward()
     with_gradient = {
         id(p) for p in model.parameters() if p.grad is not None and float(p.grad.abs().max()) > 0

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from memgen.model.backbone import Backbone
-from memgen.model.cache import PackedStore, RowCache
+from memgen.model.cache import PackedKVCache, RowKVCache
 from memgen.model.weaver import QueryBank, Weaver, WeaverConfig
 from memgen.types import InsertionKind
 from tiny import LORA, tiny_causal_lm, tiny_memgen
@@ -42,11 +42,11 @@ def from_scratch(weaver: Weaver, everything: torch.Tensor, kind: InsertionKind) 
 
 
 @pytest.mark.parametrize("own_bases", [False, True], ids=["shared base", "own base"])
-@pytest.mark.parametrize("memory", [RowCache, PackedStore], ids=["generation", "training"])
+@pytest.mark.parametrize("memory", [RowKVCache, PackedKVCache], ids=["generation", "training"])
 @torch.no_grad()
 def test_reading_only_what_is_new_equals_reading_everything_again(memory, own_bases):
     weaver = tiny_memgen(own_bases=own_bases).weaver
-    store = RowCache(3, 40, CPU) if memory is RowCache else PackedStore(3, CPU)
+    store = RowKVCache(3, 40, CPU) if memory is RowKVCache else PackedKVCache(3, CPU)
     seen = {row: torch.zeros(0, 32) for row in range(3)}
     calls = [
         ([0, 1, 2], [5, 1, 9], [PROMPT] * 3),
@@ -71,7 +71,7 @@ def test_reading_only_what_is_new_equals_reading_everything_again(memory, own_ba
 
 def test_gradients_reach_every_parameter_and_through_what_was_read_before():
     weaver = tiny_memgen().weaver
-    store = PackedStore(1, CPU)
+    store = PackedKVCache(1, CPU)
     earlier = states(5)[0].requires_grad_(True)
     weaver.weave(earlier, [5], [PROMPT], [0], store)
     (later,) = states(3, seed=1)
@@ -96,7 +96,7 @@ def test_each_kind_has_queries_and_a_number_of_latents_of_its_own():
     (new,) = states(4)
     for kind, count in ((PROMPT, 3), (INFERENCE, 2)):
         assert weaver.config.latents(kind) == count
-        assert weaver.weave(new, [4], [kind], [0], PackedStore(1, CPU)).shape == (count, 32)
+        assert weaver.weave(new, [4], [kind], [0], PackedKVCache(1, CPU)).shape == (count, 32)
 
 
 @pytest.mark.parametrize(("prompt", "inference"), [(0, 2), (3, 0), (0, 0)])

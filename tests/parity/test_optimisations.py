@@ -12,6 +12,7 @@ import pytest
 import torch
 from switches import SWITCHES, Switches
 
+from generations import invoke_probs, logprobs
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
@@ -43,18 +44,17 @@ def rollout(switches: Switches, trigger: str, **changes):
 @pytest.mark.parametrize("trigger", ["always", "tokens", "hidden_states"])
 def test_rows_of_a_rollout_equal_rows_alone_and_their_replay(switches, trigger):
     model, prompts, seeds, generation = rollout(switches, trigger)
-    assert int(generation.plan.counts.sum()) > 2
-    assert int(generation.plan.counts.max()) > 1
+    assert sum(generation.plan.counts) > 2
+    assert max(generation.plan.counts) > 1
     for row in (0, 3):
         alone = switches.generate(model, [prompts[row]], DRAWN, row_seeds=[seeds[row]])
         assert alone.answers()[0] == generation.answers()[row]
         assert alone.plan.rows()[0] == generation.plan.rows()[row]
-        length = int(generation.lengths[row])
-        assert_close(f"row {row} alone", alone.logprobs[0], generation.logprobs[row, :length])
+        assert_close(f"row {row} alone", logprobs(alone, 0), logprobs(generation, row))
     with torch.no_grad():
         replayed, _ = model.label_logprobs(generation.as_batch(), generation.plan)
-    for row, ours in enumerate(replayed.split(generation.lengths.tolist())):
-        assert_close(f"row {row} replayed", ours, generation.logprobs[row, : len(ours)])
+    for row, ours in enumerate(replayed.split(generation.lengths)):
+        assert_close(f"row {row} replayed", ours, logprobs(generation, row))
 
 
 @pytest.mark.parametrize(("trigger", "reads"), [("tokens", "embeddings"), ("hidden_states", "hidden_states")])
@@ -68,9 +68,10 @@ def test_a_rollout_is_the_one_without_any_optimisation(switches, trigger, reads)
         )
     assert ours.answers() == plain.answers()
     assert ours.plan.rows() == plain.plan.rows()
-    assert torch.equal(ours.decisions, plain.decisions)
-    for name in ("logprobs", "invoke_probs"):
-        assert_close(name, getattr(ours, name), getattr(plain, name))
+    for row, (turn, other) in enumerate(zip(ours.turns, plain.turns, strict=True)):
+        assert turn.decisions == other.decisions
+        assert_close("logprobs", logprobs(ours, row), logprobs(plain, row))
+        assert_close("invoke_probs", invoke_probs(ours, row), invoke_probs(plain, row))
     assert_close("replayed", replayed.logprobs, expected.logprobs)
     assert_close("entropy", replayed.entropy, expected.entropy)
 
@@ -184,9 +185,7 @@ def test_a_bfloat16_rollout_is_no_further_from_float32_than_plain_torch(switches
     batch, plan = generation.as_batch(), generation.plan
     exact = plain(models[torch.float32], batch, plan)
     theirs = plain(models[torch.bfloat16], batch, plan)
-    ours = torch.cat(
-        [line[:n] for line, n in zip(generation.logprobs, generation.lengths.tolist(), strict=True)]
-    )
+    ours = torch.cat([logprobs(generation, row) for row in range(8)])
     assert_no_worse(switches, ours, theirs, exact)
 
 
@@ -203,9 +202,7 @@ def test_on_a_gpu_bfloat16_is_no_further_from_float32_than_plain_torch():
     batch, plan = generation.as_batch(), generation.plan
     exact = plain(models[torch.float32], batch, plan)
     theirs = plain(models[torch.bfloat16], batch, plan)
-    recorded = torch.cat(
-        [line[:n] for line, n in zip(generation.logprobs, generation.lengths.tolist(), strict=True)]
-    )
+    recorded = torch.cat([logprobs(generation, row) for row in range(8)]).to("cuda")
     replayed, _ = models[torch.bfloat16].label_logprobs(batch, plan)
     for ours in (recorded, replayed):
         assert 0 < rmse(ours, exact) <= MARGIN * rmse(theirs, exact)

@@ -16,7 +16,7 @@ from memgen.generation.decode import Observer, generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
 from memgen.model.trigger import ConstantTrigger, Trigger
-from memgen.types import Decision, Generation, WorkCount
+from memgen.types import Generation, WorkCount
 
 # B rows, P prompt tokens, N new tokens
 
@@ -332,20 +332,18 @@ def _rate(tokens: int, timing: Timing) -> dict[str, Any]:
 
 def invocation_rate(generation: Generation) -> float | None:
     """Share of the boundaries at which the trigger was asked where it invoked; None if it was never asked."""
-    asked = int((generation.decisions != Decision.NOT_ASKED).sum())
-    return round(int((generation.decisions == Decision.INVOKE).sum()) / asked, 4) if asked else None
+    asked = sum(turn.offered for turn in generation.turns)
+    return round(sum(turn.invocations for turn in generation.turns) / asked, 4) if asked else None
 
 
 def delimiter_rate(generation: Generation, settings: ModelSettings) -> float:
     """Share of the new tokens that are delimiters."""
-    return float((generation.tokens % settings.spacing == 0).float().mean())
+    return float((torch.tensor(generation.answers()) % settings.spacing == 0).float().mean())
 
 
 def same_text(generation: Generation, plain: torch.Tensor, prompt: int) -> float:
     """Share of the new tokens that equal plain decoding's: 1 without memory, up to rounding; small with it."""
-    return round(
-        float((generation.tokens == plain[:, prompt:].to(generation.tokens.device)).float().mean()), 4
-    )
+    return round(float((torch.tensor(generation.answers()) == plain[:, prompt:].cpu()).float().mean()), 4)
 
 
 def cache_bytes(settings: ModelSettings, done: WorkCount, latents: int) -> int:

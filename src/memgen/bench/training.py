@@ -164,8 +164,8 @@ class MemGenStep(TrainingStep):
         self.model = self.components.model(ConstantTrigger(1.0))
         self.model.train_only(self.model.weaver)
         self.model.train()
-        self.plan: InsertionPlan = self.model.boundaries.cpu().plan(self.batch.to("cpu"))
-        fewest = int(self.plan.counts.min())
+        self.plan: InsertionPlan = self.model.boundaries.plan(self.batch)
+        fewest = min(self.plan.counts)
         if fewest < workload.points:
             raise ValueError(
                 f"some row has only {fewest} places for latents, but {workload.points} points per row were asked for; "

@@ -58,14 +58,11 @@ def main(argv: Sequence[str]) -> int:
         generation = generate(model, [ids], settings, observe=printer)
         printer.close()
         work: WorkCount = generation.work
-        insertions = int(generation.plan.counts[0])
-        ending = (
-            ""
-            if bool(generation.finished[0])
-            else f"; truncated at --max-new-tokens {options.max_new_tokens}"
-        )
+        insertions = generation.plan.counts[0]
+        finished = generation.turns[0].finished
+        ending = "" if finished else f"; truncated at --max-new-tokens {options.max_new_tokens}"
         print(
-            f"[{int(generation.lengths[0])} tokens, {insertions} insertions, "
+            f"[{generation.lengths[0]} tokens, {insertions} insertions, "
             f"{work.reasoner_positions} reasoner and {work.weaver_positions} weaver positions{ending}]",
             file=sys.stderr,
         )

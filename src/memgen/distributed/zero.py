@@ -48,7 +48,7 @@ from memgen.distributed.deepspeed_internals import (
 )
 from memgen.distributed.torch_internals import set_group_timeouts
 from memgen.model.backbone import Backbone
-from memgen.model.cache import PackedStore, Segment
+from memgen.model.cache import PackedKVCache, PassSegment
 from memgen.model.memgen import MemGenModel
 
 ADAPTERS = ("weaver", "trigger", None)
@@ -497,7 +497,7 @@ class LayerShards:
             embeddings = torch.zeros(
                 1, base.hidden_size, device=base.device, dtype=base.embedding.dtype, requires_grad=bool(grad)
             )
-            view = PackedStore(1, base.device).open([Segment(rows=[0], counts=[1])])
+            view = PackedKVCache(1, base.device).open([PassSegment(rows=[0], counts=[1])])
             output = base.forward(embeddings, view, ADAPTERS[adapter])
             if grad:
                 self._outputs.append(output)

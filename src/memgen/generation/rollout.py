@@ -24,16 +24,8 @@ from memgen.environments.base import Environment, Episode, Example, InteractiveE
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
-from memgen.types import (
-    AgentTurn,
-    Decision,
-    Generation,
-    InsertionPlan,
-    RowWork,
-    TokenBatch,
-    Trajectory,
-    WorkCount,
-)
+from memgen.seeds import turn_seed
+from memgen.types import AgentTurn, Decision, InsertionPlan, TokenBatch, Trajectory, WorkCount
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,9 +38,9 @@ class EpisodeSettings:
     """Limits of episodes of several turns. `GenerationSettings.max_new_tokens` limits each turn."""
 
     max_turns: int | None = None
-    """Turns after which an episode is cut. null: the environment's own limit."""
+    """Turns after which an episode is truncated. null: the environment's own limit."""
     max_observation_tokens: int = 512
-    """Tokens of an observation; what is longer is cut."""
+    """Tokens of an observation; a longer one is truncated."""
     max_length: int | None = None
     """Tokens of an episode, observations included, latents not counted: no turn begins that might exceed it.
     null: the reasoner's context."""
@@ -62,13 +54,13 @@ class EpisodeSettings:
 
 @dataclass(frozen=True)
 class Actor:
-    """Who plays what, and how.
+    """The agent and its task.
 
     Attributes:
         model: in evaluation mode.
         tokenizer: the reasoner's.
         environment: the task.
-        generation: how each turn is drawn; `group_size` episodes per item.
+        generation: how each turn is sampled; `group_size` episodes per item.
         episodes: limits.
         template: a chat template in place of the tokenizer's.
     """
@@ -82,7 +74,7 @@ class Actor:
 
     @property
     def max_turns(self) -> int:
-        """Turns after which an episode is cut: 1 where there is nothing to interact with."""
+        """Turns after which an episode is truncated: 1 for a task of a single turn."""
         if not isinstance(self.environment, InteractiveEnvironment):
             return 1
         return self.episodes.max_turns or self.environment.max_turns
@@ -90,15 +82,14 @@ class Actor:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What came of it.
+    """Result of a rollout: trajectories, work, timings.
 
     Attributes:
-        trajectories: `group_size` of each item, those of an item one behind the other.
+        trajectories: `group_size` of each item, those of an item next to each other.
         latents: inserted latents of each trajectory in order, each (K, H), if they were asked for.
         work: exact work counts of all turns.
         seconds: wall time of decoding.
         environment_seconds: wall time of environment and rewards.
-        row_work: each trajectory's share of the work, all its turns together.
     """
 
     trajectories: list[Trajectory]
@@ -106,7 +97,6 @@ class Rollouts:
     work: WorkCount
     seconds: float
     environment_seconds: float
-    row_work: Sequence[RowWork] = ()
 
 
 def rollout(
@@ -115,9 +105,9 @@ def rollout(
     """Plays `group_size` episodes of each item.
 
     Args:
-        actor: who plays.
+        actor: the agent and its task.
         examples: the items.
-        seeds: a seed for each episode; its draws depend on nothing else in the batch.
+        seeds: a seed for each episode; what is sampled in it depends on nothing else in the batch.
         keep_latents: whether to return the inserted latents.
 
     Raises:
@@ -140,10 +130,9 @@ class _Playing:
     turns: list[AgentTurn] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     over: bool = False
-    cut: bool = False
+    truncated: bool = False
     fault: str | None = None
     reward: Reward | None = None
-    work: RowWork = field(default_factory=RowWork)
 
 
 class _Rollout:
@@ -183,7 +172,6 @@ class _Rollout:
             work=WorkCount(**self.work),
             seconds=self.seconds,
             environment_seconds=self.environment_seconds,
-            row_work=[p.work for p in playing],
         )
 
     # One turn
@@ -228,7 +216,7 @@ class _Rollout:
             live = [p for p in playing if not p.over]
             if turn > 0:
                 for p in live:
-                    p.over = p.cut = self._room(p) < 0
+                    p.over = p.truncated = self._room(p) < 0
                 live = [p for p in live if not p.over]
             if not live:
                 break
@@ -247,12 +235,12 @@ class _Rollout:
                         *self._observation_ids(p),
                     ]
         for p in playing:
-            p.cut = p.cut or not p.over
+            p.truncated = p.truncated or not p.over
             if p.fault is None and p.episode is not None:
                 p.reward = p.episode.reward()
 
     def _room(self, playing: _Playing) -> int:
-        """Positions that are left behind the longest turn that may follow. Negative: there must be none."""
+        """Positions that are left after the longest turn that may follow. Negative: no turn fits."""
         model, new = self.actor.model, self.actor.generation.max_new_tokens
         weaver = model.weaver.config
         length = len(playing.context) + new
@@ -318,7 +306,7 @@ class _Rollout:
             actor.model,
             [p.context for p in playing[::size]],
             settings,
-            row_seeds=[_turn_seed(p.seed, len(p.turns)) for p in playing],
+            row_seeds=[turn_seed(p.seed, len(p.turns)) for p in playing],
             earlier=_plan([p.turns for p in playing]) if earlier else None,
             earlier_latents=[p.latents for p in playing] if earlier else None,
             stop=self._stop(),
@@ -328,10 +316,8 @@ class _Rollout:
         for name in self.work:
             self.work[name] += getattr(generation.work, name)
         texts: list[str] = actor.tokenizer.batch_decode(generation.answers(), skip_special_tokens=True)
-        played = zip(playing, agent_turns(generation), texts, generation.row_work, strict=True)
-        for p, turn, text, work in played:
+        for p, turn, text in zip(playing, generation.turns, texts, strict=True):
             p.turns.append(dataclasses.replace(turn, text=text, observation=p.observation))
-            p.work += work
         if generation.latents is not None:
             for p, blocks in zip(playing, generation.latents, strict=True):
                 p.latents += blocks
@@ -347,25 +333,6 @@ class _Rollout:
         return lambda tokens: any(text in decode(list(tokens[-tail:])) for text in texts)
 
 
-def agent_turns(generation: Generation) -> list[AgentTurn]:
-    """A generation's rows as turns."""
-    answers, plans, prompts = generation.answers(), generation.plan.rows(), generation.prompt.rows()
-    logprobs = generation.logprobs.tolist()
-    decisions, probs = generation.decisions.tolist(), generation.invoke_probs.tolist()
-    return [
-        AgentTurn(
-            context=prompts[row],
-            tokens=tokens,
-            logprobs=logprobs[row][: len(tokens)],
-            decisions=decisions[row][: len(tokens)],
-            invoke_probs=probs[row][: len(tokens)],
-            insertions=plans[row],
-            finished=finished,
-        )
-        for row, (tokens, finished) in enumerate(zip(answers, generation.finished.tolist(), strict=True))
-    ]
-
-
 def _trajectory(playing: _Playing) -> Trajectory:
     reward = playing.reward or Reward(0.0)
     return Trajectory(
@@ -373,38 +340,31 @@ def _trajectory(playing: _Playing) -> Trajectory:
         turns=tuple(playing.turns),
         reward=reward.total,
         parts=dict(reward.parts),
-        truncated=playing.cut or any(not turn.finished for turn in playing.turns),
+        truncated=playing.truncated or any(not turn.finished for turn in playing.turns),
         fault=playing.fault,
         prompt=tuple(playing.prompt),
     )
 
 
-def _turn_seed(seed: int, turn: int) -> int:
-    return (seed + turn * 0x9E3779B97F4A7C15) % 2**63
-
-
 def _plan(rows: Sequence[Sequence[AgentTurn]]) -> InsertionPlan:
     """All insertions of each row's turns."""
-    insertions = [[item for turn in turns for item in turn.insertions] for turns in rows]
-    return InsertionPlan.from_rows(
-        [[point for point, _ in row] for row in insertions], [[kind for _, kind in row] for row in insertions]
-    )
+    return InsertionPlan([[pair for turn in turns for pair in turn.insertions] for turns in rows])
 
 
 @dataclass(frozen=True)
 class Replay:
-    """Trajectories as rows that a teacher-forced pass reads, and where its values belong.
+    """Trajectories as rows of a teacher-forced pass, and the episode that each of its values belongs to.
 
-    A row per turn, or per episode if the latents of a turn stay for the next. The agent's tokens are supervised:
-    observations are read, never trained on.
+    A row per turn, or per episode if later turns see the latents of earlier ones. The agent's tokens are supervised:
+    observations are read, never trained on. Tensors are on the host; the losses move what they compute with.
 
     Attributes:
         batch: rows of tokens.
         plan: where their latents lie.
-        tokens: True where an episode has a token, bool (E, N): the agent's tokens of all turns, one behind the other.
+        tokens: True where an episode has a token, bool (E, N): the agent's tokens of all turns, concatenated.
         logprobs: what the rollout recorded for them, float32 (E, N).
-        at: True at the boundary tokens behind which a decision was taken, bool (R, L).
-        decided: True where an episode has a decision, bool (E, D): those of all turns, one behind the other.
+        at: True at the boundary tokens behind which a decision was made, bool (R, L).
+        decided: True where an episode has a decision, bool (E, D): those of all turns, concatenated.
         decisions: SKIP or INVOKE, int64 (E, D).
         invoke_probs: the trigger's probability of INVOKE in the rollout, float32 (E, D).
     """
@@ -423,26 +383,19 @@ class Replay:
         # Rows of an episode are neighbours and in the order of its turns, so their values are already in place.
         return values.new_zeros(mask.shape).masked_scatter(mask.to(values.device), values)
 
-    def to(self, device: torch.device | str) -> Replay:
-        """The same on another device. The plan stays on the host, where it is read."""
-        moved = {
-            f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self) if f.name != "plan"
-        }
-        return Replay(plan=self.plan, **moved)
-
 
 def replay(
     trajectories: Sequence[Trajectory], groups: Sequence[int], *, keep_turn_latents: bool
 ) -> Replay | None:
-    """Rows that read again what the trajectories read.
+    """Rows with the same tokens and latents as in the trajectories.
 
     Args:
-        trajectories: E of them; those that the environment failed have no rows.
-        groups: a number for each; trajectories of one number began with the same prompt, which is read once.
+        trajectories: E of them; those with an environment error have no rows.
+        groups: a number for each; trajectories with the same number have the same prompt, which is read once.
         keep_turn_latents: whether later turns saw the latents of earlier ones.
 
     Returns:
-        None if there is nothing to read.
+        None if every trajectory has an environment error.
     """
     valid = [() if t.fault is not None else t.turns for t in trajectories]
     if not any(valid):
@@ -463,7 +416,7 @@ def replay(
             rows.append(ids)
             marks.append(mark)
             row_turns.append(part)
-            # The turns of an episode begin alike; so do the answers to a prompt. One number can say only one of both.
+            # Turns of an episode share their beginning, and so do answers to a prompt: a row can be in one group only.
             group.append(groups[episode] if one_turn or keep_turn_latents else episode)
             shared.append(len(part[0].context))
     batch = dataclasses.replace(
@@ -495,7 +448,7 @@ def replay(
 
 
 def _padded(rows: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:
-    """Which places of a rectangle have a value, and the values."""
+    """Rows of different length as a mask and a rectangle of values."""
     width = max((len(row) for row in rows), default=0)
     mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
     values = torch.zeros(mask.shape)

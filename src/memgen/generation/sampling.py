@@ -1,4 +1,4 @@
-"""Drawing tokens. Every row brings its own random numbers, so a row's draws do not depend on the batch around it."""
+"""Sampling tokens. Every row has its own seed, so what is sampled for it does not depend on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How answers are drawn."""
+    """How answers are sampled."""
 
     max_new_tokens: int = 256
-    """Limit of an answer's length; an answer that reaches it is cut and marked as unfinished."""
+    """Limit of an answer's length; an answer that reaches it is truncated and marked as unfinished."""
     temperature: float = 0.0
     """0 takes the most probable token."""
     top_p: float = 1.0
-    """Draw from the smallest set of tokens that holds this probability. 1 is off."""
+    """Sample from the smallest set of tokens that holds this probability. 1 is off."""
     top_k: int = 0
-    """Draw from this many most probable tokens. 0 is off."""
+    """Sample from this many most probable tokens. 0 is off."""
     sample_decisions: bool = False
-    """Draw a learned trigger's decisions (paper, Eq. 4) instead of taking the more probable one (released code)."""
+    """Sample a learned trigger's decisions (paper, Eq. 4) instead of taking the more probable one (released code)."""
     group_size: int = 1
     """Answers per prompt; the prompt is read once for all of them."""
     seed: int = 0
-    """Seeds the rows that are not given a seed of their own."""
+    """The seed from which those of the rows are derived."""
     static_step: Literal["auto", "on", "off"] = "auto"
     """Whether steps in which no row inserts have a fixed shape: auto on CUDA only, where they are recorded and replayed.
 
@@ -52,20 +52,20 @@ class GenerationSettings:
 
 
 def row_uniforms(seeds: Sequence[int], count: int) -> Float[Tensor, "rows count"]:
-    """Uniform numbers in [0, 1), float64, a reproducible line for each seed."""
-    lines = [
+    """Uniform numbers in [0, 1), float64, reproducible for each seed."""
+    rows = [
         torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         for seed in seeds
     ]
-    return torch.stack(lines)
+    return torch.stack(rows)
 
 
-class Draw(NamedTuple):
+class Sampled(NamedTuple):
     """The next token of each row.
 
     Attributes:
         tokens: token ids, int64 (R,).
-        logprobs: log-probability of each at its temperature, before top-k and top-p cut anything (R,). Greedy
+        logprobs: log-probability of each at its temperature, before top-k and top-p (R,). Greedy
             decoding (temperature 0) reports the model's own distribution.
     """
 
@@ -76,7 +76,7 @@ class Draw(NamedTuple):
 def truncated(
     logits: Float[Tensor, "rows vocab"], settings: GenerationSettings
 ) -> Float[Tensor, "rows vocab"]:
-    """Tempered logits with -inf where top-k and top-p cut."""
+    """Logits with -inf for the tokens that top-k and top-p remove."""
     if 0 < settings.top_k < logits.shape[-1]:
         threshold = logits.topk(settings.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -84,25 +84,25 @@ def truncated(
         ordered, index = logits.sort(dim=-1, descending=True)
         probs = ordered.softmax(dim=-1)
         # A token stays if the more probable ones before it do not hold top_p yet: the first always stays.
-        cut = probs.cumsum(dim=-1) - probs >= settings.top_p
-        logits = logits.masked_fill(cut.scatter(-1, index, cut), -torch.inf)
+        removed = probs.cumsum(dim=-1) - probs >= settings.top_p
+        logits = logits.masked_fill(removed.scatter(-1, index, removed), -torch.inf)
     return logits
 
 
-def choose(
+def sample(
     logits: Float[Tensor, "rows vocab"], settings: GenerationSettings, uniforms: Float[Tensor, " rows"] | None
-) -> Draw:
-    """Draws the next token of each row.
+) -> Sampled:
+    """Samples the next token of each row.
 
     Args:
         logits: float32 (R, V).
-        settings: how to draw.
+        settings: how to sample.
         uniforms: a number in [0, 1) per row; None only if greedy.
     """
     if settings.temperature == 0:
         tokens = logits.argmax(dim=-1)
-        return Draw(tokens, _logprob(logits, tokens))
-    assert uniforms is not None, "drawing needs one uniform number per row"
+        return Sampled(tokens, _logprob(logits, tokens))
+    assert uniforms is not None, "sampling needs one uniform number per row"
     logits = logits / settings.temperature
     kept = truncated(logits, settings)
     mass = kept.double().softmax(dim=-1).cumsum(dim=-1)
@@ -111,7 +111,7 @@ def choose(
     # Rounding may land behind the last token that has any probability.
     last = (kept > -torch.inf).long().cumsum(dim=-1).argmax(dim=-1)
     tokens = torch.minimum(tokens, last)
-    return Draw(tokens, _logprob(logits, tokens))
+    return Sampled(tokens, _logprob(logits, tokens))
 
 
 def _logprob(logits: Tensor, tokens: Tensor) -> Tensor:

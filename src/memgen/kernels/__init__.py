@@ -51,7 +51,7 @@ def interleave(table: Tensor, tokens: Tensor, latents: Tensor, sources: Tensor) 
     _check_integers(tokens=tokens, sources=sources)
     if tokens.ndim != 1 or tokens.shape != sources.shape:
         raise ValueError(
-            f"tokens and sources must be lines of the same length, got {_shape(tokens)} and {_shape(sources)}"
+            f"tokens and sources must be vectors of the same length, got {_shape(tokens)} and {_shape(sources)}"
         )
     if chosen(table.device) == "reference":
         return reference.interleave(table, tokens, latents, sources)

@@ -1,4 +1,4 @@
-"""The plain-torch definition of every fused operation: the specification, the CPU path, and the tests' other side."""
+"""The plain-torch definition of every fused operation: the specification, the CPU path, and the reference in tests."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def chunk_rows(weight: Tensor) -> int:
 
 @dataclass(frozen=True)
 class RowSoftmax:
-    """What the rows of a chunk of logits give.
+    """Results for the rows of a chunk of logits.
 
     Attributes:
         logprobs: of the targets, (n,).
         normalisers: logarithm of the sum of exponentials, (n,).
         entropies: (n,), if they were asked for.
-        derivative: of the log-probabilities by the logits, (n, V), if it was asked for. May be the logits' memory.
+        derivative: of the log-probabilities by the logits, (n, V), if it was asked for. May share the logits' storage.
     """
 
     logprobs: Tensor
@@ -80,8 +80,8 @@ class TorchRows:
         Args:
             logits: (n, V).
             targets: (n,).
-            entropy: whether entropies are wanted.
-            derivative: whether the derivative is wanted.
+            entropy: whether to compute entropies.
+            derivative: whether to compute the derivative.
         """
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         largest = exact.amax(dim=-1, keepdim=True)

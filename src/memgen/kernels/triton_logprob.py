@@ -22,7 +22,7 @@ from memgen.kernels.reference import RowSoftmax, chunked_logprob
 _MAX_BLOCK = 8192
 
 
-# Our own, because `tl.sum` and `tl.max` cannot be interpreted if somebody imported triton before TRITON_INTERPRET was
+# Our own, because `tl.sum` and `tl.max` cannot be interpreted if triton was imported before TRITON_INTERPRET was
 # set.
 @triton.jit
 def _add(a, b):
@@ -41,10 +41,10 @@ def _linear_logprob_fwd_kernel(
 ):  # fmt: skip
     # V is a constant: one vocabulary, one compilation, and Triton 3.6's interpreter cannot loop up to a variable.
     row = tl.program_id(0).to(tl.int64)
-    line = logits + row * logits_row
+    pointer = logits + row * logits_row
     target = tl.load(targets + row * targets_step).to(tl.int64)
     tl.device_assert((target >= 0) & (target < V), "target outside the vocabulary")
-    target_logit = tl.load(line + target).to(WIDE)
+    target_logit = tl.load(pointer + target).to(WIDE)
     columns = tl.arange(0, BLOCK)
     # Per lane, so that lanes are combined once, behind the loop. -1e30 stands for -inf: inf - inf is no number.
     largest = tl.full((BLOCK,), -1.0e30, WIDE)
@@ -53,7 +53,7 @@ def _linear_logprob_fwd_kernel(
     for begin in range(0, V, BLOCK):
         within = begin + columns < V
         value = tl.maximum(
-            tl.load(line + begin + columns, mask=within, other=-float("inf")).to(WIDE), -1.0e30
+            tl.load(pointer + begin + columns, mask=within, other=-float("inf")).to(WIDE), -1.0e30
         )
         higher = tl.maximum(largest, value)
         shrink = tl.exp(largest - higher)
@@ -77,9 +77,9 @@ def _linear_logprob_fwd_kernel(
     if DERIVATIVE:
         for begin in range(0, V, BLOCK):
             within = begin + columns < V
-            value = tl.load(line + begin + columns, mask=within, other=-float("inf")).to(WIDE)
+            value = tl.load(pointer + begin + columns, mask=within, other=-float("inf")).to(WIDE)
             derivative = tl.where(begin + columns == target, 1.0, 0.0) - tl.exp(value - top) / all_total
-            tl.store(line + begin + columns, derivative.to(logits.dtype.element_ty), mask=within)
+            tl.store(pointer + begin + columns, derivative.to(logits.dtype.element_ty), mask=within)
 
 
 @triton.jit
@@ -89,13 +89,13 @@ def _linear_logprob_bwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = columns < V
-    line = logits + row * logits_row + columns
-    logit = tl.maximum(tl.load(line, mask=within, other=-float("inf")).to(WIDE), -1.0e30)
+    pointer = logits + row * logits_row + columns
+    logit = tl.maximum(tl.load(pointer, mask=within, other=-float("inf")).to(WIDE), -1.0e30)
     logprob = logit - tl.load(normalisers + row)
     # d entropy / d logits = -p (log p + entropy)
     slope = tl.exp(logprob) * (logprob + tl.load(entropies + row))
     grad = -tl.load(grads + row * grads_step) * slope
-    tl.store(line, grad.to(logits.dtype.element_ty), mask=within)
+    tl.store(pointer, grad.to(logits.dtype.element_ty), mask=within)
 
 
 def _block(vocabulary: int) -> int:

@@ -2,7 +2,7 @@
 
 PEFT makes the layers and names the tensors. Its own switches (`set_adapter`, `disable_adapter`) change
 `requires_grad`, which silently drops every LoRA gradient when they are called between forward and backward; so the
-switch here only sets which adapter a layer adds, and trainability is decided once, by name, by whoever trains.
+switch here only sets which adapter a layer adds, and the stage that trains decides once, by name, what is trainable.
 """
 
 from __future__ import annotations

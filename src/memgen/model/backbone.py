@@ -1,7 +1,7 @@
 """One frozen language model, read through one attention function of ours.
 
 Any decoder-only Hugging Face model with rotary (or no) positions serves: its modules run unchanged on packed input,
-and its attention, registered under the name "memgen", keeps keys and values in the memory that the pass was opened
+and its attention, registered under the name "memgen", keeps keys and values in the KV cache that the pass was opened
 on. A decoder of the common plain shape is computed without its modules (see decoder.py). The adapter is an argument
 of a pass.
 """
@@ -37,14 +37,14 @@ _VIEW: ContextVar[View | None] = ContextVar("memgen_view", default=None)
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Which language model, and in which type."""
+    """Which language model, and in which dtype."""
 
     name: str = "lab:reasoner"
     """A directory, a hub name, or an asset of the embedded default such as lab:reasoner."""
     revision: str | None = None
     """Revision on the hub."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the frozen weights. What is trained is always float32."""
+    """dtype of the frozen weights. What is trained is always float32."""
 
 
 def _attention(
@@ -89,7 +89,7 @@ class Backbone(nn.Module):
 
     Args:
         model: a Hugging Face causal language model. It is frozen, put into evaluation mode and read through
-            memgen's attention from now on.
+            memgen's attention from then on.
         name: what to call it in checkpoints and messages.
 
     Raises:
@@ -164,8 +164,13 @@ class Backbone(nn.Module):
         return cast(nn.Linear, self.model.get_output_embeddings())
 
     def add_adapter(self, name: str, settings: LoraSettings) -> None:
-        """Adds a LoRA adapter that a pass may name."""
+        """Adds a LoRA adapter that a pass may name.
+
+        Raises:
+            RuntimeError: if the new adapter changes the base: its initialisation was overwritten (by a sharded one, say).
+        """
         self.adapters.add(name, settings)
+        self.adapters.assert_untouched(name)
         if self._direct is not None:
             # Its layers were replaced by layers with an adapter.
             self._directly, self._direct = None, None
@@ -196,7 +201,7 @@ class Backbone(nn.Module):
 
         Args:
             embeddings: (T, H), any floating type; cast to the base's.
-            view: the pass, opened on a memory.
+            view: the pass, opened on a KV cache.
             adapter: adapter to apply, or None for the bare base.
 
         Returns:
@@ -220,8 +225,8 @@ class Backbone(nn.Module):
     def recordable(self) -> list[Tensor] | None:
         """What a pass reads besides the weights, if its operations may be recorded and run again without it.
 
-        Whoever records a pass must keep these tensors. None: a decoder that is read through its modules, which may
-        look at values on the host, or one that has not been read yet.
+        The caller that records a pass must keep these tensors. None: a decoder that is read through its modules, which
+        may look at values on the host, or one that has not been read yet.
         """
         direct = self._computed_directly()
         return None if direct is None else direct.angles()

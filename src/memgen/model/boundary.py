@@ -1,4 +1,4 @@
-r"""Boundaries: where memory may be woven in. The end of a prompt, and after a delimiter token inside an answer.
+r"""Boundaries: where latents may be inserted. The end of a prompt, and after a delimiter token inside an answer.
 
 Delimiters are a table over token ids: a token counts if its own text ends in a delimiter, so fused tokens such as
 ".\n" count too (the released code decodes the whole prefix for this; the last token alone decides it).
@@ -9,26 +9,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
-import torch
-from jaxtyping import Bool
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
 from memgen.types import InsertionKind, InsertionPlan, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
-class Turn:
+class SupervisedTurn:
     """One supervised turn of a row."""
 
     begin: int
-    """Its first token: latents of the prompt end go directly before it."""
+    """Its first token: latents at the end of the prompt go directly before it."""
     points: tuple[int, ...]
-    """Tokens of it that directly follow a delimiter of it: latents may go before each."""
+    """Tokens of the turn that directly follow a delimiter of the turn: latents may go before each."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class BoundaryConfig:
     """Where the trigger is asked."""
 
     delimiters: tuple[str, ...] = (",", ".", "\n")
-    """Texts after which it may be asked. The paper gives commas and periods as examples; these are the code's."""
+    """Texts after which it may be asked. The paper gives commas and periods as examples; these are the released code's."""
     ignore_numeric: bool = False
-    """Skip "." and "," that follow a digit, so that 3.14 and 1,000 are not cut. A delimiter must be judged before the
+    """Skip "." and "," that follow a digit, so that latents do not split 3.14 or 1,000. A delimiter is judged before the
     next token is known, so a full stop right behind a number is skipped too."""
     max_inference_insertions: int = 5
     """Insertions per answer, the one at the end of the prompt not counted. 0 leaves only the end of the prompt."""
@@ -52,8 +54,9 @@ class BoundaryConfig:
             )
 
 
-class Boundaries(nn.Module):
-    """The delimiter table of a tokenizer.
+@final
+class Boundaries:
+    """The delimiter table of a tokenizer, on the host, where the token ids of rows and answers are.
 
     Args:
         config: where the trigger is asked.
@@ -63,12 +66,7 @@ class Boundaries(nn.Module):
         ValueError: if a delimiter is empty, or no token ends in it.
     """
 
-    is_delimiter: Bool[Tensor, " vocab"]
-    is_number_mark: Bool[Tensor, " vocab"]
-    ends_in_digit: Bool[Tensor, " vocab"]
-
     def __init__(self, config: BoundaryConfig, texts: Sequence[str]) -> None:
-        super().__init__()
         for delimiter in config.delimiters:
             if not delimiter:
                 raise ValueError("boundaries.delimiters holds an empty text")
@@ -83,11 +81,11 @@ class Boundaries(nn.Module):
                 mark and not (text[-1:] in (".", ",") and text[-2:-1].isdigit())
                 for mark, text in zip(marks, texts, strict=True)
             ]
-        self.register_buffer("is_delimiter", torch.tensor(marks), persistent=False)
-        number_marks = torch.tensor([config.ignore_numeric and text in (".", ",") for text in texts])
-        self.register_buffer("is_number_mark", number_marks, persistent=False)
-        digits = torch.tensor([text[-1:].isdigit() for text in texts])
-        self.register_buffer("ends_in_digit", digits, persistent=False)
+        self.is_delimiter: Bools = np.asarray(marks)
+        self.is_number_mark: Bools = np.asarray(
+            [config.ignore_numeric and text in (".", ",") for text in texts]
+        )
+        self.ends_in_digit: Bools = np.asarray([text[-1:].isdigit() for text in texts])
 
     @classmethod
     def from_tokenizer(
@@ -105,37 +103,38 @@ class Boundaries(nn.Module):
         return cls(config, [*texts, *[""] * (vocabulary - known)])
 
     def capped(self, insertions: int) -> Boundaries:
-        """The same table with another cap on the insertions inside an answer."""
+        """The same table with another limit on the insertions inside an answer."""
         twin = copy.copy(self)
         twin.config = replace(self.config, max_inference_insertions=insertions)
         return twin
 
-    def after(self, token: Tensor, previous: Tensor) -> Tensor:
+    def after(self, token: Ints, previous: Ints) -> Bools:
         """Whether a boundary lies behind `token`, given the token before it. Any shape, element by element."""
-        return self.is_delimiter[token] & ~(self.is_number_mark[token] & self.ends_in_digit[previous])
+        found: Bools = self.is_delimiter[token] & ~(self.is_number_mark[token] & self.ends_in_digit[previous])
+        return found
 
-    def turns(self, batch: TokenBatch) -> list[list[Turn]]:
+    def turns(self, batch: TokenBatch) -> list[list[SupervisedTurn]]:
         """The supervised turns of each row: a run of supervised tokens each (released code's rule for the points).
 
         Raises:
             ValueError: if a row begins with a supervised token, so that no prompt precedes its answer.
         """
-        if bool(batch.supervised[:, 0].any()):
-            row = int(batch.supervised[:, 0].nonzero()[0])
+        ids, marks = batch.ids.cpu().numpy(), batch.supervised.cpu().numpy()
+        if marks[:, 0].any():
+            row = int(np.flatnonzero(marks[:, 0])[0])
             raise ValueError(
                 f"row {row} begins with a supervised token; a prompt of at least one token must precede it"
             )
-        ids, marks = batch.ids, batch.supervised
-        previous = torch.cat([ids[:, :1], ids[:, :-1]], dim=1)
+        previous = np.concatenate([ids[:, :1], ids[:, :-1]], axis=1)
         behind_delimiter = self.after(ids, previous)[:, :-1] & marks[:, :-1] & marks[:, 1:]
         starts = marks[:, 1:] & ~marks[:, :-1]
-        turns: list[list[Turn]] = []
-        for row_starts, row_points in zip(starts.tolist(), behind_delimiter.tolist(), strict=True):
-            begins = [i + 1 for i, mark in enumerate(row_starts) if mark]
-            points = [i + 1 for i, mark in enumerate(row_points) if mark]
+        turns: list[list[SupervisedTurn]] = []
+        for row_starts, row_points in zip(starts, behind_delimiter, strict=True):
+            begins: list[int] = (np.flatnonzero(row_starts) + 1).tolist()
+            points: list[int] = (np.flatnonzero(row_points) + 1).tolist()
             turns.append(
                 [
-                    Turn(begin, tuple(point for point in points if begin < point < end))
+                    SupervisedTurn(begin, tuple(point for point in points if begin < point < end))
                     for begin, end in zip(begins, [*begins[1:], ids.shape[1]], strict=True)
                 ]
             )
@@ -150,17 +149,16 @@ class Boundaries(nn.Module):
             batch: rows whose supervised tokens are the answers.
             choose: given the row and a turn's points, those to use. None: the first ones, up to the cap.
         """
-        points: list[list[int]] = []
-        kinds: list[list[int]] = []
+        rows = []
         for row, turns in enumerate(self.turns(batch)):
-            points.append([])
-            kinds.append([])
+            pairs: list[tuple[int, int]] = []
             for turn in turns:
                 inside = (
                     turn.points[: self.config.max_inference_insertions]
                     if choose is None
                     else choose(row, turn.points)
                 )
-                points[-1] += [turn.begin, *inside]
-                kinds[-1] += [int(InsertionKind.PROMPT), *[int(InsertionKind.INFERENCE)] * len(inside)]
-        return InsertionPlan.from_rows(points, kinds)
+                pairs.append((turn.begin, int(InsertionKind.PROMPT)))
+                pairs += [(point, int(InsertionKind.INFERENCE)) for point in inside]
+            rows.append(pairs)
+        return InsertionPlan(rows)

@@ -1,15 +1,15 @@
-"""Key-value memories whose rows have different lengths. This is the one hard data structure; it keeps three rules.
+"""KV caches whose rows have different lengths. This is the one hard data structure; it keeps three rules.
 
-1. Inputs are packed: a pass feeds T positions of any rows, one behind the other, and padding is never fed, so
-   nothing can be written past a row's end into another row.
+1. Inputs are packed: a pass feeds T positions of any rows, concatenated, and padding is never fed, so nothing can be
+   written past a row's end into another row.
 2. A row's keys lie in the order of its positions, from 0: key slot j of a row is its position j, and the mask is
    `slot <= position`.
-3. What a pass writes counts only as far as the caller keeps it: the weaver's queries are read by their own pass and
-   then forgotten.
+3. Of what a pass writes, a row keeps as many positions as the caller says: the weaver's queries are read by their own
+   pass and not kept.
 
-`RowCache` is for generation (preallocated, no gradient), `PackedStore` for training (autograd runs through it).
-Both hand out a `View`: everything one pass needs, fixed when the pass begins, so that a recomputation under
-activation checkpointing sees exactly what the first computation saw.
+`RowKVCache` is for generation (preallocated, no gradient), `PackedKVCache` for training (autograd runs through it).
+Both return a `View`: everything one pass needs, fixed when the pass begins, so that a recomputation under activation
+checkpointing sees exactly what the first computation saw.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from typing_extensions import override
 
 
 @dataclass(frozen=True)
-class Segment:
+class PassSegment:
     """A part of a pass: for each row, how many new positions it feeds."""
 
     rows: Sequence[int]
-    """Rows of the memory; a row appears once per segment."""
+    """Rows of the cache; a row appears once per segment."""
     counts: Sequence[int]
-    """New positions of each row; they lie one behind the other in the packed input, in the order of `rows`."""
+    """New positions of each row; they are concatenated in the packed input, in the order of `rows`."""
     keep: Sequence[int] | None = None
-    """How many of them the memory keeps, from the front; None keeps all."""
+    """How many of them the cache keeps, from the front; None keeps all."""
     read: Sequence[int] | None = None
-    """From how many of them, counted from the back, the result is wanted; None: from all. The others are computed
-    only as far as those behind them look at them."""
+    """For how many of them, counted from the back, the output is needed; None: for all. The others are computed only
+    as far as later positions attend to them."""
 
 
 class View(ABC):
-    """One pass over a memory."""
+    """One pass over a cache."""
 
     positions: Tensor
     """Position ids of the packed input, int64 (T,)."""
     limit: int
     """One more than the largest position."""
     read: Tensor | None = None
-    """Where in the packed input the results are that somebody wants, int64; None: everywhere."""
+    """Indices into the packed input whose outputs are needed, int64; None: all."""
 
     @abstractmethod
     def attend(
@@ -83,7 +83,7 @@ class View(ABC):
 
 
 def upload(values: Sequence[int] | Sequence[float] | np.ndarray, device: torch.device) -> Tensor:
-    """Sends host numbers to a device. A GPU is not waited for: the copy is queued behind its work."""
+    """Copies host numbers to a device. A GPU is not waited for: the copy is queued behind its work."""
     host = torch.from_numpy(np.asarray(values))
     if device.type == "cuda":
         # An ordinary copy waits until everything before it is done. The pinned block is not reused before it is read.
@@ -91,12 +91,12 @@ def upload(values: Sequence[int] | Sequence[float] | np.ndarray, device: torch.d
     return host.to(device)
 
 
-class Memory(ABC):
-    """What a pass reads and extends."""
+class KVCache(ABC):
+    """Keys and values of every layer, which a pass reads and extends."""
 
     @abstractmethod
-    def open(self, segments: Sequence[Segment]) -> View:
-        """Begins a pass that feeds the segments, one behind the other. A later segment sees an earlier one."""
+    def open(self, segments: Sequence[PassSegment]) -> View:
+        """Begins a pass that feeds the segments in this order. A later segment sees an earlier one."""
 
     @abstractmethod
     def length(self, row: int) -> int:
@@ -172,7 +172,7 @@ class _Padding:
             starts = np.cumsum([0, *counts[:-1]])
             column = np.arange(self.width)
             real = column < np.asarray(counts)[:, None]
-            # A padded query repeats its row's first: it computes something finite that nobody reads.
+            # A padded query repeats its row's first: its output is finite and not used.
             index = np.where(real, starts[:, None] + column, starts[:, None])
             self.pad_index = upload(index.reshape(-1), device)
             self.unpad_index = upload(np.flatnonzero(real.reshape(-1)), device)
@@ -193,36 +193,36 @@ class _Padding:
 
 @dataclass(frozen=True)
 class _Tail:
-    lines: np.ndarray  # lines of the segment from which something is wanted
+    rows: np.ndarray  # indices of the segment's rows of which something is needed
     counts: np.ndarray  # how many positions of each, from the back
 
 
 class _Narrowed:
-    """Gathers which positions of a pass are wanted, if not all are."""
+    """Gathers which positions of a pass have an output that is needed, if not all have."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    def __init__(self, segments: Sequence[PassSegment]) -> None:
         self._all = all(segment.read is None for segment in segments)
         self._index: list[np.ndarray] = []
         self._offset = 0
         self.total = 0
 
-    def tail(self, segment: Segment) -> _Tail | None:
-        """The wanted part of the next segment; None if it is empty, or if the whole pass is wanted."""
+    def tail(self, segment: PassSegment) -> _Tail | None:
+        """The needed part of the next segment; None if it is empty, or if the whole pass is needed."""
         if self._all:
             return None
         counts = np.asarray(segment.counts)
         read = counts if segment.read is None else np.asarray(segment.read)
-        assert bool((read <= counts).all()), "what is wanted of a row is part of what is fed"
+        assert bool((read <= counts).all()), "what is needed of a row is part of what is fed"
         ends = self._offset + np.cumsum(counts)
         within = np.arange(read.sum()) - np.repeat(np.cumsum(read) - read, read)
         self._index.append(np.repeat(ends - read, read) + within)
         self._offset += int(counts.sum())
         self.total += int(read.sum())
-        lines = np.flatnonzero(read)
-        return _Tail(lines, read[lines]) if len(lines) else None
+        rows = np.flatnonzero(read)
+        return _Tail(rows, read[rows]) if len(rows) else None
 
     def index(self, device: torch.device) -> Tensor | None:
-        """Packed positions that are wanted, or None for all."""
+        """Packed positions that are needed, or None for all."""
         return None if self._all else upload(np.concatenate(self._index), device)
 
 
@@ -271,7 +271,7 @@ def _row_segment(
 
 @final
 class _RowView(View):
-    def __init__(self, cache: RowCache, segments: Sequence[Segment]) -> None:
+    def __init__(self, cache: RowKVCache, segments: Sequence[PassSegment]) -> None:
         self._cache = cache
         cursor = {row: cache.length(row) for segment in segments for row in segment.rows}
         offset = 0
@@ -293,8 +293,8 @@ class _RowView(View):
             parts.append(_row_segment(segment.rows, starts, counts, offset, cache.device))
             begin = narrowed.total
             if (tail := narrowed.tail(segment)) is not None:
-                rows = [segment.rows[line] for line in tail.lines]
-                first = (starts + counts)[tail.lines] - tail.counts
+                rows = [segment.rows[index] for index in tail.rows]
+                first = (starts + counts)[tail.rows] - tail.counts
                 tails.append(_row_segment(rows, first, tail.counts, begin, cache.device, fresh=False))
             offset += int(counts.sum())
         self._parts, self._tails = parts, tails
@@ -337,8 +337,8 @@ class _RowView(View):
                 plain = part.aligned and window is None
                 attended = _grouped_attention(
                     padded,
-                    _lines(keys, part.rows, part.slots),
-                    _lines(values, part.rows, part.slots),
+                    _rows(keys, part.rows, part.slots),
+                    _rows(values, part.rows, part.slots),
                     None if plain else part.masks.get(window, repeat, query.dtype),
                     scale,
                 )
@@ -346,28 +346,28 @@ class _RowView(View):
         return _joined(outputs, query)
 
 
-def _lines(buffer: Tensor, rows: Tensor | slice, slots: int) -> Tensor:
-    """The first slots of some rows, (R, g, slots, d). Copied only where the rows do not lie together."""
+def _rows(buffer: Tensor, rows: Tensor | slice, slots: int) -> Tensor:
+    """The first slots of some rows, (R, g, slots, d). Copied only where the rows are not contiguous."""
     used = buffer[:, :, :slots]
     return used[rows] if isinstance(rows, slice) else used.index_select(0, rows)
 
 
 @final
 class _OneEach(View):
-    """One position for each of a cache's first lines: the same shapes and the same storage in every such pass.
+    """One position for each of a cache's first rows: the same shapes and the same storage in every such pass.
 
     Args:
-        cache: the memory.
-        positions: of the lines, (R,); a tensor of the device, whose values may change between passes.
-        slots: how many slots of each line are read, S: more than any of the positions.
+        cache: what is read and extended.
+        positions: of the rows, (R,); a tensor of the device, whose values may change between passes.
+        slots: how many slots of each row are read, S: more than any of the positions.
     """
 
-    def __init__(self, cache: RowCache, positions: Tensor, slots: int) -> None:
+    def __init__(self, cache: RowKVCache, positions: Tensor, slots: int) -> None:
         self.positions = positions
         self.limit = cache.capacity
         self._cache = cache
         self._count = positions.shape[0]
-        self._lines = torch.arange(self._count, device=cache.device)
+        self._rows = torch.arange(self._count, device=cache.device)
         self._slots = slots
         self._masks = _Masks(positions[:, None], slots)
 
@@ -383,10 +383,10 @@ class _OneEach(View):
         *,
         narrowed: bool = False,
     ) -> Tensor:
-        assert not narrowed, "every position of this pass is wanted"
+        assert not narrowed, "every position of this pass is needed"
         keys, values = self._cache.buffers(layer, key)
-        keys[self._lines, :, self.positions] = key[0].transpose(0, 1)
-        values[self._lines, :, self.positions] = value[0].transpose(0, 1)
+        keys[self._rows, :, self.positions] = key[0].transpose(0, 1)
+        values[self._rows, :, self.positions] = value[0].transpose(0, 1)
         attended = _grouped_attention(
             query[0].transpose(0, 1)[:, :, None],  # (R, h, 1, d)
             keys[: self._count, :, : self._slots],
@@ -398,8 +398,8 @@ class _OneEach(View):
 
 
 @final
-class RowCache(Memory):
-    """Preallocated keys and values, one line per row, for generation.
+class RowKVCache(KVCache):
+    """Preallocated keys and values, for generation.
 
     Args:
         rows: number of rows.
@@ -416,7 +416,7 @@ class RowCache(Memory):
 
     @property
     def rows(self) -> int:
-        """Number of lines."""
+        """Number of rows."""
         return len(self._lengths)
 
     @override
@@ -433,7 +433,7 @@ class RowCache(Memory):
         return self._keys[layer], self._values[layer]
 
     @override
-    def open(self, segments: Sequence[Segment]) -> View:
+    def open(self, segments: Sequence[PassSegment]) -> View:
         view = _RowView(self, segments)
         for segment in segments:
             keep = segment.counts if segment.keep is None else segment.keep
@@ -442,30 +442,30 @@ class RowCache(Memory):
         return view
 
     def one_each(self, positions: Tensor, slots: int) -> View:
-        """Begins a pass of one position for each of the first lines, which does not depend on what the host knows.
+        """Begins a pass of one position for each of the first rows, which does not depend on values on the host.
 
-        No line becomes longer by it: `advance` says which lines keep the position.
+        No row becomes longer by it: `advance` says which rows keep the position.
 
         Args:
-            positions: where each line's new position goes, on the device, (R,).
-            slots: how many slots of each line are read: more than any of the positions.
+            positions: where each row's new position goes, on the device, (R,).
+            slots: how many slots of each row are read: more than any of the positions.
         """
         return _OneEach(self, positions, slots)
 
     def advance(self, rows: Sequence[int]) -> None:
         """Keeps one more position of each row."""
         for row in rows:
-            assert self._lengths[row] < self.capacity, "a row fits into its line"
+            assert self._lengths[row] < self.capacity, "a row has a free slot"
             self._lengths[row] += 1
 
     def truncate(self, row: int, length: int) -> None:
-        """Forgets what a row holds from position `length` on."""
+        """Drops a row's positions from `length` on."""
         assert length <= self._lengths[row], "truncate shortens"
         self._lengths[row] = length
 
-    def select(self, rows: Sequence[int], capacity: int) -> RowCache:
+    def select(self, rows: Sequence[int], capacity: int) -> RowKVCache:
         """A new cache with the given rows (repeats allowed), e.g. one prompt for each answer of its group."""
-        chosen = RowCache(len(rows), capacity, self.device)
+        chosen = RowKVCache(len(rows), capacity, self.device)
         chosen._lengths = [self._lengths[row] for row in rows]
         used = max(chosen._lengths, default=0)
         index = upload(rows, self.device)
@@ -492,7 +492,7 @@ class _Square:
     """Moves the packed positions of one segment into (R, S), each to its own slot, and back.
 
     Causal attention over the square needs no mask, computes only half of it, and so is cheaper than rectangular
-    attention with a mask, unless most of its queries stand for nothing.
+    attention with a mask, unless most of its queries are padding.
     """
 
     def __init__(
@@ -500,7 +500,7 @@ class _Square:
     ) -> None:
         rows = len(where)
         flat = (np.arange(rows)[:, None] * slots + where)[real]
-        # A slot without a query repeats the first: it computes something finite that nobody reads.
+        # A slot without a query repeats the first: its output is finite and not used.
         index = np.full(rows * slots, offset, dtype=np.int64)
         index[flat] = offset + np.arange(len(flat))
         self.shape = (rows, slots)
@@ -521,7 +521,7 @@ class _Square:
 class _PackedSegment:
     padding: _Padding
     square: _Square | None
-    index: Tensor  # slots of the store, (R * S,)
+    index: Tensor  # slots of the cache, (R * S,)
     shape: tuple[int, int]  # (R, S)
     masks: _Masks
     fresh: bool  # the rows were empty: plain causal attention over the pass's own keys
@@ -539,8 +539,8 @@ def _packed_segment(
     padding = _Padding(counts.tolist(), offset, device)
     slots = max(len(context) for context in contexts)
     index = np.zeros((len(contexts), slots), dtype=np.int64)
-    for line, context in enumerate(contexts):
-        index[line, : len(context)] = context
+    for row, context in enumerate(contexts):
+        index[row, : len(context)] = context
     counts = counts[:, None]
     starts = np.asarray([len(context) for context in contexts])[:, None] - counts
     column = np.arange(padding.width)
@@ -560,8 +560,8 @@ def _packed_segment(
 
 @final
 class _PackedView(View):
-    def __init__(self, store: PackedStore, chunk: int, segments: Sequence[Segment]) -> None:
-        self._store = store
+    def __init__(self, cache: PackedKVCache, chunk: int, segments: Sequence[PassSegment]) -> None:
+        self._cache = cache
         self._chunk = chunk
         self._parts: list[_PackedSegment] = []
         self._tails: list[_PackedSegment] = []
@@ -570,28 +570,28 @@ class _PackedView(View):
         offset = 0
         for segment in segments:
             contexts = []
-            first = store.size
+            first = cache.size
             for row, count, kept in zip(
                 segment.rows, segment.counts, segment.keep or segment.counts, strict=True
             ):
                 new = np.arange(first, first + count)
                 first += count
-                before = store.slots(row)
+                before = cache.slots(row)
                 contexts.append(np.concatenate([before, new]))
                 positions.append(np.arange(len(before), len(before) + count))
-                store.extend(row, new[:kept])
-            store.size = first
+                cache.extend(row, new[:kept])
+            cache.size = first
             counts = np.asarray(segment.counts)
-            self._parts.append(_packed_segment(contexts, counts, offset, store.device))
+            self._parts.append(_packed_segment(contexts, counts, offset, cache.device))
             begin = narrowed.total
             if (tail := narrowed.tail(segment)) is not None:
-                seen = [contexts[line] for line in tail.lines]
-                self._tails.append(_packed_segment(seen, tail.counts, begin, store.device, fresh=False))
+                seen = [contexts[row] for row in tail.rows]
+                self._tails.append(_packed_segment(seen, tail.counts, begin, cache.device, fresh=False))
             offset += int(counts.sum())
-        self.read = narrowed.index(store.device)
+        self.read = narrowed.index(cache.device)
         packed = np.concatenate(positions)
         self.limit = int(packed.max()) + 1
-        self.positions = upload(packed, store.device)
+        self.positions = upload(packed, cache.device)
 
     @override
     def attend(
@@ -605,7 +605,7 @@ class _PackedView(View):
         *,
         narrowed: bool = False,
     ) -> Tensor:
-        keys, values = self._store.with_chunk(
+        keys, values = self._cache.with_chunk(
             layer, self._chunk, key[0].transpose(0, 1), value[0].transpose(0, 1)
         )
         repeat = query.shape[1] // key.shape[1]
@@ -630,11 +630,11 @@ class _PackedView(View):
 
 
 @final
-class PackedStore(Memory):
+class PackedKVCache(KVCache):
     """Keys and values of a training forward: the chunks of all passes, flat, with a list of slots per row.
 
     Gradients flow from a later pass into an earlier one through the stored tensors. A row may begin with slots of
-    another (`share`): a common prefix is read once.
+    another row (`share`): a common prefix is read once.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -667,7 +667,7 @@ class PackedStore(Memory):
         self._shared[row] = (source, length)
 
     @override
-    def open(self, segments: Sequence[Segment]) -> View:
+    def open(self, segments: Sequence[PassSegment]) -> View:
         view = _PackedView(self, self._passes, segments)
         self._passes += 1
         return view

@@ -149,7 +149,7 @@ class _Layer:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether something (a sharding strategy, say) wants to hear of calls to a module or to what is inside it."""
+    """Whether a module or one inside it has hooks (a sharding strategy's, say), which run only if it is called."""
     return any(part._forward_pre_hooks or part._forward_hooks for part in module.modules())
 
 
@@ -174,7 +174,7 @@ class DirectDecoder:
         self._final_norm = _Norm(cast(nn.Module, decoder.norm))
         self._rotary = cast(nn.Module, decoder.rotary_emb)
         self._layers = [_layer(m, *setting) for m, setting in zip(modules, settings, strict=True)]
-        # Dictionaries of hooks live as long as their modules, so looking into them tells of hooks added later.
+        # Dictionaries of hooks live as long as their modules, so they also show hooks added later.
         self._hooks = [
             hooks
             for module in (decoder, *self.first.modules(), decoder.norm)
@@ -186,11 +186,11 @@ class DirectDecoder:
 
     @property
     def hooked(self) -> bool:
-        """Whether something (a sharding strategy, say) wants to hear of calls that a direct computation leaves out."""
+        """Whether modules that a direct computation does not call have hooks (a sharding strategy's, say)."""
         return any(self._hooks)
 
     def angles(self) -> list[Tensor] | None:
-        """The table of angles that passes read now; a longer stream makes another. None: each pass computes its own."""
+        """The table of rotary angles in use; a longer stream makes another. None: each pass computes its own."""
         return None if self._table is None else list(self._table)
 
     def __call__(
@@ -253,7 +253,7 @@ def _read_layer(
     adapter: str | None,
     read: Tensor | None,
 ) -> Tensor:
-    """One layer. Behind the last one only some positions may be wanted: the others give keys and values alone."""
+    """One layer. Of the last one, only some outputs may be needed: the other positions give keys and values alone."""
     heads = (-1, layer.head)
     normed = layer.before(x)
     key = layer.key(normed, adapter).view(x.shape[0], *heads)  # (T, g, d)

@@ -1,9 +1,9 @@
-"""MemGenModel: reasoner, weaver and trigger, and the teacher-forced forward over woven streams.
+"""MemGenModel: reasoner, weaver and trigger, and the teacher-forced forward over tokens and latents.
 
 Differs from the released code: (1) the batch runs at once, each row with its own plan; (2) the weaver reads only what
-is new since its last insertion, with gradient through its memory; (3) what lies before a row's first latent runs
+is new since its last insertion, with gradient through its KV cache; (3) what lies before a row's first latent runs
 through the reasoner without activations being kept, once for all rows that share it; (4) hidden states come back
-only for the places that somebody reads.
+only for the places whose states are needed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from memgen.kernels import interleave
 from memgen.model.backbone import Backbone, BackboneConfig, load_backbone
 from memgen.model.boundary import Boundaries, BoundaryConfig
-from memgen.model.cache import PackedStore, Segment
+from memgen.model.cache import PackedKVCache, PassSegment
 from memgen.model.reasoner import Reasoner
 from memgen.model.stream import Stream
-from memgen.model.trigger import ConstantTrigger, StateTrigger, TokenTrigger, Trigger, TriggerConfig
+from memgen.model.trigger import Trigger, TriggerConfig, build_trigger
 from memgen.model.weaver import Weaver, WeaverConfig
 from memgen.types import InsertionKind, InsertionPlan, TokenBatch, WorkCount
 
@@ -42,18 +42,18 @@ class MemGenConfig:
     weaver: WeaverConfig = field(default_factory=WeaverConfig)
     """How latents are made."""
     trigger: TriggerConfig = field(default_factory=TriggerConfig)
-    """Who decides where they go."""
+    """What decides where they go."""
     boundaries: BoundaryConfig = field(default_factory=BoundaryConfig)
-    """Where that may be."""
+    """Where they may go."""
 
 
 @dataclass(frozen=True)
 class Woven:
-    """What a teacher-forced pass read.
+    """Result of a teacher-forced forward.
 
     Attributes:
-        hidden: hidden states at the places asked for, row by row, (N, H), in the base's type.
-        latents: all latents that were woven, float32, (M, H of the reasoner).
+        hidden: hidden states at the places asked for, row by row, (N, H), in the base's dtype.
+        latents: all latents that the weaver wrote, float32, (M, H of the reasoner), insertion round by insertion round.
         work: exact work counts.
     """
 
@@ -64,12 +64,12 @@ class Woven:
 
 @dataclass(frozen=True)
 class LabelScores:
-    """What the reasoner says about the supervised tokens of a batch, row by row.
+    """The reasoner's scores of the supervised tokens of a batch, row by row.
 
     Attributes:
         logprobs: log-probability of each, float32, (N,).
         entropy: of the distribution that each was scored under, in nats, float32, (N,); None if not asked for.
-        woven: what the pass read.
+        woven: the forward that gave them.
     """
 
     logprobs: Float[Tensor, " labels"]
@@ -79,7 +79,7 @@ class LabelScores:
 
 @final
 class MemGenModel(nn.Module):
-    """A frozen reasoner with a memory of its own making.
+    """A frozen reasoner, the weaver that writes its latent memory, and the trigger that decides where.
 
     Args:
         reasoner: the frozen language model.
@@ -129,20 +129,7 @@ class MemGenModel(nn.Module):
     ) -> MemGenModel:
         """As `build`, on bases that are already loaded. None shares the reasoner's."""
         weaver = Weaver(weaver_base or base, config.weaver, base.hidden_size)
-        trigger: Trigger
-        match config.trigger.kind:
-            case "tokens":
-                trigger = TokenTrigger(trigger_base or base, config.trigger, trigger_translate)
-            case "hidden_states":
-                trigger = StateTrigger(base.hidden_size, config.trigger)
-            case "random":
-                trigger = ConstantTrigger(config.trigger.probability)
-            case "always" | "never":
-                trigger = ConstantTrigger(float(config.trigger.kind == "always"))
-        # An initialisation that was overwritten (by a sharded one, say) shows at once, not as a strange loss.
-        weaver.backbone.adapters.assert_untouched(weaver.adapter)
-        if isinstance(trigger, TokenTrigger):
-            trigger.backbone.adapters.assert_untouched(trigger.adapter)
+        trigger = build_trigger(config.trigger, trigger_base or base, base.hidden_size, trigger_translate)
         boundaries = Boundaries.from_tokenizer(config.boundaries, tokenizer, base.embedding.shape[0])
         return cls(Reasoner(base, end_ids(base, tokenizer)), weaver, trigger, boundaries)
 
@@ -170,12 +157,12 @@ class MemGenModel(nn.Module):
                 parameter.requires_grad_(True)
 
     def forward(self, batch: TokenBatch, plan: InsertionPlan, read: Bool[Tensor, "batch length"]) -> Woven:
-        """Reads rows with latents woven in according to a plan.
+        """Reads rows with latents inserted according to a plan.
 
         Args:
             batch: rows of tokens.
-            plan: where latents go, one line per row. Kinds that the configuration switches off (K = 0) are left out.
-            read: True at token i of a row where the state that predicts token i + 1 is wanted: the state of the last
+            plan: where latents go. Kinds that the configuration switches off (K = 0) are left out.
+            read: True at token i of a row where the state that predicts token i + 1 is needed: the state of the last
                 latent between the two, if any, else of token i.
 
         Raises:
@@ -191,33 +178,21 @@ class MemGenModel(nn.Module):
         Args:
             batch: rows of tokens.
             plan: where latents go. Only a trigger that reads hidden states sees those in front of a place.
-            at: True at the boundary tokens: the decision about token i + 1 is taken behind token i.
+            at: True at the boundary tokens: the decision about token i + 1 is made behind token i.
 
         Raises:
             ValueError: if the trigger has nothing to learn, or reads token ids of another vocabulary.
         """
-        if isinstance(self.trigger, StateTrigger):
+        states = None
+        if self.trigger.needs_states:
             with torch.no_grad():  # The reasoner and what it reads are frozen.
                 states = _Forward(self, batch, plan, at, before_latents=True).run().hidden
-            return self.trigger.logits(states)
-        if not isinstance(self.trigger, TokenTrigger):
-            raise ValueError(  # noqa: TRY004 - the setting is wrong, not a caller's type
-                "a constant trigger has no logits; set model.memgen.trigger.kind to tokens or hidden_states"
-            )
-        if self.trigger.translate is not None:
-            raise ValueError(
-                "a trigger with another vocabulary than the reasoner's can decide but not be trained; share the "
-                "reasoner's base (model.memgen.trigger.backbone: null)"
-            )
-        asked = torch.cat(
-            [line[:length] for line, length in zip(at, batch.lengths.tolist(), strict=True)]
-        ).to(self.device)
-        return self.trigger.logits(batch)[asked]
+        return self.trigger.logits(batch, at, states)
 
     def label_logprobs(
         self, batch: TokenBatch, plan: InsertionPlan
     ) -> tuple[Float[Tensor, " labels"], Woven]:
-        """Log-probability of every supervised token, float32, row by row, and what the pass read."""
+        """Log-probability of every supervised token, float32, row by row, and the forward that gave them."""
         scores = self.label_scores(batch, plan)
         return scores.logprobs, scores.woven
 
@@ -228,8 +203,8 @@ class MemGenModel(nn.Module):
 
         Args:
             batch: rows of tokens.
-            plan: where latents go, one line per row.
-            temperature: divides the logits, as when the tokens were drawn.
+            plan: where latents go.
+            temperature: divides the logits, as when the tokens were sampled.
             entropy: whether to return it.
         """
         read = torch.zeros_like(batch.supervised)
@@ -255,7 +230,7 @@ def end_ids(base: Backbone, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ..
 
 
 class _Forward:
-    """One teacher-forced pass. Rows that nobody reads are left out, and so is what lies behind a row's last read."""
+    """One teacher-forced pass. Rows without a needed state are left out, and so is what lies behind a row's last one."""
 
     def __init__(
         self,
@@ -271,7 +246,7 @@ class _Forward:
         self.work = dict.fromkeys(WorkCount.__dataclass_fields__, 0)
         ids = batch.ids.cpu().numpy()
         lengths = batch.lengths.tolist()
-        reads = [np.flatnonzero(line[:n]) for line, n in zip(read.cpu().numpy(), lengths, strict=True)]
+        reads = [np.flatnonzero(row[:n]) for row, n in zip(read.cpu().numpy(), lengths, strict=True)]
         self.streams = self._streams(ids, lengths, plan)
         self.reads = [
             stream.token_positions[places] if before_latents else stream.predictors(places)
@@ -285,7 +260,7 @@ class _Forward:
         self.shared, self.group = self._sharing(batch, ids)
 
     def _streams(self, ids: np.ndarray, lengths: list[int], plan: InsertionPlan) -> list[Stream]:
-        """Streams of all rows; latents are numbered stage by stage (first insertions of all rows, then second, ...)."""
+        """Streams of all rows. Latents are numbered by insertion round: first insertions of all rows, then second ones."""
         weaver = self.model.weaver
         rows = []
         for index, (points, length) in enumerate(zip(plan.rows(), lengths, strict=True)):
@@ -297,10 +272,10 @@ class _Forward:
             rows.append([(p, k) for p, k in points if weaver.config.latents(InsertionKind(k))])
         blocks: list[list[np.ndarray]] = [[] for _ in rows]
         total = 0
-        for stage in range(max((len(points) for points in rows), default=0)):
+        for number in range(max((len(points) for points in rows), default=0)):
             for points, block in zip(rows, blocks, strict=True):
-                if stage < len(points):
-                    size = weaver.config.latents(InsertionKind(points[stage][1]))
+                if number < len(points):
+                    size = weaver.config.latents(InsertionKind(points[number][1]))
                     block.append(np.arange(total, total + size))
                     total += size
         self.latents = torch.zeros(
@@ -310,8 +285,8 @@ class _Forward:
             dtype=weaver.weaver_to_reasoner.weight.dtype,
         )
         return [
-            Stream(line[:length], points, block)
-            for line, length, points, block in zip(ids, lengths, rows, blocks, strict=True)
+            Stream(tokens[:length], points, block)
+            for tokens, length, points, block in zip(ids, lengths, rows, blocks, strict=True)
         ]
 
     def _sharing(self, batch: TokenBatch, ids: np.ndarray) -> tuple[list[int], list[int]]:
@@ -327,33 +302,35 @@ class _Forward:
         longest = _leaders(range(count), shared, group)
         for row, number in enumerate(group):
             if not np.array_equal(ids[row, : shared[row]], ids[longest[number], : shared[row]]):
-                raise ValueError(f"rows {longest[number]} and {row} are of one group but do not begin alike")
+                raise ValueError(
+                    f"rows {longest[number]} and {row} are of one group but do not begin with the same tokens"
+                )
         return shared, group
 
     def run(self) -> Woven:
         model = self.model
         rows = [row for row, end in enumerate(self.ends) if end]
-        self.reasoner_store = PackedStore(len(self.streams), self.device)
-        self.weaver_store = PackedStore(len(self.streams), self.device)
+        self.reasoner_cache = PackedKVCache(len(self.streams), self.device)
+        self.weaver_cache = PackedKVCache(len(self.streams), self.device)
         self.states: list[Tensor] = []
         # Where the states of each row's stream positions lie among those that all reasoner passes returned.
         self.state_index = [np.full(end, -1, dtype=np.int64) for end in self.ends]
         self.state_count = 0
         self._read_prefixes(rows)
         weaver_done = self._share_for_weaver(rows)
-        for stage in range(max((len(self.insertions[row]) for row in rows), default=0)):
-            active = [row for row in self.weaver_order if len(self.insertions[row]) > stage]
+        for number in range(max((len(self.insertions[row]) for row in rows), default=0)):
+            active = [row for row in self.weaver_order if len(self.insertions[row]) > number]
             if model.weaver.config.reads == "hidden_states":
-                self._read({row: self.insertions[row][stage].begin for row in active})
-            self._weave(active, stage, weaver_done)
+                self._read({row: self.insertions[row][number].begin for row in active})
+            self._weave(active, number, weaver_done)
         self._read({row: self.ends[row] for row in rows})
         states = self._all_states()
-        wanted = np.concatenate(
+        needed = np.concatenate(
             [self.state_index[row][self.reads[row]] for row in rows] or [np.zeros(0, int)]
         )
-        assert bool((wanted >= 0).all()), "every state that is read was computed"
+        assert bool((needed >= 0).all()), "every state that is read was computed"
         return Woven(
-            hidden=states[torch.from_numpy(wanted).to(self.device)],
+            hidden=states[torch.from_numpy(needed).to(self.device)],
             latents=self.latents,
             work=WorkCount(**self.work),
         )
@@ -389,19 +366,22 @@ class _Forward:
         for row in rows:
             leader = leaders[self.group[row]]
             if row != leader and self.shared[row]:
-                self.reasoner_store.share(row, leader, self.shared[row])
+                self.reasoner_cache.share(row, leader, self.shared[row])
                 self.state_index[row][: self.shared[row]] = self.state_index[leader][: self.shared[row]]
         with torch.no_grad():
             self._read({row: prefix[row] for row in rows if row not in leaders.values()})
 
     def _share_for_weaver(self, rows: list[int]) -> dict[int, int]:
-        """Lets rows of a group share the weaver's reading too. Leaders come first, so that a pass may serve both."""
+        """Lets rows of a group share the weaver's reading too; returns how much of each row is read that way.
+
+        Leaders come first in `weaver_order`, so that one pass may serve a leader and the rows that share with it.
+        """
         leaders = _leaders([row for row in rows if self.insertions[row]], self.shared, self.group)
         done = dict.fromkeys(rows, 0)
         for row in rows:
             leader = leaders.get(self.group[row])
             if self.insertions[row] and leader is not None and row != leader and self.shared[row]:
-                self.weaver_store.share(row, leader, self.shared[row])
+                self.weaver_cache.share(row, leader, self.shared[row])
                 done[row] = self.shared[row]
         first = set(leaders.values())
         self.weaver_order = [row for row in rows if row in first] + [row for row in rows if row not in first]
@@ -412,11 +392,11 @@ class _Forward:
 
         Args:
             until: row -> position.
-            first: group -> the first position whose state somebody wants. Default: for each row, its own.
+            first: group -> the first position whose state is needed. Default: for each row, its own.
         """
-        spans, wanted = [], []
+        spans, needed = [], []
         for row, end in until.items():
-            begin = self.reasoner_store.length(row)
+            begin = self.reasoner_cache.length(row)
             if begin < end:
                 spans.append((row, begin, end))
                 from_ = int(self.reads[row][0]) if first is None else first[self.group[row]]
@@ -426,19 +406,25 @@ class _Forward:
                 count = end - from_
                 self.state_index[row][from_:end] = np.arange(self.state_count, self.state_count + count)
                 self.state_count += count
-                wanted.append(count)
+                needed.append(count)
         if not spans:
             return
         counts = [end - begin for _, begin, end in spans]
-        view = self.reasoner_store.open([Segment([row for row, _, _ in spans], counts, read=wanted)])
+        view = self.reasoner_cache.open([PassSegment([row for row, _, _ in spans], counts, read=needed)])
         self.states.append(self.model.reasoner.read(self._embeddings(spans), view))
         self.work["reasoner_forwards"] += 1
         self.work["reasoner_positions"] += sum(end - begin for _, begin, end in spans)
 
-    def _weave(self, rows: list[int], stage: int, done: dict[int, int]) -> None:
-        """Writes the latents of each row's insertion of this stage."""
+    def _weave(self, rows: list[int], number: int, done: dict[int, int]) -> None:
+        """One insertion round: writes the latents of each row's insertion of this number.
+
+        Args:
+            rows: those that have one.
+            number: of the round, from 0.
+            done: how many stream positions of each row the weaver has read; updated.
+        """
         weaver = self.model.weaver
-        insertions = [self.insertions[row][stage] for row in rows]
+        insertions = [self.insertions[row][number] for row in rows]
         spans = [(row, done[row], insertion.begin) for row, insertion in zip(rows, insertions, strict=True)]
         fed = [span for span in spans if span[1] < span[2]]
         if not fed:
@@ -450,9 +436,9 @@ class _Forward:
             hidden = self._embeddings(fed)
         kinds = [InsertionKind(insertion.kind) for insertion in insertions]
         counts = [end - begin for _, begin, end in spans]
-        latents = weaver.weave(hidden, counts, kinds, rows, self.weaver_store)
+        latents = weaver.weave(hidden, counts, kinds, rows, self.weaver_cache)
         places = np.concatenate([insertion.latents for insertion in insertions])
-        # Latents of other rows beside this stage's were numbered too, where nobody reads them: scatter, not cat.
+        # Latents of other rows in this round are numbered too, even where no state is needed: scatter, not cat.
         self.latents = self.latents.index_copy(
             0, torch.from_numpy(places).to(self.device), latents.to(self.latents.dtype)
         )

@@ -1,4 +1,4 @@
-"""The reasoner: the frozen language model that thinks, and is never trained."""
+"""The reasoner: the frozen language model that answers; it is never trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memgen.model.cache import View
 
 @final
 class Reasoner(nn.Module):
-    """Reads a stream of tokens and latents; its head is applied only where somebody reads the logits.
+    """Reads a stream of tokens and latents; its head is applied only where logits are needed.
 
     Args:
         backbone: the frozen base.

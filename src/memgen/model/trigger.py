@@ -2,7 +2,7 @@
 
 Three kinds. A constant probability (always, never, random). Learned from tokens, as released: an adapter and a 2-way
 head over a pass of its own that never sees latents. Learned from the reasoner's own hidden states, as in the paper:
-no second pass over the text.
+no second pass over the text. A class of your own (`TriggerConfig.class_path`) is a fourth: see `Trigger`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, final
+from importlib import import_module
+from typing import Any, Literal, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from typing_extensions import override
 
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone, BackboneConfig
-from memgen.model.cache import Memory, PackedStore, RowCache, Segment, upload
+from memgen.model.cache import KVCache, PackedKVCache, PassSegment, RowKVCache, upload
 from memgen.types import Decision, TokenBatch
 
 TriggerKind = Literal["always", "never", "random", "tokens", "hidden_states"]
@@ -27,30 +28,41 @@ TriggerKind = Literal["always", "never", "random", "tokens", "hidden_states"]
 
 @dataclass(frozen=True)
 class TriggerConfig:
-    """Who decides, and how."""
+    """Which trigger decides, and how."""
 
     kind: TriggerKind = "always"
     """always, never, random: a constant. tokens: learned, reads the text. hidden_states: learned, reads the reasoner."""
     probability: float = 0.5
-    """Chance of INVOKE at a boundary for `random`."""
+    """Probability of INVOKE at a boundary for `random`."""
     backbone: BackboneConfig | None = None
     """For `tokens`: a base of its own; None shares the reasoner's."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """For `tokens`: its adapter."""
     initial_invoke_bias: float = 0.0
     """Added to the INVOKE logit of a new learned trigger."""
+    class_path: str | None = None
+    """A `Trigger` of your own in place of `kind`, as module.Class; it is called with the base and `init_args`."""
+    init_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `class_path`."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.probability <= 1.0:
             raise ValueError(f"trigger.probability must be in [0, 1], got {self.probability}")
+        if self.init_args and self.class_path is None:
+            raise ValueError("trigger.init_args are the arguments of trigger.class_path, which is not set")
+
+    @property
+    def learned(self) -> bool:
+        """Whether trigger RL has something to train."""
+        return self.class_path is not None or self.kind in ("tokens", "hidden_states")
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """What the trigger may look at when some rows stand at a boundary."""
+    """What the trigger may look at when some rows are at a boundary."""
 
     rows: Sequence[int]
-    """Lines of the trigger's memory."""
+    """Rows of the trigger's KV cache."""
     unread: Sequence[Sequence[int]]
     """Per row, the reasoner's token ids since the trigger last read it, the boundary token included. No latents."""
     states: Float[Tensor, "rows hidden"] | None
@@ -58,24 +70,63 @@ class Boundary:
 
 
 class Trigger(nn.Module, ABC):
-    """Decides at boundaries."""
+    """Decides at boundaries.
+
+    A learned trigger defines `invoke_probs`, which decoding asks, and `logits`, which training asks: both must give the
+    same distribution. A class that `TriggerConfig.class_path` names is called with the base (`TriggerConfig.backbone`,
+    else the reasoner's) as its only positional argument; nothing else has to know it.
+    """
 
     needs_states: bool = False
     """Whether it reads the reasoner's hidden states."""
+    reads_text: bool = False
+    """Whether it has a pass of its own over the text; then `kv_cache` returns a cache, and its positions are counted."""
     stochastic: bool = False
-    """Whether its decisions are drawn even where learned triggers are read greedily."""
+    """Whether its decisions are sampled even where learned triggers are read greedily."""
+    probability: float | None = None
+    """Of INVOKE, if it is the same at every boundary, whatever the text; None: the trigger is learned."""
 
-    def memory(self, rows: int, capacity: int, device: torch.device) -> RowCache | None:
-        """The key-value memory for `rows` streams of up to `capacity` tokens, or None if it has no pass of its own."""
-        return None
-
-    def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that training moves, by its name in this module."""
+    def bases(self) -> dict[str, Backbone]:
+        """The frozen bases that it reads, by the name under which a checkpoint keeps their fingerprint."""
         return {}
 
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that training updates, by its name in this module: all parameters but those of its bases."""
+        frozen = {id(p) for base in self.bases().values() for p in base.parameters()}
+        return {name: p for name, p in self.named_parameters() if id(p) not in frozen}
+
+    def kv_cache(self, rows: int, capacity: int, device: torch.device) -> RowKVCache | None:
+        """A KV cache for `rows` streams of up to `capacity` tokens; None if it has no pass of its own."""
+        return None
+
     @abstractmethod
-    def invoke_probs(self, boundary: Boundary, memory: Memory | None) -> Float[Tensor, " rows"]:
-        """Probability of INVOKE for each row, float32."""
+    def invoke_probs(self, boundary: Boundary, cache: KVCache | None) -> Float[Tensor, " rows"]:
+        """Probability of INVOKE for each row, float32.
+
+        Args:
+            boundary: the rows and what there is to read of them.
+            cache: what `kv_cache` returned.
+        """
+
+    def logits(
+        self,
+        batch: TokenBatch,
+        at: Bool[Tensor, "batch length"],
+        states: Float[Tensor, "places hidden"] | None,
+    ) -> Float[Tensor, "places 2"]:
+        """SKIP and INVOKE logits behind boundary tokens, float32, row by row, with gradient for `own_parameters`.
+
+        Args:
+            batch: rows of tokens.
+            at: True at the boundary tokens.
+            states: the reasoner's last hidden states behind them, if the trigger `needs_states`.
+
+        Raises:
+            ValueError: if the trigger has nothing to learn, or reads token ids of another vocabulary.
+        """
+        raise ValueError(
+            "a constant trigger has no logits; set model.memgen.trigger.kind to tokens or hidden_states"
+        )
 
 
 @final
@@ -83,17 +134,18 @@ class ConstantTrigger(Trigger):
     """Invokes with a fixed probability: 1 always, 0 never.
 
     Args:
-        probability: chance of INVOKE at a boundary.
+        probability: of INVOKE at a boundary.
     """
 
     stochastic = True
+    probability: float
 
     def __init__(self, probability: float) -> None:
         super().__init__()
         self.probability = probability
 
     @override
-    def invoke_probs(self, boundary: Boundary, memory: Memory | None) -> Float[Tensor, " rows"]:
+    def invoke_probs(self, boundary: Boundary, cache: KVCache | None) -> Float[Tensor, " rows"]:
         return torch.full((len(boundary.rows),), self.probability)
 
 
@@ -107,6 +159,7 @@ class TokenTrigger(Trigger):
         translate: turns the reasoner's token ids into those of its own base; None if both have one vocabulary.
     """
 
+    reads_text = True
     adapter = "trigger"
     """Name of its LoRA adapter on its base."""
 
@@ -123,9 +176,13 @@ class TokenTrigger(Trigger):
         self.output_layer = _decision_head(backbone.hidden_size, config.initial_invoke_bias)
 
     @override
-    def memory(self, rows: int, capacity: int, device: torch.device) -> RowCache:
+    def bases(self) -> dict[str, Backbone]:
+        return {"trigger": self.backbone}
+
+    @override
+    def kv_cache(self, rows: int, capacity: int, device: torch.device) -> RowKVCache:
         # A translation may need more tokens than the reasoner's text; the bound only sizes the buffer.
-        return RowCache(rows, capacity * (4 if self.translate else 1), device)
+        return RowKVCache(rows, capacity * (4 if self.translate else 1), device)
 
     @override
     def own_parameters(self) -> dict[str, nn.Parameter]:
@@ -136,17 +193,29 @@ class TokenTrigger(Trigger):
         return own | adapter
 
     @override
-    def invoke_probs(self, boundary: Boundary, memory: Memory | None) -> Float[Tensor, " rows"]:
-        assert memory is not None, "the caller made this trigger's memory"
+    def invoke_probs(self, boundary: Boundary, cache: KVCache | None) -> Float[Tensor, " rows"]:
+        assert cache is not None, "the caller made this trigger's KV cache"
         unread = [list(ids) if self.translate is None else self.translate(ids) for ids in boundary.unread]
-        hidden = self._read(unread, boundary.rows, memory, [1] * len(unread))
+        hidden = self._read(unread, boundary.rows, cache, [1] * len(unread))
         return self._logits(hidden).softmax(dim=-1)[:, int(Decision.INVOKE)]
 
-    def logits(self, batch: TokenBatch) -> Float[Tensor, "time 2"]:
-        """SKIP and INVOKE logits behind every token of a batch (in its own base's ids), packed row by row."""
+    @override
+    def logits(
+        self,
+        batch: TokenBatch,
+        at: Bool[Tensor, "batch length"],
+        states: Float[Tensor, "places hidden"] | None,
+    ) -> Float[Tensor, "places 2"]:
+        if self.translate is not None:
+            raise ValueError(
+                "a trigger with another vocabulary than the reasoner's can decide but not be trained; share the "
+                "reasoner's base (model.memgen.trigger.backbone: null)"
+            )
+        rows = batch.rows()
         device = self.backbone.device
-        store = PackedStore(len(batch.lengths), device)
-        return self._logits(self._read(batch.rows(), range(len(batch.lengths)), store, None))
+        hidden = self._read(rows, range(len(rows)), PackedKVCache(len(rows), device), None)
+        asked = torch.cat([marks[: len(row)] for marks, row in zip(at, rows, strict=True)])
+        return self._logits(hidden)[asked.to(device)]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.output_layer(hidden.to(self.output_layer.weight.dtype))
@@ -156,14 +225,14 @@ class TokenTrigger(Trigger):
         self,
         unread: Sequence[Sequence[int]],
         rows: Sequence[int],
-        memory: Memory,
-        wanted: Sequence[int] | None,
+        cache: KVCache,
+        last: Sequence[int] | None,
     ) -> Tensor:
-        """Hidden states of the new tokens, packed: of the last ones of each row if fewer are wanted than are read."""
+        """Hidden states of the new tokens, packed: of the `last` ones of each row; None: of all."""
         counts = [len(ids) for ids in unread]
         assert min(counts) > 0, "a boundary lies behind a token that the trigger has not read"
         ids = upload([token for row in unread for token in row], self.backbone.device)
-        view = memory.open([Segment(rows=rows, counts=counts, read=wanted)])
+        view = cache.open([PassSegment(rows=rows, counts=counts, read=last)])
         hidden: Tensor = self.backbone(self.backbone.embed(ids), view, self.adapter)
         return hidden
 
@@ -185,18 +254,23 @@ class StateTrigger(Trigger):
         self.output_layer = _decision_head(hidden, config.initial_invoke_bias)
 
     @override
-    def own_parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.named_parameters())
-
-    @override
-    def invoke_probs(self, boundary: Boundary, memory: Memory | None) -> Float[Tensor, " rows"]:
+    def invoke_probs(self, boundary: Boundary, cache: KVCache | None) -> Float[Tensor, " rows"]:
         assert boundary.states is not None, (
             "the caller reads the reasoner first for a trigger that needs states"
         )
-        return self.logits(boundary.states).softmax(dim=-1)[:, int(Decision.INVOKE)]
+        return self._logits(boundary.states).softmax(dim=-1)[:, int(Decision.INVOKE)]
 
-    def logits(self, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows 2"]:
-        """SKIP and INVOKE logits from hidden states."""
+    @override
+    def logits(
+        self,
+        batch: TokenBatch,
+        at: Bool[Tensor, "batch length"],
+        states: Float[Tensor, "places hidden"] | None,
+    ) -> Float[Tensor, "places 2"]:
+        assert states is not None, "the caller reads the reasoner first for a trigger that needs states"
+        return self._logits(states)
+
+    def _logits(self, states: Tensor) -> Tensor:
         logits: Tensor = self.output_layer(self.norm(states.to(self.norm.weight.dtype)))
         return logits.float()
 
@@ -206,3 +280,47 @@ def _decision_head(hidden: int, invoke_bias: float) -> nn.Linear:
     with torch.no_grad():
         head.bias[int(Decision.INVOKE)] += invoke_bias
     return head
+
+
+def build_trigger(
+    config: TriggerConfig,
+    base: Backbone,
+    reasoner_hidden: int,
+    translate: Callable[[Sequence[int]], list[int]] | None = None,
+) -> Trigger:
+    """The trigger that the configuration names, new.
+
+    Args:
+        config: which one.
+        base: `config.backbone`, else the reasoner's.
+        reasoner_hidden: width of the reasoner.
+        translate: from the reasoner's token ids to those of the base, where they differ.
+
+    Raises:
+        ValueError: if `class_path` cannot be imported or is no `Trigger`.
+    """
+    if config.class_path is not None:
+        trigger: Trigger = _trigger_class(config.class_path)(base, **config.init_args)
+        return trigger
+    match config.kind:
+        case "tokens":
+            return TokenTrigger(base, config, translate)
+        case "hidden_states":
+            return StateTrigger(reasoner_hidden, config)
+        case "random":
+            return ConstantTrigger(config.probability)
+        case "always" | "never":
+            return ConstantTrigger(float(config.kind == "always"))
+
+
+def _trigger_class(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"model.memgen.trigger.class_path {path!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Trigger)):
+        raise ValueError(  # noqa: TRY004 - the setting is wrong, not a type
+            f"model.memgen.trigger.class_path {path!r} is no memgen.model.trigger.Trigger"
+        )
+    return found

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone, BackboneConfig
-from memgen.model.cache import Memory, Segment
+from memgen.model.cache import KVCache, PassSegment
 from memgen.types import InsertionKind
 
 
@@ -122,19 +122,19 @@ class Weaver(nn.Module):
         counts: Sequence[int],
         kinds: Sequence[InsertionKind],
         rows: Sequence[int],
-        memory: Memory,
+        cache: KVCache,
     ) -> Float[Tensor, "latents hidden"]:
         """Writes the latents of one insertion per row.
 
-        Only what a row's memory has not read yet is passed in; the queries are read with it and then forgotten, so
-        the next call reads the latents themselves in their place.
+        Only what is not in a row's KV cache yet is passed in; the queries are read with it and not kept, so the next
+        call reads the latents themselves in their place.
 
         Args:
             states: the reasoner's embeddings (or hidden states) of the new stream positions, packed row by row.
-            counts: new positions of each row; may be 0 only if the memory holds some of the row already.
+            counts: new positions of each row; may be 0 only if the cache holds some of the row already.
             kinds: which queries each row uses.
-            rows: each row's line in the memory.
-            memory: what the weaver read before.
+            rows: each row's row in the cache.
+            cache: what the weaver read before.
 
         Returns:
             Latents in the reasoner's embedding space, float32, packed row by row: K of its kind for each row.
@@ -155,7 +155,7 @@ class Weaver(nn.Module):
             parts += [part, bank.to(part.dtype)]
             sizes.append(bank.shape[0])
         fed = [count + size for count, size in zip(counts, sizes, strict=True)]
-        view = memory.open([Segment(rows=rows, counts=fed, keep=counts, read=sizes)])
+        view = cache.open([PassSegment(rows=rows, counts=fed, keep=counts, read=sizes)])
         hidden = self.backbone(torch.cat(parts), view, self.adapter)
         latents: Tensor = self.weaver_to_reasoner(hidden.to(self.weaver_to_reasoner.weight.dtype))
         return latents

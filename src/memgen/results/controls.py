@@ -19,7 +19,6 @@ from memgen.generation.decode import Intervention, generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
 from memgen.model.trigger import ConstantTrigger
-from memgen.types import Decision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,8 +151,8 @@ def _score(
         texts = task.tokenizer.batch_decode(generation.answers(), skip_special_tokens=True)
         examples = task.examples[begin : begin + len(prompts)]
         rewards += [task.environment.reward(e, text) for e, text in zip(examples, texts, strict=True)]
-        insertions += int(generation.plan.counts.sum())
-        offered += int((generation.decisions != Decision.NOT_ASKED).sum())
+        insertions += sum(generation.plan.counts)
+        offered += sum(turn.offered for turn in generation.turns)
     names = sorted({part for reward in rewards for part in reward.parts})
     return Outcome(
         name=name,
@@ -175,4 +174,5 @@ def _batches(task: Task) -> Iterator[tuple[int, list[list[int]]]]:
 
 def _seeds(task: Task, begin: int, prompts: Sequence[Sequence[int]]) -> list[int]:
     """A seed for each item, so that its samples do not depend on the batch size."""
-    return [task.settings.seed * 1_000_003 + begin + row for row in range(len(prompts))]
+    seeds: list[int] = episode_seeds(task.settings.seed, range(begin, begin + len(prompts)))
+    return seeds

@@ -52,7 +52,7 @@ def weights_hash(model: MemGenModel) -> str:
     digest = hashlib.sha256()
     for base in model.bases():
         digest.update(base.fingerprint.encode())
-    weaves = getattr(model.trigger, "probability", 1.0) > 0.0
+    weaves = model.trigger.probability != 0.0
     for part in (model.weaver, model.trigger) if weaves else ():
         for name, tensor in sorted(part.own_parameters().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -153,9 +153,7 @@ class ItemRecorder(Recorder):
                 trajectory = rollouts.trajectories[place]
                 name = {"index": index, "id": example.id, "sample": sample}
                 answers.append(name | _answer(trajectory, seeds[place], single=single))
-                scores.append(
-                    name | _score(trajectory, example, self.weaver, rollouts.row_work[place], seconds)
-                )
+                scores.append(name | _score(trajectory, example, self.weaver, trajectory.work, seconds))
             items.append(Answered(index, answers, scores))
         self.records.add(items)
         self.rows += [row for item in items for row in item.scores]
@@ -307,8 +305,9 @@ def require_different_answers(model: MemGenModel, generation: GenerationSettings
         ValueError: if nothing is sampled.
     """
     # Of a constant trigger nothing is drawn if its probability is 0 or 1.
-    chance = getattr(model.trigger, "probability", None)
-    decided = chance in (0.0, 1.0) or not (generation.sample_decisions or model.trigger.stochastic)
+    decided = model.trigger.probability in (0.0, 1.0) or not (
+        generation.sample_decisions or model.trigger.stochastic
+    )
     if generation.group_size > 1 and generation.temperature == 0 and decided:
         raise ValueError(
             f"{generation.group_size} answers to each item are to be sampled, but the temperature is 0, so all of them "

@@ -177,9 +177,7 @@ def require_trained(stage: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
 def _bases(model: MemGenModel) -> dict[str, Backbone]:
     bases = {"reasoner": model.reasoner.backbone, "weaver": model.weaver.backbone}
-    if isinstance(model.trigger, TokenTrigger):
-        bases["trigger"] = model.trigger.backbone
-    return bases
+    return bases | model.trigger.bases()
 
 
 def _header(directory: Path) -> dict[str, Any]:

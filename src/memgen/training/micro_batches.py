@@ -22,7 +22,7 @@ from memgen.distributed.collectives import over_ranks, ragged_of_all_ranks, worl
 from memgen.generation.rollout import Replay, replay
 from memgen.objectives.policy_gradient import TokenScores, entropy_threshold
 from memgen.objectives.policy_losses import StepTotals
-from memgen.types import AgentTurn, Trajectory
+from memgen.types import AgentTurn, RowWork, Trajectory
 
 # E episodes of a micro-batch, N trained units (tokens, or decisions) of an episode
 
@@ -99,12 +99,14 @@ class MicroBatch:
         totals["micro_batches"] = totals.pop("parts")
         trajectories = []
         for trajectory in state["trajectories"]:
-            turns = [
-                AgentTurn(**{**turn, "insertions": [(point, kind) for point, kind in turn["insertions"]]})
-                for turn in trajectory["turns"]
-            ]
-            trajectories.append(Trajectory(**{**trajectory, "turns": tuple(turns)}))
+            turns = tuple(_turn(turn) for turn in trajectory["turns"])
+            trajectories.append(Trajectory(**{**trajectory, "turns": turns}))
         return cls(**{**state, "trajectories": trajectories, "totals": StepTotals(**totals)})
+
+
+def _turn(state: Mapping[str, Any]) -> AgentTurn:
+    insertions = [(point, kind) for point, kind in state["insertions"]]
+    return AgentTurn(**{**state, "insertions": insertions, "work": RowWork(**state.get("work", {}))})
 
 
 @final

@@ -82,7 +82,7 @@ class TriggerRL(PolicyStage):
             memgen, optimizer, policy, update, rollout, generation, episodes, init_from, checkpointing,
             samples_every, seed,
         )  # fmt: skip
-        if memgen.trigger.kind not in ("tokens", "hidden_states"):
+        if not memgen.trigger.learned:
             raise ValueError(
                 f"trigger.kind {memgen.trigger.kind!r} has nothing to learn; set model.memgen.trigger.kind to tokens or "
                 "hidden_states"

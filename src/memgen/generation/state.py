@@ -1,0 +1,319 @@
+"""The state of one call of `generate`: the answers, the KV caches, and the operations that prompt and step share.
+
+Every pass of the reasoner, the weaver and the trigger goes through here, where its work is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memgen.generation.sampling import GenerationSettings, Sampled, row_uniforms, sample
+from memgen.model.cache import PassSegment, RowKVCache, upload
+from memgen.model.memgen import MemGenModel
+from memgen.model.trigger import Boundary
+from memgen.seeds import episode_seeds
+from memgen.types import AgentTurn, Decision, Generation, InsertionKind, RowWork, WorkCount
+
+# A answers, P prompts, K latents, H hidden size
+
+Observer = Callable[[int, int | None], None]
+"""Called with (answer, token id) for each new token, and with (answer, None) where latents go before the next one."""
+
+Intervention = Callable[[Sequence[int], Sequence[int], list[Tensor]], list[Tensor]]
+"""Called with answers, how many insertions each had before, and each one's latents (K, H); returns what to insert."""
+
+Stop = Callable[[Sequence[int]], bool]
+"""Called with an answer's new token ids so far; True ends the answer there. It must not keep or change them."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller of `generate` may observe and change; its parameters of these names."""
+
+    observe: Observer | None = None
+    intervene: Intervention | None = None
+    stop: Stop | None = None
+    keep_latents: bool = False
+
+
+@dataclass
+class Answer:
+    """One answer while it is written."""
+
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    decisions: list[int] = field(default_factory=list)
+    invoke_probs: list[float] = field(default_factory=list)
+    insertions: list[tuple[int, int]] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+    finished: bool = False
+    inserted: int = 0  # insertions inside the answer, which the configuration limits
+    # What the weaver has not read yet: vectors of the reasoner, and behind them token ids (none if it reads states).
+    weaver_pending: list[Tensor] = field(default_factory=list)
+    weaver_unread: list[int] = field(default_factory=list)
+    trigger_read: int = 0  # tokens of prompt + answer that the trigger has read
+    work: dict[str, float] = field(default_factory=lambda: {"reasoner": 0.0, "weaver": 0.0, "trigger": 0.0})
+
+    def turn(self) -> AgentTurn:
+        """The answer as a record."""
+        # A decision may have been made after the last token, for a next one that the limit ruled out.
+        count = len(self.tokens)
+        return AgentTurn(
+            context=self.prompt,
+            tokens=self.tokens,
+            logprobs=self.logprobs,
+            decisions=self.decisions[:count],
+            invoke_probs=self.invoke_probs[:count],
+            insertions=self.insertions,
+            finished=self.finished,
+            work=RowWork(**self.work),
+        )
+
+
+@final
+class DecodingState:
+    """Answers, caches, and what is done to them.
+
+    Args:
+        model: in evaluation mode.
+        prompts: token ids of each prompt, P.
+        longest: positions of the longest prompt, latents of earlier turns included.
+        settings: how to sample; `group_size` answers per prompt.
+        row_seeds: a seed for each answer; None: from `settings.seed`.
+        hooks: what the caller observes and changes.
+
+    Raises:
+        ValueError: if a prompt and its answer do not fit into the reasoner's context.
+    """
+
+    def __init__(
+        self,
+        model: MemGenModel,
+        prompts: Sequence[Sequence[int]],
+        longest: int,
+        settings: GenerationSettings,
+        row_seeds: Sequence[int] | None,
+        hooks: Hooks,
+    ) -> None:
+        self.model, self.settings, self.hooks = model, settings, hooks
+        self.device = model.device
+        self.prompts = [list(prompt) for prompt in prompts]
+        self.answers = [Answer(prompt) for prompt in self.prompts for _ in range(settings.group_size)]
+        weaver = model.weaver.config
+        limit = min(model.boundaries.config.max_inference_insertions, settings.max_new_tokens)
+        self.max_insertions = limit if weaver.inference_latents else 0
+        self.reads_states = weaver.reads == "hidden_states"
+        """Whether the weaver reads the reasoner's hidden states: then the reasoner reads first."""
+        switch = settings.static_step
+        self.static_steps = switch == "on" or (switch == "auto" and self.device.type == "cuda")
+        self.work = dict.fromkeys(WorkCount.__dataclass_fields__, 0)
+        self.live: list[int] | None = None
+        """The answer in each row of the caches; None while a row is a prompt's, shared by the answers to it."""
+        self._make_caches(longest)
+        self._draw_uniforms(row_seeds)
+
+    def _make_caches(self, longest: int) -> None:
+        """One cache row for each prompt; `spread` gives each answer its own."""
+        weaver, new = self.model.weaver.config, self.settings.max_new_tokens
+        latents = weaver.prompt_latents + self.max_insertions * weaver.inference_latents
+        capacity = longest + latents + new
+        context = self.model.reasoner.backbone.context_length
+        if context is not None and capacity > context:
+            raise ValueError(
+                f"a prompt of {longest} positions, {new} new tokens and up to {latents} latents "
+                f"need {capacity} positions, but the reasoner's context is {context}; shorten the prompt or "
+                "lower max_new_tokens"
+            )
+        # A GPU reads a number of slots that is a multiple of 8 without copying their mask.
+        capacity = -(-capacity // 8) * 8 if self.static_steps else capacity
+        queries = max(weaver.prompt_latents, weaver.inference_latents)
+        text = max(map(len, self.prompts)) + new
+        count = len(self.prompts)
+        self.reasoner_cache = RowKVCache(count, capacity, self.device)
+        self.weaver_cache = RowKVCache(count, capacity + queries, self.device)
+        self.trigger_cache = self.model.trigger.kv_cache(count, text, self.device)
+
+    def _draw_uniforms(self, row_seeds: Sequence[int] | None) -> None:
+        settings, steps = self.settings, self.settings.max_new_tokens
+        seeds = row_seeds or episode_seeds(settings.seed, range(len(self.answers)))
+        self.samples_decisions = settings.sample_decisions or self.model.trigger.stochastic
+        self._token_uniforms: list[list[float]] | None = None
+        self._decision_uniforms: list[list[float]] | None = None
+        if settings.temperature > 0 or self.samples_decisions:
+            # Tokens and decisions have their own numbers, so that one more decision does not move the tokens.
+            drawn = row_uniforms(seeds, 2 * steps).tolist()
+            self._token_uniforms = [row[:steps] for row in drawn]
+            self._decision_uniforms = [row[steps:] for row in drawn]
+
+    # Caches
+
+    def spread(self) -> None:
+        """Gives each answer a row of every cache: a copy of its prompt's."""
+        size = self.settings.group_size
+        self.live = list(range(len(self.answers)))
+        if size == 1:
+            return
+        source = [index // size for index in range(len(self.answers))]
+        self.reasoner_cache = self.reasoner_cache.select(source, self.reasoner_cache.capacity)
+        self.weaver_cache = self.weaver_cache.select(source, self.weaver_cache.capacity)
+        if self.trigger_cache is not None:
+            self.trigger_cache = self.trigger_cache.select(source, self.trigger_cache.capacity)
+
+    def move(self, source: int, target: int) -> None:
+        """Overwrites a row of every cache with another."""
+        for cache in (self.reasoner_cache, self.weaver_cache, self.trigger_cache):
+            if cache is not None:
+                cache.move(source, target)
+
+    # Passes
+
+    def read(self, embeddings: Tensor, segments: Sequence[PassSegment]) -> Tensor:
+        """A pass of the reasoner. Returns the hidden states of the positions that the segments read."""
+        view = self.reasoner_cache.open(segments)
+        rows = [row for segment in segments for row in segment.rows]
+        self.count("reasoner", rows, [count for segment in segments for count in segment.counts])
+        return self.model.reasoner.read(embeddings, view)
+
+    def latent_segments(self, rows: list[int], latents: list[Tensor]) -> list[PassSegment]:
+        """The part of a reasoner pass that feeds a block of latents to each of the cache rows; none if there is none."""
+        if not rows:
+            return []
+        sizes = [block.shape[0] for block in latents]
+        return [PassSegment(rows, sizes, read=self.latents_read(latents))]
+
+    def latents_read(self, latents: list[Tensor]) -> list[int]:
+        """From how many latents of each block the state is needed: the last one predicts, a weaver may read all."""
+        return [block.shape[0] if self.reads_states else 1 for block in latents]
+
+    def weave(
+        self, states: Tensor, counts: list[int], kind: InsertionKind, rows: list[int], answers: list[int]
+    ) -> list[Tensor]:
+        """A pass of the weaver: one block of latents for each row.
+
+        Args:
+            states: what it has not read yet, packed row by row.
+            counts: positions of each row in it.
+            kind: of the insertion.
+            rows: rows of the weaver's cache.
+            answers: the answer that each block is for (its first one, where a prompt has several).
+        """
+        weaver = self.model.weaver
+        kinds = [kind] * len(rows)
+        latents = weaver.weave(states, counts, kinds, rows, self.weaver_cache)
+        size = weaver.config.latents(kind)
+        self.count("weaver", rows, [count + size for count in counts])
+        blocks = list(latents.split([size] * len(rows)))
+        if self.hooks.intervene is None:
+            return blocks
+        return self.hooks.intervene(answers, [len(self.answers[a].insertions) for a in answers], blocks)
+
+    def ask(self, boundary: Boundary) -> Tensor:
+        """The trigger's probability of INVOKE for each row; a GPU is not waited for. A constant one is on the host."""
+        if self.trigger_cache is not None:
+            self.count("trigger", boundary.rows, [len(ids) for ids in boundary.unread])
+        probs: Tensor = self.model.trigger.invoke_probs(boundary, self.trigger_cache)
+        return probs
+
+    def count(self, model: str, rows: Sequence[int], positions: Sequence[int]) -> None:
+        """Counts a pass of reasoner, weaver or trigger that reads so many positions of each cache row."""
+        self.work[f"{model}_forwards"] += 1
+        self.work[f"{model}_positions"] += sum(positions)
+        size = self.settings.group_size
+        for row, count in zip(rows, positions, strict=True):
+            readers = range(row * size, (row + 1) * size) if self.live is None else (self.live[row],)
+            for index in readers:
+                self.answers[index].work[model] += count / len(readers)
+
+    # Decisions, insertions and tokens
+
+    def decide(self, index: int, prob: float, step: int) -> bool:
+        """Decides for an answer at a boundary, and records the decision. True: it inserts."""
+        if self.samples_decisions:
+            assert self._decision_uniforms is not None, "sampled decisions need random numbers"
+            invoke = bool(self._decision_uniforms[index][step] < prob)
+        else:
+            invoke = prob > 0.5
+        self._record(index, Decision.INVOKE if invoke else Decision.SKIP, prob)
+        return invoke
+
+    def no_decision(self, index: int) -> None:
+        """Records that the trigger was not asked."""
+        self._record(index, Decision.NOT_ASKED, 0.0)
+
+    def _record(self, index: int, decision: Decision, prob: float) -> None:
+        self.answers[index].decisions.append(int(decision))
+        self.answers[index].invoke_probs.append(prob)
+
+    def insert(self, index: int, latents: Tensor, kind: InsertionKind, states: Tensor | None = None) -> None:
+        """Records an insertion before an answer's next token.
+
+        Args:
+            index: the answer.
+            latents: what is inserted, (K, H).
+            kind: of the insertion.
+            states: the reasoner's hidden states of the latents, (K, H); only if the weaver reads states.
+        """
+        answer = self.answers[index]
+        answer.insertions.append((len(answer.prompt) + len(answer.tokens), int(kind)))
+        # The weaver reads the latents in place of its queries at the answer's next insertion.
+        embedded = latents.to(self.model.reasoner.backbone.embedding.dtype) if states is None else states
+        answer.weaver_pending = [embedded]
+        if self.hooks.keep_latents:
+            answer.latents.append(latents)
+        if self.hooks.observe is not None:
+            self.hooks.observe(index, None)
+
+    def uniforms(self, live: Sequence[int], step: int) -> list[float] | None:
+        """The random number of each answer's token of a step; None if decoding is greedy."""
+        return None if self._token_uniforms is None else [self._token_uniforms[index][step] for index in live]
+
+    def sample(self, hidden: Tensor, live: Sequence[int], step: int) -> Sampled:
+        """Samples the next token of each answer from the state that predicts it; a GPU is not waited for."""
+        numbers = self.uniforms(live, step)
+        uniforms = None if numbers is None else upload(numbers, self.device)
+        return sample(self.model.reasoner.logits(hidden), self.settings, uniforms)
+
+    def append(self, live: Sequence[int], tokens: Sequence[int | float], logprobs: Sequence[float]) -> None:
+        """Adds a token to each answer."""
+        for index, token, logprob in zip(live, tokens, logprobs, strict=True):
+            self.answers[index].tokens.append(int(token))
+            self.answers[index].logprobs.append(logprob)
+            if self.hooks.observe is not None:
+                self.hooks.observe(index, int(token))
+
+    def mark_finished(self, live: Sequence[int]) -> None:
+        """Marks the answers that an end token or the caller's `stop` ended."""
+        ends, stop = self.model.reasoner.end_ids, self.hooks.stop
+        for index in live:
+            tokens = self.answers[index].tokens
+            self.answers[index].finished = tokens[-1] in ends or (stop is not None and stop(tokens))
+
+    def result(self) -> Generation:
+        """The answers as records."""
+        return Generation(
+            turns=[answer.turn() for answer in self.answers],
+            work=WorkCount(**self.work),
+            latents=[answer.latents for answer in self.answers] if self.hooks.keep_latents else None,
+        )
+
+
+def to_host(*parts: Tensor) -> list[list[Any]]:
+    """The numbers of several vectors; a GPU is waited for once, for all of them."""
+    copied = iter(_one_copy([part for part in parts if not part.is_cpu]))
+    return [part.tolist() if part.is_cpu else next(copied) for part in parts]
+
+
+def _one_copy(parts: Sequence[Tensor]) -> list[list[float]]:
+    if not parts:
+        return []
+    sizes = [len(part) for part in parts]
+    # Token ids are exact in float64.
+    flat: list[float] = torch.cat([part.double() for part in parts]).tolist()
+    return [flat[end - size : end] for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
