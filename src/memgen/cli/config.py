@@ -380,7 +380,7 @@ def _unresolved(
     if isinstance(error, InterpolationKeyError):
         found = re.search(r"Interpolation key '(.+?)' not found", str(error))
         missing = found.group(1) if found else text
-        guess = nearest(missing, _all_keys(node._get_root())) if not missing.startswith(".") else None
+        guess = nearest(missing, _all_keys(merge(layers))) if not missing.startswith(".") else None
         hint = f"; did you mean ${{{guess}}}?" if guess else ""
         return f"{at} refers to ${{{missing}}}, which is not set{hint}"
     if isinstance(error, GrammarParseError):
