@@ -22,7 +22,6 @@ from benchmarks.sweeps import (
 )
 from memgen.bench.generation import Decoding, DecodingWorkload
 from memgen.bench.shapes import ModelSettings
-from memgen.types import InsertionPlan
 
 SETTINGS = ModelSettings(model="tiny", latents=2, cap=3, spacing=4)
 
@@ -58,7 +57,7 @@ def test_attention_pairs_of_one_row_by_hand():
     # 4 prompt tokens and 6 new ones; K = 2 before token 4 and before token 7.
     decoding = Decoding(SETTINGS)
     made = decoding.ours(DecodingWorkload(batch=1, prompt=4, new=6), decoding.models["never"])
-    made = replace(made, plan=InsertionPlan.from_rows([[4, 7]], [[0, 1]]))
+    made = replace(made, turns=[replace(made.turns[0], insertions=[(4, 0), (7, 1)])])
     reasoner = 13 * 14 // 2
     weaver = 9 * 10 // 2 + (2 * 4 + 3) + (2 * 9 + 3)
     assert attention_pairs(made, 2) == reasoner + weaver
