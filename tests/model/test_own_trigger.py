@@ -66,7 +66,7 @@ def model_with(name: str, **arguments) -> tuple[MemGenModel, MemGenConfig]:
     torch.manual_seed(0)
     config = MemGenConfig(
         weaver=WeaverConfig(lora=LORA, prompt_latents=2, inference_latents=2, query_scale=0.3),
-        trigger=TriggerConfig(class_path=f"{__name__}.{name}", init_args=arguments),
+        trigger=TriggerConfig(kind=f"{__name__}.{name}", arguments=arguments),
         boundaries=BoundaryConfig(delimiters=DELIMITERS, max_inference_insertions=9),
     )
     base = Backbone(tiny_causal_lm(), "tiny")
@@ -131,17 +131,21 @@ def test_a_checkpoint_keeps_it(tmp_path):
     ("path", "message"),
     [
         ("no.such.module.Class", "cannot be imported"),
-        ("Class", "cannot be imported"),
         ("torch.nn.Linear", r"is no memgen\.model\.trigger\.Trigger"),
-        ("memgen.model.trigger.TriggerKind", "is no memgen"),
+        ("memgen.model.trigger.KINDS", "is no memgen"),
     ],
 )
 def test_a_path_that_names_no_trigger_is_refused(path, message):
-    config = dataclasses.replace(model_with("LastToken")[1], trigger=TriggerConfig(class_path=path))
-    with pytest.raises(ValueError, match=rf"model\.memgen\.trigger\.class_path '{path}' {message}"):
+    config = dataclasses.replace(model_with("LastToken")[1], trigger=TriggerConfig(kind=path))
+    with pytest.raises(ValueError, match=rf"model\.memgen\.trigger\.kind '{path}' {message}"):
         MemGenModel.assemble(config, Backbone(tiny_causal_lm(), "tiny"), byte_tokenizer())
 
 
 def test_arguments_without_a_class_are_refused():
-    with pytest.raises(ValueError, match=r"trigger\.init_args are the arguments of trigger\.class_path"):
-        TriggerConfig(init_args={"scale": 1.0})
+    with pytest.raises(ValueError, match=r"trigger\.arguments are those of a class of your own"):
+        TriggerConfig(arguments={"scale": 1.0})
+
+
+def test_an_unknown_kind_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match=r"must be one of always, never, random, .* got 'alwys'"):
+        TriggerConfig(kind="alwys")

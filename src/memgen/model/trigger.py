@@ -2,7 +2,7 @@
 
 Three kinds. A constant probability (always, never, random). Learned from tokens, as released: an adapter and a 2-way
 head over a pass of its own that never sees latents. Learned from the reasoner's own hidden states, as in the paper:
-no second pass over the text. A class of your own (`TriggerConfig.class_path`) is a fourth: see `Trigger`.
+no second pass over the text. A class of your own, whose path is the kind, is a fourth: see `Trigger`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,15 +23,17 @@ from memgen.model.backbone import Backbone, BackboneConfig
 from memgen.model.cache import KVCache, PackedKVCache, PassSegment, RowKVCache, upload
 from memgen.types import Decision, TokenBatch
 
-TriggerKind = Literal["always", "never", "random", "tokens", "hidden_states"]
+KINDS = ("always", "never", "random", "tokens", "hidden_states")
+LEARNED = ("tokens", "hidden_states")
 
 
 @dataclass(frozen=True)
 class TriggerConfig:
     """Which trigger decides, and how."""
 
-    kind: TriggerKind = "always"
-    """always, never, random: a constant. tokens: learned, reads the text. hidden_states: learned, reads the reasoner."""
+    kind: str = "always"
+    """always, never, random: a constant. tokens: learned, reads the text. hidden_states: learned, reads the reasoner. Or
+    the import path of a `Trigger` of your own, as `my_package.MyTrigger`; it is called with the base and `arguments`."""
     probability: float = 0.5
     """Probability of INVOKE at a boundary for `random`."""
     backbone: BackboneConfig | None = None
@@ -40,21 +42,25 @@ class TriggerConfig:
     """For `tokens`: its adapter."""
     initial_invoke_bias: float = 0.0
     """Added to the INVOKE logit of a new learned trigger."""
-    class_path: str | None = None
-    """A `Trigger` of your own in place of `kind`, as module.Class; it is called with the base and `init_args`."""
-    init_args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of `class_path`."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a `Trigger` of your own."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.probability <= 1.0:
             raise ValueError(f"trigger.probability must be in [0, 1], got {self.probability}")
-        if self.init_args and self.class_path is None:
-            raise ValueError("trigger.init_args are the arguments of trigger.class_path, which is not set")
+        if self.kind not in KINDS and "." not in self.kind:
+            raise ValueError(
+                f"trigger.kind must be one of {', '.join(KINDS)}, or the import path of a class, got {self.kind!r}"
+            )
+        if self.arguments and self.kind in KINDS:
+            raise ValueError(
+                f"trigger.arguments are those of a class of your own, but trigger.kind is {self.kind!r}"
+            )
 
     @property
     def learned(self) -> bool:
         """Whether trigger RL has something to train."""
-        return self.class_path is not None or self.kind in ("tokens", "hidden_states")
+        return self.kind in LEARNED or self.kind not in KINDS
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Trigger(nn.Module, ABC):
     """Decides at boundaries.
 
     A learned trigger defines `invoke_probs`, which decoding asks, and `logits`, which training asks: both must give the
-    same distribution. A class that `TriggerConfig.class_path` names is called with the base (`TriggerConfig.backbone`,
+    same distribution. A class that `TriggerConfig.kind` names by its path is called with the base (`TriggerConfig.backbone`,
     else the reasoner's) as its only positional argument; nothing else has to know it.
     """
 
@@ -297,11 +303,8 @@ def build_trigger(
         translate: from the reasoner's token ids to those of the base, where they differ.
 
     Raises:
-        ValueError: if `class_path` cannot be imported or is no `Trigger`.
+        ValueError: if the kind is an import path that cannot be imported or is no `Trigger`.
     """
-    if config.class_path is not None:
-        trigger: Trigger = _trigger_class(config.class_path)(base, **config.init_args)
-        return trigger
     match config.kind:
         case "tokens":
             return TokenTrigger(base, config, translate)
@@ -311,6 +314,9 @@ def build_trigger(
             return ConstantTrigger(config.probability)
         case "always" | "never":
             return ConstantTrigger(float(config.kind == "always"))
+        case path:
+            trigger: Trigger = _trigger_class(path)(base, **config.arguments)
+            return trigger
 
 
 def _trigger_class(path: str) -> Any:
@@ -318,9 +324,9 @@ def _trigger_class(path: str) -> Any:
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"model.memgen.trigger.class_path {path!r} cannot be imported: {error}") from error
+        raise ValueError(f"model.memgen.trigger.kind {path!r} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Trigger)):
         raise ValueError(  # noqa: TRY004 - the setting is wrong, not a type
-            f"model.memgen.trigger.class_path {path!r} is no memgen.model.trigger.Trigger"
+            f"model.memgen.trigger.kind {path!r} is no memgen.model.trigger.Trigger"
         )
     return found

@@ -30,7 +30,7 @@ from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone, BackboneConfig
 from memgen.model.boundary import BoundaryConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
-from memgen.model.trigger import TokenTrigger, TriggerConfig, TriggerKind
+from memgen.model.trigger import TokenTrigger, TriggerConfig
 from memgen.model.weaver import WeaverConfig
 from memgen.parsing import parse
 
@@ -319,7 +319,7 @@ def import_released(model: MemGenModel, directory: Path) -> LoadReport:
 
 
 def released_config(
-    directory: Path, backbones: Mapping[str, BackboneConfig], trigger: TriggerKind
+    directory: Path, backbones: Mapping[str, BackboneConfig], trigger: str
 ) -> MemGenConfig:
     """The model configuration that a checkpoint of the released code says.
 
