@@ -118,16 +118,6 @@ class TokenBatch:
             shared=None if self.shared is None else self.shared[index],
         )
 
-    def to(self, device: torch.device | str) -> TokenBatch:
-        """The same batch on another device."""
-        return TokenBatch(
-            ids=self.ids.to(device),
-            lengths=self.lengths.to(device),
-            supervised=self.supervised.to(device),
-            group=None if self.group is None else self.group.to(device),
-            shared=None if self.shared is None else self.shared.to(device),
-        )
-
 
 @dataclass(frozen=True)
 class InsertionPlan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +50,8 @@ class SFTBatch:
     divided by. In evaluation: of this batch."""
 
     def to(self, device: torch.device | str) -> SFTBatch:
-        """The same batch on another device."""
-        return dataclasses.replace(self, tokens=self.tokens.to(device))
+        """The same: rows stay on the host, where plans are made; a pass makes its own tensors."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -95,5 +94,5 @@ class EvalBatch:
     """The same items with their reference completions; None where there is no such loss."""
 
     def to(self, device: torch.device | str) -> EvalBatch:
-        """The same batch on another device."""
-        return self if self.sft is None else dataclasses.replace(self, sft=self.sft.to(device))
+        """The same: items are text, and rows stay on the host."""
+        return self

@@ -318,9 +318,7 @@ def import_released(model: MemGenModel, directory: Path) -> LoadReport:
     return _load([(names, tensors, directory)])
 
 
-def released_config(
-    directory: Path, backbones: Mapping[str, BackboneConfig], trigger: str
-) -> MemGenConfig:
+def released_config(directory: Path, backbones: Mapping[str, BackboneConfig], trigger: str) -> MemGenConfig:
     """The model configuration that a checkpoint of the released code says.
 
     Args:

@@ -119,7 +119,7 @@ class WeaverSFT(Stage):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             targets = batch.tokens.ids[:, 1:][batch.tokens.supervised[:, 1:]]
-            hits = self.memgen.reasoner.predictions(woven.hidden.detach()) == targets
+            hits = self.memgen.reasoner.predictions(woven.hidden.detach()) == targets.to(self.device)
             self.log("train/token_accuracy", hits.float().mean(), prog_bar=True)
             self.log_dict(_latent_metrics(self.memgen, woven))
 
@@ -136,7 +136,7 @@ class WeaverSFT(Stage):
         tokens = batch.sft.tokens
         logprobs, woven = self.memgen.label_logprobs(tokens, self.memgen.boundaries.plan(tokens))
         targets = tokens.ids[:, 1:][tokens.supervised[:, 1:]]
-        hits = (self.memgen.reasoner.predictions(woven.hidden) == targets).float()
+        hits = (self.memgen.reasoner.predictions(woven.hidden) == targets.to(self.device)).float()
         self.val_loss.update(-logprobs.mean(), weight=len(targets))
         self.val_accuracy.update(hits.mean(), weight=len(targets))
         self.log("val/loss", self.val_loss, prog_bar=True, on_epoch=True)
