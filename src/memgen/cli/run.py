@@ -36,12 +36,13 @@ from memgen.tracking.run_description import RunDescription
 from memgen.tracking.run_logger import RunLogger, resumed_logger, run_id_of, run_logger
 from memgen.tracking.run_record import RunRecord
 from memgen.training.callbacks import RESUME
-from memgen.training.checkpoint import CONFIG_FILE
+from memgen.training.checkpoint import CONFIG_FILE, defaults_of
 
 STAGE_EXAMPLE = "conf/weaver_sft.yaml"
 HELP_OPTIONS = ("-h", "--help")
 RECORDS_OPTION = "--records"
 """Of `memgen test`: the folder of its records."""
+DATA_CLASS = "memgen.data.EnvironmentData"
 SECTION_CLASSES = {"model": LightningModule, "data": LightningDataModule}
 
 
@@ -87,9 +88,8 @@ def execute(
         UsageError: if the configuration cannot be used.
         KeyboardInterrupt: after Ctrl-C, once Lightning has shut down.
     """
-    layers = request.layers()
+    layers = _layers(request)
     merged = config.merge(layers)
-    _require_stage(merged, layers)
     document = config.resolve(merged, layers)
     _require_checkpoints(document)
     if command == "fit" and request.run is not None and document.get("ckpt_path") is None:
@@ -128,15 +128,30 @@ def execute(
     return 0
 
 
+def _layers(request: Request) -> list[Layer]:
+    """The sources of the configuration. What none of them sets is taken from the checkpoint that it starts from."""
+    layers = request.layers()
+    merged = config.merge(layers)
+    _require_stage(merged, layers)
+    start = config.value_of(merged, "model.init_from")
+    if not isinstance(start, str) or not (current(Path(start)) / CONFIG_FILE).is_file():
+        return layers
+    values = defaults_of(
+        Path(start),
+        with_trigger=config.value_of(merged, "model.memgen.trigger.kind") is None,
+        with_data=config.value_of(merged, "data.class_path") == DATA_CLASS,
+    )
+    return [Layer(name=str(Path(start) / CONFIG_FILE), text=yaml.safe_dump(values), values=values), *layers]
+
+
 def describe(request: Request) -> RunDescription:
     """Resolves the configuration of `fit` and builds everything but the Trainer, which needs the machine.
 
     Raises:
         UsageError: if the configuration is refused.
     """
-    layers = request.layers()
+    layers = _layers(request)
     merged = config.merge(layers)
-    _require_stage(merged, layers)
     document = config.resolve(merged, layers)
     _require_checkpoints(document)
     _quieten()

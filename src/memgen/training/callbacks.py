@@ -11,12 +11,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from memgen.data import EnvironmentData
 from memgen.distributed.zero import whole_weights
 from memgen.files import point_to
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.run_context import run_context
 from memgen.tracking.run_logger import log_best, log_checkpoint, run_loggers
 from memgen.training.checkpoint import save_checkpoint
+from memgen.training.stage import text_settings
 
 logger = logging.getLogger(__name__)
 
@@ -122,5 +124,7 @@ class AdapterCheckpoint(Callback):
         with whole_weights(trainer):
             if not trainer.is_global_zero or self.run is None:
                 return
-            save_checkpoint(model, config, self.run / name, with_trigger=self.with_trigger)
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            text = text_settings(model, data) if isinstance(data, EnvironmentData) else None
+            save_checkpoint(model, config, self.run / name, with_trigger=self.with_trigger, text=text)
             point_to(self.run.parent / "latest", self.run)

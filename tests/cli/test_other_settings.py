@@ -1,0 +1,122 @@
+"""Checkpoints and runs under other settings than they were trained under: refused, named, or taken from there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cli.test_real_stages import ROOT, small_run
+from memgen.cli import main as front_end
+
+SETTINGS = (
+    "--model.memgen.weaver.lora.alpha=8",
+    "--model.memgen.boundaries.delimiters=[+]",
+    "--data.chat_template=chatml",
+    "--model.generation.max_new_tokens=16",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a finished run of three steps, with a checkpoint to resume from behind the second."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert small_run(folder, *SETTINGS, "--run", "run", "--trainer.callbacks.1.every_n_steps=2") == 0
+    return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True, symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def run_of(folder: Path, command: str, *arguments: str) -> int:
+    """A command with the trained run's data and base, which may lie in another folder now."""
+    return small_run(folder, *arguments, command=command)
+
+
+def line(capsys) -> str:
+    """The one line that a refused command prints."""
+    lines = [text for text in capsys.readouterr().err.splitlines() if text.startswith("memgen ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# Tested from a checkpoint directory
+
+
+def test_a_checkpoint_says_what_gives_its_tensors_their_meaning(folder):
+    header = json.loads((folder / "run/best/memgen.json").read_text())
+    assert "<|im_start|>" in header["text"]["chat_template"]
+    assert header["text"]["end_ids"] == [258]
+    assert header["trained_insertions"] == ["prompt", "inference"]
+    assert len(header["tokenizer"]) == 64
+
+
+def test_a_test_under_another_alpha_is_refused_by_key(folder, capsys):
+    assert run_of(folder, "test", "--checkpoint", "run/best") == 2
+    assert "model.memgen.weaver.lora.alpha is 16 (trained: 8)" in line(capsys)
+
+
+def test_a_test_where_the_weaver_cannot_speak_says_so(folder, capsys, caplog):
+    silent = ("--model.memgen.boundaries.max_inference_insertions=0", "--model.memgen.trigger.kind=always")
+    config = folder / "run/best/memgen.json"
+    header = json.loads(config.read_text())
+    header["config"]["weaver"]["prompt_latents"] = 0
+    config.write_text(json.dumps(header))
+    drop(folder / "run/best/weaver.safetensors", "prompt_queries.")
+    arguments = ("--checkpoint", "run/best", "--model.memgen.weaver.prompt_latents=0", *SETTINGS[:1], *silent)
+    assert run_of(folder, "test", *arguments) == 0
+    assert "the trained weaver never wove: no answer had an insertion" in caplog.text
+    assert "boundaries.max_inference_insertions is 0 (trained: 3)" in caplog.text
+    caplog.clear()
+    assert run_of(folder, "test", *arguments, "--model.memgen.trigger.kind=never") == 0
+    assert "never wove" not in caplog.text
+
+
+def drop(file: Path, prefix: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: t for name, t in load_file(file).items() if not name.startswith(prefix)}, file)
+
+
+def test_what_no_file_sets_is_taken_from_the_checkpoint(folder, capsys):
+    stage = yaml.safe_load((ROOT / "conf/weaver_sft.yaml").read_text())
+    for key in ("weaver", "boundaries", "trigger"):
+        del stage["model"]["memgen"][key]
+    del stage["data"]["keep_turn_latents"]
+    (folder / "bare.yaml").write_text(yaml.safe_dump(stage))
+    argv = ["test", "--config", "bare.yaml", "--checkpoint", "run/best", "--print_config"]
+    assert front_end.main([*argv, "--model.memgen.boundaries.max_inference_insertions=1"]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    weaver, boundaries = found["model"]["memgen"]["weaver"], found["model"]["memgen"]["boundaries"]
+    assert (weaver["lora"]["alpha"], weaver["lora"]["r"], weaver["prompt_latents"]) == (8, 8, 4)
+    assert (boundaries["delimiters"], boundaries["max_inference_insertions"]) == (["+"], 1)
+    assert found["data"]["chat_template"] == "chatml"
+
+
+def test_generate_renders_and_ends_as_training_did(folder, monkeypatch):
+    from memgen.cli import generate
+
+    seen = []
+    from memgen import chat
+
+    monkeypatch.setattr(
+        chat, "prompt_ids", lambda tokenizer, messages, template: seen.append(template) or [65, 66]
+    )
+    argv = ["--checkpoint", "run/best", "--prompt", "x", "--max-new-tokens", "2"]
+    header = json.loads((folder / "run/best/memgen.json").read_text())
+    header["text"]["chat_template"] = "{{ 1 }}"
+    (folder / "run/best/memgen.json").write_text(json.dumps(header))
+    assert generate.main(argv) == 0
+    assert generate.main([*argv, "--chat-template", "chatml"]) == 0
+    assert seen == ["{{ 1 }}", chat.CHATML]
