@@ -34,6 +34,8 @@ def trained(tmp_path_factory) -> Path:
 @pytest.fixture
 def folder(trained, tmp_path, monkeypatch) -> Path:
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True, symlinks=True)
+    recorded = tmp_path / "run/resume/config.yaml"
+    recorded.write_text(recorded.read_text().replace(str(trained), str(tmp_path)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
@@ -120,3 +122,76 @@ def test_generate_renders_and_ends_as_training_did(folder, monkeypatch):
     assert generate.main(argv) == 0
     assert generate.main([*argv, "--chat-template", "chatml"]) == 0
     assert seen == ["{{ 1 }}", chat.CHATML]
+
+
+# Resumed
+
+
+def resume(folder: Path, *arguments: str, command: str = "fit") -> int:
+    return run_of(folder, command, *SETTINGS, "--run", "run", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--model.optimizer.lr=0.5",), "model.optimizer.lr is 0.5 (was 0.01)"),
+        (("--model.optimizer.weight_decay=0.5",), "model.optimizer.weight_decay is 0.5 (was 0.0)"),
+        (("--seed_everything=7",), "seed_everything is 7 (was 0)"),
+        (("--checkpoint", "run/best"), "model.init_from is 'run/best' (was None)"),
+        (("--model.memgen.weaver.lora.r=2",), "model.memgen.weaver.lora.r is 2 (was 8)"),
+        (("--model.memgen.weaver.lora.alpha=16",), "model.memgen.weaver.lora.alpha is 16 (was 8)"),
+        (("--model.memgen.weaver.prompt_latents=2",), "model.memgen.weaver.prompt_latents is 2 (was 4)"),
+        (("--trainer.callbacks.0.monitor=val/loss",), "callbacks.AdapterCheckpoint.monitor is 'val/loss'"),
+    ],
+)
+def test_a_resumed_run_refuses_what_would_be_ignored_or_meaningless(folder, capsys, arguments, named):
+    assert resume(folder, *arguments) == 2
+    message = line(capsys)
+    assert named in message
+    assert f"--checkpoint {folder / 'run/last'}" in message
+
+
+def test_a_run_resumed_on_another_task_is_refused(folder, capsys):
+    recorded = folder / "run/resume/config.yaml"
+    recorded.write_text(recorded.read_text().replace("gsm8k.GSM8K", "gsm8k.Other"))
+    assert resume(folder) == 2
+    assert "data.environment.class_path is 'memgen.environments.qa.gsm8k.GSM8K' (was" in line(capsys)
+
+
+def test_a_run_resumed_by_another_stage_is_refused(folder, capsys):
+    stage = str(ROOT / "conf/weaver_grpo.yaml")
+    argv = ["fit", "--config", stage, "--run", "run", "--model.init_from=null", "--trainer.logger=false"]
+    assert front_end.main([*argv, f"--model.memgen.backbone.name={folder / 'base'}"]) == 2
+    assert "model.class_path is 'memgen.training.weaver_grpo.WeaverGRPO' (was" in line(capsys)
+    (folder / "run/resume/config.yaml").unlink()  # as runs of earlier versions
+    arguments = ("--model.memgen.weaver.lora={r: 8, alpha: 8, target_modules: [q_proj, v_proj]}", *argv[-2:])
+    assert front_end.main([*argv[:5], *arguments, f"--model.memgen.backbone.name={folder / 'base'}"]) == 2
+    assert "the .ckpt was written by WeaverSFT, which WeaverGRPO cannot resume" in line(capsys)
+
+
+def test_a_resumed_run_names_what_it_takes_and_says_nothing_if_all_is_the_same(folder, caplog):
+    assert resume(folder, "--trainer.callbacks.1.every_n_steps=2") == 0
+    assert "other settings" not in caplog.text
+    changes = ("--model.curriculum={first: 1.0, all: 0, random: 0, none: 0}", "--trainer.max_steps=4")
+    assert (
+        resume(folder, "--model.memgen.boundaries.delimiters=[.]", "--data.val_batch_size=3", *changes) == 0
+    )
+    for named in (
+        "model.curriculum.first is 1.0 (was 0.0)",
+        "trainer.max_steps is 4 (was 3)",
+        "model.memgen.boundaries.delimiters is ['.'] (was ['+'])",
+        "data.val_batch_size is 3 (was 32)",
+        "ResumeCheckpoint.every_n_steps is None (was 2)",
+    ):
+        assert named in caplog.text
+    kept = yaml.safe_load((folder / "run/resume/config.yaml").read_text())
+    assert kept["trainer"]["max_steps"] == 4
+
+
+def test_a_ckpt_is_tested_under_its_own_settings_only(folder, capsys):
+    ckpt = ("--ckpt_path", "run/resume/last.ckpt")
+    assert run_of(folder, "test", *SETTINGS, *ckpt) == 0
+    assert run_of(folder, "test", *ckpt) == 2
+    assert "model.memgen.weaver.lora.alpha is 16 (trained: 8)" in line(capsys)
+    assert run_of(folder, "test", *SETTINGS, "--model.memgen.weaver.lora.r=2", *ckpt) == 2
+    assert "model.memgen.weaver.lora.r is 2 (trained: 8)" in line(capsys)

@@ -31,12 +31,15 @@ from memgen.results.recorded_test import RecordedTest
 from memgen.run_context import RunContext, run_context
 from memgen.running.interrupt import Interrupted
 from memgen.running.resume import LAST, ResumeCheckpoint, StepSeeds, last_checkpoint
+from memgen.running.settings import changed_settings, recorded_configuration
 from memgen.tracking.address import DEFAULT_ROOT
 from memgen.tracking.run_description import RunDescription
 from memgen.tracking.run_logger import RunLogger, resumed_logger, run_id_of, run_logger
 from memgen.tracking.run_record import RunRecord
 from memgen.training.callbacks import RESUME
 from memgen.training.checkpoint import CONFIG_FILE, defaults_of
+
+logger = logging.getLogger(__name__)
 
 STAGE_EXAMPLE = "conf/weaver_sft.yaml"
 HELP_OPTIONS = ("-h", "--help")
@@ -239,6 +242,16 @@ class TrainerCommand(LightningCLI):
         if self._request is not None and self._request.print_config:
             print(self.resolved_yaml(), end="")
             raise SystemExit(0)
+        ckpt = self._get(self.config, "ckpt_path")
+        if self._command == "fit" and isinstance(ckpt, str):
+            self._compare_with_run(Path(ckpt))
+
+    def _compare_with_run(self, ckpt: Path) -> None:
+        """Names the settings that differ from those of the run that is resumed; refuses those that cannot."""
+        before = recorded_configuration(ckpt)
+        changed = [] if before is None else changed_settings(ckpt, before, self.resolved())
+        if changed and getattr(rank_zero_only, "rank", 0) in (None, 0):
+            logger.warning("the run goes on under other settings: %s", "; ".join(changed))
 
     @override
     def instantiate_classes(self) -> None:
@@ -278,6 +291,7 @@ class TrainerCommand(LightningCLI):
                 folder=self._run_folder,
                 resumed_from=None if ckpt is None else Path(ckpt),
                 resolve_asset=Resolver(_store_of(kwargs.get("logger", settings.get("logger")))),
+                configuration=self.resolved_yaml() if self._command == "fit" else None,
             )
         )
         if self._command == "fit":
@@ -452,6 +466,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     # A resumed run continues in its folder.
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+    # A test needs none of the callbacks that a training run's .ckpt has a state of.
+    warnings.filterwarnings("ignore", message=r"Be aware that when using `ckpt_path`, callbacks used")
     # The frozen base stays in evaluation mode by design.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
     # Lightning's advice on a login node; `memgen submit` is how to run from there.

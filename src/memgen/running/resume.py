@@ -27,6 +27,7 @@ from memgen.files import new_file, point_to, remove, remove_leftovers, write_who
 from memgen.lightning_internals import log_step_metrics, validation_is_due
 from memgen.run_context import run_context
 from memgen.running.interrupt import LISTENER, Agreement, Interrupted, Limit, Wish
+from memgen.running.settings import CONFIGURATION
 from memgen.seeds import seed_of
 from memgen.tracking.run_logger import pause_runs
 from memgen.training.callbacks import RESUME, AdapterCheckpoint
@@ -141,6 +142,9 @@ class ResumeCheckpoint(Checkpoint):
         if trainer.is_global_zero and (self.run / RESUME).is_dir():
             for path in remove_leftovers(self.run / RESUME):
                 logger.info("%s was left by a killed process: removed", path)
+        kept = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if context.configuration is not None and kept:
+            write_whole(self.run / RESUME / CONFIGURATION, context.configuration)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
