@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -195,3 +197,34 @@ def test_a_ckpt_is_tested_under_its_own_settings_only(folder, capsys):
     assert "model.memgen.weaver.lora.alpha is 16 (trained: 8)" in line(capsys)
     assert run_of(folder, "test", *SETTINGS, "--model.memgen.weaver.lora.r=2", *ckpt) == 2
     assert "model.memgen.weaver.lora.r is 2 (trained: 8)" in line(capsys)
+
+
+# Two runs
+
+
+def test_a_second_run_in_a_folder_in_use_is_refused_in_one_line(folder, capsys, monkeypatch):
+    from memgen import files
+
+    monkeypatch.setattr(files, "HOLD_SECONDS", 0.1)
+    holder = f"import sys, time, pathlib; from memgen import files; files.hold(pathlib.Path({str(folder / 'run')!r}))"
+    command = [sys.executable, "-c", f"{holder}; print('held', flush=True); time.sleep(60)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")}
+        assert resume(folder) == 2
+        assert "another process is running in run, and two would mix their files" in line(capsys)
+        assert {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")} == before
+        process.kill()
+    assert resume(folder) == 0
+
+
+def test_runs_that_begin_within_a_second_have_folders_of_their_own(folder, monkeypatch):
+    from memgen import files
+
+    monkeypatch.setattr(files.time, "strftime", lambda form: "20260101-000000")
+    for _ in range(2):
+        assert small_run(folder, "--trainer.max_steps=1", "--trainer.limit_val_batches=0") == 0
+    runs = folder / "runs" / "weaver_sft"
+    assert {path.name for path in runs.iterdir()} == {"20260101-000000", "20260101-000000-2", "latest"}
+    assert all((path / "last").is_dir() for path in runs.iterdir())

@@ -8,7 +8,6 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, cast, final
 
@@ -26,7 +25,7 @@ from memgen.cli.errors import UsageError, refuses_input
 from memgen.cli.links import STATUS, lost_link
 from memgen.cli.names import Resolver, names_in
 from memgen.cli.options import take_options
-from memgen.files import current
+from memgen.files import current, timed_path
 from memgen.results.recorded_test import RecordedTest
 from memgen.run_context import RunContext, run_context
 from memgen.running.interrupt import Interrupted
@@ -353,12 +352,15 @@ class TrainerCommand(LightningCLI):
             self._instead(self)
             return
         batches = self.trainer.predict(**kwargs) or []
-        name = self.trainer.strategy.broadcast(
-            run_id_of(self.trainer.loggers) or datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
-        )
-        part = f".rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
-        path = self._root / "predictions" / f"{name}{part}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder, several = self._root / "predictions", self.trainer.world_size > 1
+        folder.mkdir(parents=True, exist_ok=True)
+        name = run_id_of(self.trainer.loggers)
+        if name is None and self.trainer.is_global_zero:
+            ending = ".rank0.jsonl" if several else ".jsonl"
+            name = timed_path(folder, ending).name.removesuffix(ending)
+        name = self.trainer.strategy.broadcast(name)
+        part = f".rank{self.trainer.global_rank}" if several else ""
+        path = folder / f"{name}{part}.jsonl"
         with path.open("w", encoding="utf-8") as file:
             for batch in batches:
                 file.writelines(
