@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from memgen import files
 from memgen.files import (
     current,
     lock,
@@ -136,3 +138,51 @@ def test_a_lock_is_waited_for(tmp_path, caplog):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+# Folders that one process writes to
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from memgen import files
+files.hold(Path(sys.argv[1]))
+if os.fork() == 0:
+    time.sleep(60)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_is_held_by_one_process_until_it_ends_however_it_ends(tmp_path, monkeypatch):
+    """Also by kill -9, and while a worker that it forked lives on."""
+    monkeypatch.setattr(files, "HOLD_SECONDS", 0.1)
+    held = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(held)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(
+            OSError, match=r"another process is running in .*run, and two would mix their files"
+        ):
+            files.hold(held)
+        process.kill()
+        process.wait()
+        files.hold(held)
+        files.hold(held)
+        files.release(held)
+        files.release(held)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert list(held.iterdir()) == []
+
+
+def test_names_after_the_time_are_given_once(tmp_path):
+    folders = {files.timed_path(tmp_path, "-a", folder=True) for _ in range(5)}
+    assert len(folders) == 5
+    assert all(path.is_dir() for path in folders)
+    paths = {files.timed_path(tmp_path / "new", ".jsonl") for _ in range(3)}
+    assert len(paths) == 3
+    assert all(path.suffix == ".jsonl" for path in paths)

@@ -7,6 +7,7 @@ host and process, so the next writer of the same target removes what a killed on
 from __future__ import annotations
 
 import glob
+import itertools
 import logging
 import os
 import re
@@ -25,6 +26,11 @@ logger = logging.getLogger(__name__)
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.new-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
 _ABANDONED_SECONDS = 86_400.0
 """Age from which a temporary file of another host counts as left by a killed process."""
+HOLD_SECONDS = 5.0
+"""How long `hold` waits for another process."""
+_LOCK = ".lock"
+_HELD: dict[Path, FileLock] = {}
+"""The folders that this process holds."""
 _IN_USE: set[str] = set()
 """Temporary names that this process is writing to."""
 
@@ -87,6 +93,50 @@ def lock(path: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def hold(folder: Path) -> None:
+    """Holds a folder that only one process may write to, until `release` or the end of the process; again: does nothing.
+
+    Raises:
+        OSError: if another process holds it, also after a few seconds: one that was killed may still be ending.
+    """
+    place = folder.absolute()
+    if place in _HELD:
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    held = FileLock(place / _LOCK)
+    try:
+        held.acquire(timeout=HOLD_SECONDS)
+    except Timeout as error:
+        raise OSError(
+            f"another process is running in {folder}, and two would mix their files; wait for it or stop it, or choose "
+            "another folder (--run DIR)"
+        ) from error
+    _HELD[place] = held
+
+
+def release(folder: Path) -> None:
+    """Lets go of a folder; does nothing if this process does not hold it."""
+    held = _HELD.pop(folder.absolute(), None)
+    if held is not None:
+        # Before the release: filelock looks whether the file that it has locked still has its name.
+        Path(held.lock_file).unlink(missing_ok=True)
+        held.release()
+
+
+def timed_path(parent: Path, ending: str = "", *, folder: bool = False) -> Path:
+    """Makes an empty file or folder that is named after the time. No other process gets the same one."""
+    parent.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        path = parent / f"{stamp}{f'-{number}' if number > 1 else ''}{ending}"
+        try:
+            path.mkdir() if folder else path.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("itertools.count has no end")
 
 
 def sync(path: Path) -> None:

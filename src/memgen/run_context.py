@@ -31,6 +31,7 @@ class RunContext(Callback):
         folder: the run's folder; None: AdapterCheckpoint chooses one.
         resumed_from: the .ckpt that the run is resumed from. The Trainer itself knows it only after set-up.
         resolve_asset: turns the name of an asset (`lab:reasoner`) into a directory; other names pass through.
+        configuration: the resolved configuration as YAML, to be kept with the run; None: there is none.
     """
 
     def __init__(
@@ -38,10 +39,12 @@ class RunContext(Callback):
         folder: Path | None = None,
         resumed_from: Path | None = None,
         resolve_asset: Callable[[str], str] = no_assets,
+        configuration: str | None = None,
     ) -> None:
         self.folder = folder
         self.resumed_from = resumed_from
         self.resolve_asset = resolve_asset
+        self.configuration = configuration
 
 
 def run_context(trainer: Trainer | None) -> RunContext:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     BloomConfig,
     Gemma2Config,
@@ -133,3 +134,65 @@ def test_one_changed_tensor_changes_the_fingerprint():
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight += 0.5
     assert fingerprint(model) != before
+
+
+# Models whose files are not theirs
+
+
+def saved_model(directory, change, **settings) -> BackboneConfig:
+    """A saved model whose tensors on disk were changed."""
+    tiny_causal_lm(**settings).save_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return BackboneConfig(name=str(directory))
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (lambda tensors: tensors.pop(DOWN), {}, f"missing: {DOWN}"),
+        (
+            lambda tensors: tensors.pop("lm_head.weight"),
+            {"tie_word_embeddings": False},
+            r"missing: lm_head\.weight",
+        ),
+        (
+            lambda tensors: tensors.update(score=torch.zeros(2)),
+            {},
+            r"are not those of its architecture; unexpected: score\.",
+        ),
+        (
+            lambda tensors: tensors.update({DOWN: torch.zeros(3, 2)}),
+            {},
+            rf"wrong shape: {DOWN} \(3, 2\) instead of \(32, 48\)",
+        ),
+        (lambda tensors: [tensors.pop(key) for key in list(tensors)[:12]], {}, r"missing: .* and 5 more\."),
+    ],
+    ids=["missing", "missing head", "unexpected", "wrong shape", "many"],
+)
+def test_a_base_with_other_tensors_than_its_architecture_is_refused_by_name(
+    tmp_path, caplog, change, settings, message
+):
+    with pytest.raises(ValueError, match=message):
+        load_backbone(saved_model(tmp_path, change, **settings), str)
+    assert "LOAD REPORT" not in caplog.text
+
+
+def test_a_tied_head_that_is_not_stored_is_not_missing(tmp_path):
+    assert load_backbone(saved_model(tmp_path, lambda tensors: None), str).head.weight.shape == (260, 32)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"x" * 100], ids=["absent", "empty", "cut", "other"])
+def test_a_model_folder_that_cannot_be_read_is_one_line(tmp_path, file, content):
+    config = saved_model(tmp_path, lambda tensors: None)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(OSError, match=r"cannot be loaded: .*\(model\.memgen\.backbone\.name\)") as caught:
+        load_backbone(config, str)
+    assert "\n" not in str(caught.value)

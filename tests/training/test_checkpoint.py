@@ -17,24 +17,30 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from memgen.chat import load_tokenizer
 from memgen.files import remove_leftovers
 from memgen.model.backbone import Backbone, BackboneConfig
 from memgen.model.boundary import BoundaryConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
-from memgen.model.trigger import TriggerConfig
+from memgen.model.trigger import Boundary, TriggerConfig
 from memgen.model.weaver import WeaverConfig
 from memgen.training import checkpoint
 from memgen.training.checkpoint import (
     CheckpointError,
+    TextSettings,
     export_released,
     import_released,
     load_checkpoint,
     open_checkpoint,
     read_config,
+    read_text_settings,
     save_checkpoint,
 )
-from tiny import LORA, byte_tokenizer, tiny_causal_lm, tiny_memgen
+from memgen.types import InsertionKind
+from tiny import LORA, byte_tokenizer, random_batch, tiny_causal_lm, tiny_memgen
 
 CONFIG = MemGenConfig(
     backbone=BackboneConfig(name="tiny"),
@@ -254,6 +260,183 @@ def test_absent_and_broken_tensor_files_are_refused(saved):
     (saved / WEAVER).unlink()
     with pytest.raises(CheckpointError, match="does not exist; the checkpoint is incomplete"):
         load_checkpoint(model, saved)
+
+
+# Tensors under other settings
+
+
+def rebuilt(directory: Path, **changes) -> MemGenModel:
+    """A new model of the checkpoint's configuration with some of its keys changed."""
+    config = read_config(directory)
+    for key, value in changes.items():
+        first, _, rest = key.partition("__")
+        inner = getattr(config, first)
+        if "__" in rest:
+            part, _, leaf = rest.partition("__")
+            value = replace(getattr(inner, part), **{leaf: value})
+            rest = part
+        config = replace(config, **{first: replace(inner, **{rest: value})})
+    return MemGenModel.assemble(config, Backbone(tiny_causal_lm(), "tiny"), byte_tokenizer())
+
+
+def save_whole(directory: Path, **changes) -> MemGenModel:
+    """Saves a model with a trained token trigger under the configuration that it was built from."""
+    config = replace(CONFIG, trigger=TriggerConfig(kind="tokens", lora=LORA), **changes)
+    model = MemGenModel.assemble(config, Backbone(tiny_causal_lm(), "tiny"), byte_tokenizer())
+    save_checkpoint(model, config, directory, with_trigger=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("weaver__lora__alpha", 16, r"weaver\.lora\.alpha is 16 \(trained: 8\)"),
+        ("weaver__lora__r", 2, r"weaver\.lora\.r is 2 \(trained: 4\)"),
+        ("weaver__lora__target_modules", ("q_proj",), r"weaver\.lora\.target_modules is \[\"q_proj\"\]"),
+        ("weaver__reads", "hidden_states", r"weaver\.reads is \"hidden_states\" \(trained: \"embeddings\"\)"),
+        ("weaver__prompt_latents", 0, r"weaver\.prompt_latents is 0 \(trained: 3\)"),
+        ("trigger__lora__alpha", 16, r"trigger\.lora\.alpha is 16 \(trained: 8\)"),
+        ("trigger__kind", "hidden_states", r"trigger\.kind is \"hidden_states\" \(trained: \"tokens\"\)"),
+    ],
+)
+def test_tensors_that_would_mean_something_else_are_refused_by_key(tmp_path, key, value, named):
+    save_whole(tmp_path / "c")
+    model = rebuilt(tmp_path / "c", **{key: value})
+    before = trained_tensors(model)
+    with pytest.raises(CheckpointError, match=f"model\\.memgen\\.{named}"):
+        load_checkpoint(model, tmp_path / "c")
+    assert_same(trained_tensors(model), before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("boundaries__delimiters", (".",), 'boundaries.delimiters is ["."] (trained: ["a", "b"])'),
+        ("boundaries__max_inference_insertions", 0, "boundaries.max_inference_insertions is 0 (trained: 3)"),
+        ("boundaries__keep_turn_latents", True, "boundaries.keep_turn_latents is true"),
+        ("trigger__kind", "always", "a trained trigger, which is not used"),
+    ],
+)
+def test_a_choice_that_differs_is_named_and_loads(tmp_path, caplog, key, value, named):
+    trained = save_whole(tmp_path / "c")
+    model = rebuilt(tmp_path / "c", **{key: value})
+    load_checkpoint(model, tmp_path / "c")
+    assert named in caplog.text
+    assert_same(dict(model.weaver.own_parameters()), dict(trained.weaver.own_parameters()))
+
+
+def test_what_says_nothing_about_the_tensors_may_differ(tmp_path, caplog):
+    save_whole(tmp_path / "c")
+    model = rebuilt(
+        tmp_path / "c",
+        weaver__lora__dropout=0.5,
+        weaver__lora__target_modules=("v_proj", "q_proj"),
+        weaver__query_scale=2.0,
+        boundaries__delimiters=("b", "a"),
+    )
+    load_checkpoint(model, tmp_path / "c")
+    assert caplog.text == ""
+
+
+def test_another_tokenizer_is_refused_and_an_added_token_is_not(tmp_path):
+    config = save_whole(tmp_path / "c").config
+    more = byte_tokenizer()
+    more.add_tokens(["<|tool|>"])
+    load_checkpoint(MemGenModel.assemble(config, Backbone(tiny_causal_lm()), more), tmp_path / "c")
+    other = other_tokenizer()
+    with pytest.raises(CheckpointError, match=r"trained with another tokenizer.*set data\.tokenizer"):
+        load_checkpoint(MemGenModel.assemble(config, Backbone(tiny_causal_lm()), other), tmp_path / "c")
+
+
+def test_latents_that_were_never_trained_are_named_where_they_are_inserted(tmp_path, caplog):
+    model = MemGenModel.assemble(CONFIG, Backbone(tiny_causal_lm()), byte_tokenizer())
+    batch, plan = random_batch([8], [4], [[4]])
+    model.label_logprobs(batch, plan)
+    save_checkpoint(model, CONFIG, tmp_path / "c", with_trigger=False)
+    load_checkpoint(rebuilt(tmp_path / "c"), tmp_path / "c")
+    assert "inference latents were never trained, but are inserted" in caplog.text
+    caplog.clear()
+    again = rebuilt(tmp_path / "c", boundaries__max_inference_insertions=0)
+    load_checkpoint(again, tmp_path / "c")
+    assert "never trained" not in caplog.text
+    assert again.weaver.trained_kinds == {InsertionKind.PROMPT}
+
+
+def test_an_older_checkpoint_that_says_less_loads(tmp_path, caplog):
+    save_whole(tmp_path / "c")
+
+    def change(header):
+        for key in ("tokenizer", "text", "trained_insertions"):
+            del header[key]
+        del header["config"]["boundaries"]["keep_turn_latents"]
+
+    set_config(tmp_path / "c", change)
+    load_checkpoint(rebuilt(tmp_path / "c"), tmp_path / "c")
+    assert caplog.text == ""
+    assert read_text_settings(tmp_path / "c") is None
+
+
+def test_an_opened_checkpoint_ends_answers_as_training_did(tmp_path):
+    tiny_causal_lm(eos_token_id=5).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    config = replace(CONFIG, backbone=BackboneConfig(name=str(tmp_path / "base")))
+    model = MemGenModel.build(config, byte_tokenizer(), str)
+    text = TextSettings(chat_template="{{ messages }}", end_ids=(5, 7, 258))
+    save_checkpoint(model, config, tmp_path / "c", with_trigger=False, text=text)
+    opened, _ = open_checkpoint(tmp_path / "c", type(byte_tokenizer()).from_pretrained, str)
+    assert opened.reasoner.end_ids == (5, 7, 258)
+    assert read_text_settings(tmp_path / "c") == text
+
+
+@torch.no_grad()
+def test_a_trigger_on_a_base_with_another_tokenizer_reads_its_own_token_ids(tmp_path):
+    """The probability is that of the same text, read by the trigger's base alone; its cache grows with the text."""
+    save_base(tmp_path / "reasoner", byte_tokenizer())
+    save_base(tmp_path / "other", other_tokenizer())
+    trigger = TriggerConfig(kind="tokens", lora=LORA, backbone=BackboneConfig(name=str(tmp_path / "other")))
+    config = replace(CONFIG, backbone=BackboneConfig(name=str(tmp_path / "reasoner")), trigger=trigger)
+    save_checkpoint(
+        MemGenModel.build(config, byte_tokenizer(), str), config, tmp_path / "c", with_trigger=True
+    )
+    model, _ = open_checkpoint(tmp_path / "c", load_tokenizer, str)
+    text = "a long, long walk " * 3
+    device = torch.device("cpu")
+
+    def asked(pieces, translate):
+        model.trigger.translate = translate
+        cache = model.trigger.kv_cache(1, 4 if translate else 200, device)
+        probs = [model.trigger.invoke_probs(Boundary([0], [ids], None), cache) for ids in pieces]
+        return float(probs[-1])
+
+    translate = model.trigger.translate
+    assert translate is not None
+    halves = ("a long,", text[len("a long,") :])
+    ours = asked([byte_tokenizer().encode(half) for half in halves], translate)
+    theirs = asked([other_tokenizer().encode(half) for half in halves], None)
+    assert ours == theirs
+    assert ours != asked([byte_tokenizer().encode(half) for half in halves], None)
+
+
+def test_a_trigger_on_another_base_with_the_same_tokenizer_reads_the_same_ids(tmp_path):
+    save_base(tmp_path / "base", byte_tokenizer())
+    name = BackboneConfig(name=str(tmp_path / "base"))
+    config = replace(CONFIG, backbone=name, trigger=TriggerConfig(kind="tokens", lora=LORA, backbone=name))
+    assert MemGenModel.build(config, byte_tokenizer(), str).trigger.translate is None
+
+
+def save_base(directory: Path, tokenizer) -> None:
+    tiny_causal_lm(3).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def other_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes under other ids than the byte tokenizer's, and one token of two of them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
+    vocabulary = {symbol: place for place, symbol in enumerate([*alphabet, "lo"])}
+    core = Tokenizer(models.BPE(vocabulary, merges=[("l", "o")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="a")
 
 
 # Nothing is unpickled

@@ -175,6 +175,14 @@ def resolve(merged: DictConfig, layers: Sequence[Layer]) -> Document:
     return resolved
 
 
+def value_of(merged: DictConfig, key: str) -> Any:
+    """One value of the merged configuration, resolved; None if it is not set or refers to nothing."""
+    try:
+        return OmegaConf.select(merged, key)
+    except OmegaConfBaseException:
+        return None
+
+
 def with_init_args(value: Any) -> Any:
     """The same document in jsonargparse's form: the arguments of each class below `init_args`."""
     if isinstance(value, list):

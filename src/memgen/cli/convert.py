@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     }
     config = checkpoint.released_config(options.source, backbones, options.trigger)
     tokenizer = load_tokenizer(resolve_asset(options.backbone))
-    model = MemGenModel.build(config, tokenizer, resolve_asset)
+    model = MemGenModel.build(config, tokenizer, resolve_asset, load_tokenizer=load_tokenizer)
     report = checkpoint.import_released(model, options.source)
     checkpoint.save_checkpoint(model, config, options.target, with_trigger=options.trigger == "tokens")
     print(

@@ -28,12 +28,12 @@ def main(argv: Sequence[str]) -> int:
     if not prompts:
         raise UsageError("there is no prompt: give --prompt TEXT, or one prompt per line on standard input")
 
-    from memgen.chat import end_of_turn_id, load_tokenizer, prompt_ids
+    from memgen.chat import CHATML, end_of_turn_id, load_tokenizer, prompt_ids
     from memgen.cli.names import resolve_name
     from memgen.generation.decode import generate
     from memgen.generation.sampling import GenerationSettings
     from memgen.lab.assets import resolve_asset
-    from memgen.training.checkpoint import open_checkpoint
+    from memgen.training.checkpoint import open_checkpoint, read_text_settings
     from memgen.types import WorkCount
 
     settings = GenerationSettings(
@@ -47,13 +47,19 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(resolve_asset(config.backbone.name), config.backbone.revision)
     if options.device is not None:
         model.to(options.device)
-    if not options.raw:
-        model.reasoner.end_at(end_of_turn_id(tokenizer))
-    for text in prompts:
+    text = read_text_settings(directory)
+    # A checkpoint that does not say: the tokenizer's own.
+    template = CHATML if options.chat_template == "chatml" else None
+    if options.chat_template == "checkpoint" and text is not None:
+        template = text.chat_template
+    elif not options.raw:
+        model.reasoner.end_at(end_of_turn_id(tokenizer, template))
+    for line in prompts:
+        prompt = line.replace("\\n", "\n")
         if options.raw:
-            ids = tokenizer.encode(text.replace("\\n", "\n"), add_special_tokens=False)
+            ids = tokenizer.encode(prompt, add_special_tokens=False)
         else:
-            ids = prompt_ids(tokenizer, [{"role": "user", "content": text.replace("\\n", "\n")}])
+            ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}], template)
         printer = _Printer(tokenizer, options.mark)
         generation = generate(model, [ids], settings, observe=printer)
         printer.close()
@@ -129,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--raw", action="store_true", help="the prompt is text as it is, without chat template"
+    )
+    parser.add_argument(
+        "--chat-template",
+        choices=["checkpoint", "tokenizer", "chatml"],
+        default="checkpoint",
+        help="the checkpoint's own (default), the tokenizer's, or ChatML",
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
     return parser

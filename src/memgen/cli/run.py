@@ -8,7 +8,6 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, cast, final
 
@@ -26,22 +25,26 @@ from memgen.cli.errors import UsageError, refuses_input
 from memgen.cli.links import STATUS, lost_link
 from memgen.cli.names import Resolver, names_in
 from memgen.cli.options import take_options
-from memgen.files import current
+from memgen.files import current, timed_path
 from memgen.results.recorded_test import RecordedTest
 from memgen.run_context import RunContext, run_context
 from memgen.running.interrupt import Interrupted
 from memgen.running.resume import LAST, ResumeCheckpoint, StepSeeds, last_checkpoint
+from memgen.running.settings import changed_settings, recorded_configuration
 from memgen.tracking.address import DEFAULT_ROOT
 from memgen.tracking.run_description import RunDescription
 from memgen.tracking.run_logger import RunLogger, resumed_logger, run_id_of, run_logger
 from memgen.tracking.run_record import RunRecord
 from memgen.training.callbacks import RESUME
-from memgen.training.checkpoint import CONFIG_FILE
+from memgen.training.checkpoint import CONFIG_FILE, defaults_of
+
+logger = logging.getLogger(__name__)
 
 STAGE_EXAMPLE = "conf/weaver_sft.yaml"
 HELP_OPTIONS = ("-h", "--help")
 RECORDS_OPTION = "--records"
 """Of `memgen test`: the folder of its records."""
+DATA_CLASS = "memgen.data.EnvironmentData"
 SECTION_CLASSES = {"model": LightningModule, "data": LightningDataModule}
 
 
@@ -87,9 +90,8 @@ def execute(
         UsageError: if the configuration cannot be used.
         KeyboardInterrupt: after Ctrl-C, once Lightning has shut down.
     """
-    layers = request.layers()
+    layers = _layers(request)
     merged = config.merge(layers)
-    _require_stage(merged, layers)
     document = config.resolve(merged, layers)
     _require_checkpoints(document)
     if command == "fit" and request.run is not None and document.get("ckpt_path") is None:
@@ -128,15 +130,30 @@ def execute(
     return 0
 
 
+def _layers(request: Request) -> list[Layer]:
+    """The sources of the configuration. What none of them sets is taken from the checkpoint that it starts from."""
+    layers = request.layers()
+    merged = config.merge(layers)
+    _require_stage(merged, layers)
+    start = config.value_of(merged, "model.init_from")
+    if not isinstance(start, str) or not (current(Path(start)) / CONFIG_FILE).is_file():
+        return layers
+    values = defaults_of(
+        Path(start),
+        with_trigger=config.value_of(merged, "model.memgen.trigger.kind") is None,
+        with_data=config.value_of(merged, "data.class_path") == DATA_CLASS,
+    )
+    return [Layer(name=str(Path(start) / CONFIG_FILE), text=yaml.safe_dump(values), values=values), *layers]
+
+
 def describe(request: Request) -> RunDescription:
     """Resolves the configuration of `fit` and builds everything but the Trainer, which needs the machine.
 
     Raises:
         UsageError: if the configuration is refused.
     """
-    layers = request.layers()
+    layers = _layers(request)
     merged = config.merge(layers)
-    _require_stage(merged, layers)
     document = config.resolve(merged, layers)
     _require_checkpoints(document)
     _quieten()
@@ -224,6 +241,16 @@ class TrainerCommand(LightningCLI):
         if self._request is not None and self._request.print_config:
             print(self.resolved_yaml(), end="")
             raise SystemExit(0)
+        ckpt = self._get(self.config, "ckpt_path")
+        if self._command == "fit" and isinstance(ckpt, str):
+            self._compare_with_run(Path(ckpt))
+
+    def _compare_with_run(self, ckpt: Path) -> None:
+        """Names the settings that differ from those of the run that is resumed; refuses those that cannot."""
+        before = recorded_configuration(ckpt)
+        changed = [] if before is None else changed_settings(ckpt, before, self.resolved())
+        if changed and getattr(rank_zero_only, "rank", 0) in (None, 0):
+            logger.warning("the run goes on under other settings: %s", "; ".join(changed))
 
     @override
     def instantiate_classes(self) -> None:
@@ -263,6 +290,7 @@ class TrainerCommand(LightningCLI):
                 folder=self._run_folder,
                 resumed_from=None if ckpt is None else Path(ckpt),
                 resolve_asset=Resolver(_store_of(kwargs.get("logger", settings.get("logger")))),
+                configuration=self.resolved_yaml() if self._command == "fit" else None,
             )
         )
         if self._command == "fit":
@@ -324,12 +352,15 @@ class TrainerCommand(LightningCLI):
             self._instead(self)
             return
         batches = self.trainer.predict(**kwargs) or []
-        name = self.trainer.strategy.broadcast(
-            run_id_of(self.trainer.loggers) or datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
-        )
-        part = f".rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
-        path = self._root / "predictions" / f"{name}{part}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder, several = self._root / "predictions", self.trainer.world_size > 1
+        folder.mkdir(parents=True, exist_ok=True)
+        name = run_id_of(self.trainer.loggers)
+        if name is None and self.trainer.is_global_zero:
+            ending = ".rank0.jsonl" if several else ".jsonl"
+            name = timed_path(folder, ending).name.removesuffix(ending)
+        name = self.trainer.strategy.broadcast(name)
+        part = f".rank{self.trainer.global_rank}" if several else ""
+        path = folder / f"{name}{part}.jsonl"
         with path.open("w", encoding="utf-8") as file:
             for batch in batches:
                 file.writelines(
@@ -437,6 +468,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     # A resumed run continues in its folder.
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+    # A test needs none of the callbacks that a training run's .ckpt has a state of.
+    warnings.filterwarnings("ignore", message=r"Be aware that when using `ckpt_path`, callbacks used")
     # The frozen base stays in evaluation mode by design.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
     # Lightning's advice on a login node; `memgen submit` is how to run from there.

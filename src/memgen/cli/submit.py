@@ -15,7 +15,6 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -36,6 +35,7 @@ from memgen.cli.slurm import (
     Site,
     Submission,
 )
+from memgen.files import timed_path
 from memgen.running.interrupt import seconds_of
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
 
     stage = description.resolved["model"]["class_path"].split(".")
     name = options.name or (stage[-2] if len(stage) > 1 else stage[-1])
-    run = (options.run or _root(description.resolved) / f"{datetime.now():%Y%m%d-%H%M%S}-{name}").absolute()
+    run = (options.run or _new_folder(_root(description.resolved), name, dry=options.dry_run)).absolute()
     job = Job(
         name=name,
         run=run,
@@ -215,6 +215,12 @@ def _root(resolved: Mapping[str, Any]) -> Path:
         if isinstance(callback, dict) and callback.get("class_path", "").endswith(".AdapterCheckpoint"):
             return Path(callback["root"])
     return Path("runs")
+
+
+def _new_folder(root: Path, name: str, *, dry: bool) -> Path:
+    if dry:
+        return root / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    return timed_path(root, f"-{name}", folder=True)
 
 
 def _copied(request: Request, rest: list[str], run: Path) -> list[str]:

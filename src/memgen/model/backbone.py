@@ -11,15 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from pickle import UnpicklingError
 from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
@@ -31,6 +33,9 @@ from memgen.model.decoder import DirectDecoder, UnlikeError, direct_decoder, hoo
 # T packed positions, H hidden size, h query heads, g key-value heads, d head size
 
 logger = logging.getLogger(__name__)
+
+_NAMED = 8
+"""Tensors that a message names."""
 
 _VIEW: ContextVar[View | None] = ContextVar("memgen_view", default=None)
 
@@ -309,10 +314,61 @@ def load_backbone(config: BackboneConfig, resolve_asset: Callable[[str], str]) -
         resolve_asset: turns an asset name such as lab:reasoner into a directory; other names pass through.
 
     Raises:
-        OSError: if there is no such model; the message is the hub client's.
-        ValueError: if the architecture is not supported.
+        OSError: if there is no such model, or its files cannot be read.
+        ValueError: if the architecture is not supported, or the files lack tensors of the model or have others.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        resolve_asset(config.name), revision=config.revision, dtype=getattr(torch, config.dtype)
-    )
+    path = resolve_asset(config.name)
+    reports = logging.getLogger("transformers.modeling_utils")
+    reports.addFilter(_is_no_load_report)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+        )
+    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
+        raise OSError(
+            f"the language model {config.name!r} cannot be loaded: {_first_line(error)} (model.memgen.backbone.name)"
+        ) from error
+    finally:
+        reports.removeFilter(_is_no_load_report)
+    _require_whole(config.name, found)
     return Backbone(model, config.name)
+
+
+def _require_whole(name: str, found: Mapping[str, Any]) -> None:
+    """Refuses a model some of whose tensors were not in its files and so are random, or the other way round.
+
+    Args:
+        name: of the model.
+        found: what `from_pretrained` says of its load.
+    """
+    shapes = [
+        f"{key} {tuple(stored)} instead of {tuple(needed)}"
+        for key, stored, needed in found["mismatched_keys"]
+    ]
+    problems = [
+        f"{what} {', '.join(sorted(keys)[:_NAMED])}{f' and {len(keys) - _NAMED} more' if len(keys) > _NAMED else ''}"
+        for what, keys in (
+            ("missing:", found["missing_keys"]),
+            ("unexpected:", found["unexpected_keys"]),
+            ("wrong shape:", shapes),
+        )
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"the files of the language model {name!r} are not those of its architecture; {'; '.join(problems)}. It would "
+            "run with random weights in their place: get the model again, or mend its config.json"
+        )
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    # A table of what `_require_whole` says.
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

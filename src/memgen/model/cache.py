@@ -458,6 +458,16 @@ class RowKVCache(KVCache):
             assert self._lengths[row] < self.capacity, "a row has a free slot"
             self._lengths[row] += 1
 
+    def reserve(self, capacity: int) -> None:
+        """Makes room for rows of up to `capacity` slots, in new buffers if there is not enough."""
+        if capacity <= self.capacity:
+            return
+        added = max(capacity, 2 * self.capacity) - self.capacity
+        self.capacity += added
+        for buffers in (self._keys, self._values):
+            for layer, old in buffers.items():
+                buffers[layer] = torch.cat([old, old.new_zeros(*old.shape[:2], added, old.shape[3])], dim=2)
+
     def truncate(self, row: int, length: int) -> None:
         """Drops a row's positions from `length` on."""
         assert length <= self._lengths[row], "truncate shortens"

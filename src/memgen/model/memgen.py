@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from memgen.kernels import interleave
 from memgen.model.backbone import Backbone, BackboneConfig, load_backbone
@@ -24,6 +25,7 @@ from memgen.model.cache import PackedKVCache, PassSegment
 from memgen.model.reasoner import Reasoner
 from memgen.model.stream import Stream
 from memgen.model.trigger import Trigger, TriggerConfig, build_trigger
+from memgen.model.vocabulary import tokenizer_fingerprint, translation
 from memgen.model.weaver import Weaver, WeaverConfig
 from memgen.types import InsertionKind, InsertionPlan, TokenBatch, WorkCount
 
@@ -88,6 +90,11 @@ class MemGenModel(nn.Module):
         boundaries: where it is asked.
     """
 
+    config: MemGenConfig | None = None
+    """What `assemble` built it from; None if it was put together by hand."""
+    tokenizer: str | None = None
+    """Fingerprint of the reasoner's tokenizer (`memgen.model.vocabulary`), likewise."""
+
     def __init__(self, reasoner: Reasoner, weaver: Weaver, trigger: Trigger, boundaries: Boundaries) -> None:
         super().__init__()
         self.reasoner = reasoner
@@ -102,6 +109,7 @@ class MemGenModel(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         resolve_asset: Callable[[str], str],
         trigger_translate: Callable[[Sequence[int]], list[int]] | None = None,
+        load_tokenizer: Callable[[str], PreTrainedTokenizerBase] = AutoTokenizer.from_pretrained,
     ) -> MemGenModel:
         """Loads the bases and adds new adapters, queries and heads.
 
@@ -109,12 +117,16 @@ class MemGenModel(nn.Module):
             config: the whole model.
             tokenizer: the reasoner's.
             resolve_asset: turns an asset name into a directory; other names pass through.
-            trigger_translate: from the reasoner's token ids to those of the trigger's own base, where they differ.
+            trigger_translate: from the reasoner's token ids to those of the trigger's own base. None: by their text, if
+                the base has another tokenizer.
+            load_tokenizer: loads the tokenizer of the trigger's own base, to see whether it is another.
         """
         base = load_backbone(config.backbone, resolve_asset)
         own_weaver, own_trigger = config.weaver.backbone, config.trigger.backbone
         weaver_base = None if own_weaver is None else load_backbone(own_weaver, resolve_asset)
         trigger_base = None if own_trigger is None else load_backbone(own_trigger, resolve_asset)
+        if own_trigger is not None and config.trigger.kind == "tokens" and trigger_translate is None:
+            trigger_translate = translation(tokenizer, load_tokenizer(resolve_asset(own_trigger.name)))
         return cls.assemble(config, base, tokenizer, weaver_base, trigger_base, trigger_translate)
 
     @classmethod
@@ -131,7 +143,9 @@ class MemGenModel(nn.Module):
         weaver = Weaver(weaver_base or base, config.weaver, base.hidden_size)
         trigger = build_trigger(config.trigger, trigger_base or base, base.hidden_size, trigger_translate)
         boundaries = Boundaries.from_tokenizer(config.boundaries, tokenizer, base.embedding.shape[0])
-        return cls(Reasoner(base, end_ids(base, tokenizer)), weaver, trigger, boundaries)
+        model = cls(Reasoner(base, end_ids(base, tokenizer)), weaver, trigger, boundaries)
+        model.config, model.tokenizer = config, tokenizer_fingerprint(tokenizer)
+        return model
 
     @property
     def device(self) -> torch.device:

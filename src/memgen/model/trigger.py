@@ -187,8 +187,7 @@ class TokenTrigger(Trigger):
 
     @override
     def kv_cache(self, rows: int, capacity: int, device: torch.device) -> RowKVCache:
-        # A translation may need more tokens than the reasoner's text; the bound only sizes the buffer.
-        return RowKVCache(rows, capacity * (4 if self.translate else 1), device)
+        return RowKVCache(rows, capacity, device)
 
     @override
     def own_parameters(self) -> dict[str, nn.Parameter]:
@@ -202,6 +201,9 @@ class TokenTrigger(Trigger):
     def invoke_probs(self, boundary: Boundary, cache: KVCache | None) -> Float[Tensor, " rows"]:
         assert cache is not None, "the caller made this trigger's KV cache"
         unread = [list(ids) if self.translate is None else self.translate(ids) for ids in boundary.unread]
+        if self.translate is not None and isinstance(cache, RowKVCache):
+            # A translation may need more tokens than the reasoner's text has.
+            cache.reserve(max(cache.length(r) + len(u) for r, u in zip(boundary.rows, unread, strict=True)))
         hidden = self._read(unread, boundary.rows, cache, [1] * len(unread))
         return self._logits(hidden).softmax(dim=-1)[:, int(Decision.INVOKE)]
 

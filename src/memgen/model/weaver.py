@@ -86,6 +86,8 @@ class Weaver(nn.Module):
     def __init__(self, backbone: Backbone, config: WeaverConfig, reasoner_hidden: int) -> None:
         super().__init__()
         self.config = config
+        self.trained_kinds: set[InsertionKind] = set()
+        """Kinds of insertion whose latents training has written, here or before the checkpoint that was loaded."""
         self.backbone = backbone
         backbone.add_adapter(self.adapter, config.lora)
         hidden = backbone.hidden_size
@@ -147,6 +149,8 @@ class Weaver(nn.Module):
             )
             if bank is not None and kind in kinds
         }
+        if torch.is_grad_enabled() and self.weaver_to_reasoner.weight.requires_grad:
+            self.trained_kinds.update(kinds)
         projected = self.reasoner_to_weaver(states.to(self.reasoner_to_weaver.weight.dtype))
         parts: list[Tensor] = []
         sizes: list[int] = []

@@ -23,10 +23,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
 from memgen.distributed.collectives import over_ranks, world_size
-from memgen.files import new_file, point_to, remove, remove_leftovers, write_whole
+from memgen.files import hold, new_file, point_to, release, remove, remove_leftovers, write_whole
 from memgen.lightning_internals import log_step_metrics, validation_is_due
 from memgen.run_context import run_context
 from memgen.running.interrupt import LISTENER, Agreement, Interrupted, Limit, Wish
+from memgen.running.settings import CONFIGURATION
 from memgen.seeds import seed_of
 from memgen.tracking.run_logger import pause_runs
 from memgen.training.callbacks import RESUME, AdapterCheckpoint
@@ -136,11 +137,16 @@ class ResumeCheckpoint(Checkpoint):
         context = run_context(trainer)
         if self.run is None:
             self.run = context.folder or Path(trainer.default_root_dir)
+        if trainer.is_global_zero and context.folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            hold(self.run)
         if context.resumed_from is not None:
             require_ranks(context.resumed_from, trainer.world_size)
         if trainer.is_global_zero and (self.run / RESUME).is_dir():
             for path in remove_leftovers(self.run / RESUME):
                 logger.info("%s was left by a killed process: removed", path)
+        kept = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if context.configuration is not None and kept:
+            write_whole(self.run / RESUME / CONFIGURATION, context.configuration)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -205,6 +211,16 @@ class ResumeCheckpoint(Checkpoint):
         if trainer.global_step != self._saved_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save(trainer)
         self._tell(trainer, at_once=True)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.run is not None:
+            release(self.run)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.run is not None:
+            release(self.run)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -11,12 +10,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from memgen.data import EnvironmentData
 from memgen.distributed.zero import whole_weights
-from memgen.files import point_to
+from memgen.files import hold, point_to, release, timed_path
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.run_context import run_context
 from memgen.tracking.run_logger import log_best, log_checkpoint, run_loggers
 from memgen.training.checkpoint import save_checkpoint
+from memgen.training.stage import text_settings
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,19 @@ class AdapterCheckpoint(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self.run = Path(trainer.strategy.broadcast(str(self._folder(trainer))))
+        folder = problem = None
+        if trainer.is_global_zero:
+            try:
+                folder = str(self._folder(trainer))
+                if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                    hold(Path(folder))
+            except OSError as error:
+                problem = f"{error} (the run's folder)"
+        # All ranks stop if the first cannot write.
+        folder, problem = trainer.strategy.broadcast((folder, problem))
+        if folder is None or problem is not None:
+            raise OSError(problem)
+        self.run = Path(folder)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.run / RESUME).absolute())
@@ -75,7 +88,21 @@ class AdapterCheckpoint(Callback):
         for found in run_loggers(trainer.loggers):
             if found.run_id is not None:
                 return self.root / found.run_id
-        return self.root / datetime.now().strftime("%Y%m%d-%H%M%S")
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return self.root / "fast_dev_run"
+        return timed_path(self.root, folder=True)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self.run is not None:
+            release(self.run)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,5 +149,7 @@ class AdapterCheckpoint(Callback):
         with whole_weights(trainer):
             if not trainer.is_global_zero or self.run is None:
                 return
-            save_checkpoint(model, config, self.run / name, with_trigger=self.with_trigger)
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            text = text_settings(model, data) if isinstance(data, EnvironmentData) else None
+            save_checkpoint(model, config, self.run / name, with_trigger=self.with_trigger, text=text)
             point_to(self.run.parent / "latest", self.run)

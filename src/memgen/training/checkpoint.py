@@ -1,8 +1,13 @@
 """Checkpoints of the trained weights, and the released code's format.
 
-A checkpoint directory holds `memgen.json` (format version, model configuration, the backbones' names and
-fingerprints), `weaver.safetensors` and, only if the trigger was trained, `trigger.safetensors`. Tensors are named as in
-the modules. A load is strict: a missing, unexpected or wrongly shaped tensor is an error that lists names.
+A checkpoint directory holds `memgen.json`, `weaver.safetensors` and, only if the trigger was trained,
+`trigger.safetensors`. Tensors are named as in the modules. A load is strict: a missing, unexpected or wrongly shaped
+tensor is an error that lists names.
+
+`memgen.json` says what gives the tensors their meaning: format version, model configuration, the bases' fingerprints,
+how text became tokens (`TextSettings`), and which kinds of insertion were trained. A load compares it with the model:
+where the tensors would mean something else it refuses, where a difference is a choice (delimiters, the cap, the chat
+template) it warns.
 
 The released code writes LoRA weights correctly but loses them on load, because it wraps the adapted model once more;
 `import_released` reads the same files into the right place.
@@ -15,7 +20,8 @@ import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from memgen.chat import CHATML
 from memgen.files import current, new_folder
 from memgen.files import sync as sync
 from memgen.model.adapters import LoraSettings
@@ -33,6 +40,7 @@ from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.trigger import TokenTrigger, TriggerConfig
 from memgen.model.weaver import WeaverConfig
 from memgen.parsing import parse
+from memgen.types import InsertionKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +59,16 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class TextSettings:
+    """How text becomes tokens around the model. Part of `memgen.json`."""
+
+    chat_template: str
+    """The template in Jinja that conversations are rendered with."""
+    end_ids: tuple[int, ...]
+    """Token ids that end an answer."""
+
+
+@dataclass(frozen=True)
 class LoadReport:
     """What a load did.
 
@@ -64,7 +82,14 @@ class LoadReport:
 # Our format
 
 
-def save_checkpoint(model: MemGenModel, config: MemGenConfig, directory: Path, *, with_trigger: bool) -> None:
+def save_checkpoint(
+    model: MemGenModel,
+    config: MemGenConfig,
+    directory: Path,
+    *,
+    with_trigger: bool,
+    text: TextSettings | None = None,
+) -> None:
     """Writes a checkpoint directory, whole or not at all: after a failure an older one is still there.
 
     Args:
@@ -72,16 +97,13 @@ def save_checkpoint(model: MemGenModel, config: MemGenConfig, directory: Path, *
         config: the model's configuration, written beside the tensors.
         directory: the target. Its parent is made if it does not exist.
         with_trigger: whether the trigger was trained.
+        text: how text became tokens in training; None: not known.
 
     Raises:
         FileExistsError: if `directory` exists and is no checkpoint: it would be lost.
         OSError: if the disk is full or not writable; `directory` is then as it was.
     """
-    header = {
-        "format_version": FORMAT_VERSION,
-        "config": asdict(config),
-        "backbones": {part: base.fingerprint for part, base in _bases(model).items()},
-    }
+    header = describe(model, config, text)
     with _replacing(directory, known_by=CONFIG_FILE) as temporary:
         _write_tensors(model.weaver.own_parameters(), temporary / WEAVER_FILE)
         if with_trigger:
@@ -103,36 +125,81 @@ def read_config(directory: Path) -> MemGenConfig:
         raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from error
 
 
-def load_checkpoint(model: MemGenModel, directory: Path) -> LoadReport:
+def read_text_settings(directory: Path) -> TextSettings | None:
+    """How text became tokens when a checkpoint directory was trained; None if it does not say.
+
+    Raises:
+        CheckpointError: if it is not a checkpoint directory, or what it says cannot be read.
+    """
+    directory = current(directory)
+    values = _header(directory).get("text")
+    try:
+        return None if values is None else parse(TextSettings, values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / CONFIG_FILE}: text: {error}") from error
+
+
+def defaults_of(directory: Path, *, with_trigger: bool, with_data: bool) -> dict[str, Any]:
+    """The settings that a run from a checkpoint directory has where its own configuration is silent.
+
+    Args:
+        directory: what `save_checkpoint` wrote.
+        with_trigger: whether to give the trigger's too, if a trained one is there.
+        with_data: whether to give those of `EnvironmentData`.
+
+    Returns:
+        The sections `model` and `data` of a configuration.
+
+    Raises:
+        CheckpointError: if it is not a checkpoint directory, or its configuration cannot be read.
+    """
+    recorded = json.loads(json.dumps(asdict(read_config(directory))))
+    keys = list(FIXED_KEYS + CHOSEN_KEYS)
+    if with_trigger and (current(directory) / TRIGGER_FILE).exists():
+        keys += FIXED_TRIGGER_KEYS
+    found: dict[str, Any] = {"model": {"memgen": {}}}
+    for key in keys:
+        *parts, leaf = key.split(".")
+        node = reduce(lambda inner, part: inner.setdefault(part, {}), parts, found["model"]["memgen"])
+        node[leaf] = _value(recorded, key)
+    text = read_text_settings(directory)
+    if with_data and text is not None and text.chat_template == CHATML:
+        found["data"] = {"chat_template": "chatml"}
+    return found
+
+
+def load_checkpoint(model: MemGenModel, directory: Path, text: TextSettings | None = None) -> LoadReport:
     """Reads a checkpoint directory into a model built on the same backbones.
 
     Args:
         model: built from an equal configuration of weaver (and trigger).
         directory: what `save_checkpoint` wrote.
+        text: how text becomes tokens now, to be compared with training; None: not compared.
 
     Raises:
-        CheckpointError: if the directory is no checkpoint, was made on another backbone, or its tensors do not match.
+        CheckpointError: if the directory is no checkpoint, was made on another backbone, with another tokenizer or under
+            settings that give its tensors another meaning, or its tensors do not match.
     """
     directory = current(directory)
     header = _header(directory)
-    for part, base in _bases(model).items():
-        recorded = header["backbones"].get(part)
-        if recorded is not None and recorded != base.fingerprint:
-            own = header["config"].get(part, {}).get("backbone")
-            key = "backbone" if own is None else f"{part}.backbone"
-            raise CheckpointError(
-                f"{directory} was made on another backbone: its {part} base has fingerprint {recorded[:12]}, "
-                f"{base.name or 'this one'} has {base.fingerprint[:12]}; set model.memgen.{key}.name to "
-                f"{(own or header['config']['backbone'])['name']}"
-            )
     files = [(model.weaver.own_parameters(), directory / WEAVER_FILE)]
+    has_trigger = (directory / TRIGGER_FILE).exists()
     # An untrained kind of trigger (always, never, random) has no parameters to load.
     if model.trigger.own_parameters():
-        if (directory / TRIGGER_FILE).exists():
+        if has_trigger:
             files.append((model.trigger.own_parameters(), directory / TRIGGER_FILE))
         else:
             logger.warning("%s holds no trained trigger: the model's new one decides", directory)
-    return _load([(parameters, _read_tensors(path), path) for parameters, path in files])
+    elif has_trigger and model.config is not None and model.trigger.probability != 0.0:
+        logger.warning(
+            "%s holds a trained trigger, which is not used: model.memgen.trigger.kind is %s",
+            directory,
+            model.config.trigger.kind,
+        )
+    compare(model, header, directory, with_trigger=len(files) > 1, text=text)
+    report = _load([(parameters, _read_tensors(path), path) for parameters, path in files])
+    model.weaver.trained_kinds = trained_kinds(header) or set()
+    return report
 
 
 def open_checkpoint(
@@ -140,7 +207,7 @@ def open_checkpoint(
     tokenizer: Callable[[str], PreTrainedTokenizerBase],
     resolve_asset: Callable[[str], str],
 ) -> tuple[MemGenModel, MemGenConfig]:
-    """Builds the model that a checkpoint directory describes, and loads it.
+    """Builds the model that a checkpoint directory describes, and loads it. Its answers end as they did in training.
 
     Args:
         directory: what `save_checkpoint` wrote.
@@ -148,9 +215,157 @@ def open_checkpoint(
         resolve_asset: turns an asset name into a directory; other names pass through.
     """
     config = read_config(directory)
-    model = MemGenModel.build(config, tokenizer(resolve_asset(config.backbone.name)), resolve_asset)
+    name = resolve_asset(config.backbone.name)
+    model = MemGenModel.build(config, tokenizer(name), resolve_asset, load_tokenizer=tokenizer)
+    text = read_text_settings(directory)
     load_checkpoint(model, directory)
+    if text is not None:
+        model.reasoner.end_ids = text.end_ids
     return model.eval(), config
+
+
+# What gives the tensors their meaning
+
+
+def describe(model: MemGenModel, config: MemGenConfig, text: TextSettings | None) -> dict[str, Any]:
+    """What gives a model's trained tensors their meaning, as JSON values: the content of `memgen.json`."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "config": json.loads(json.dumps(asdict(config))),
+        "backbones": {part: base.fingerprint for part, base in _bases(model).items()},
+        "tokenizer": model.tokenizer,
+        "text": None if text is None else json.loads(json.dumps(asdict(text))),
+        "trained_insertions": [kind.name.lower() for kind in sorted(model.weaver.trained_kinds)],
+    }
+
+
+def compare(
+    model: MemGenModel,
+    recorded: Mapping[str, Any],
+    source: Path | str,
+    *,
+    with_trigger: bool,
+    text: TextSettings | None = None,
+) -> None:
+    """Compares a model with what `describe` recorded of another. What was not recorded is not compared.
+
+    Args:
+        model: the model that is to get the tensors.
+        recorded: what `describe` said when they were written.
+        source: where it was read, for messages.
+        with_trigger: whether the trigger's tensors are wanted too.
+        text: how text becomes tokens now; None: not compared.
+
+    Raises:
+        CheckpointError: if the tensors would mean something else, by key.
+    """
+    try:
+        config = json.loads(json.dumps(asdict(parse(MemGenConfig, recorded["config"]))))
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    for part, base in _bases(model).items():
+        found = recorded["backbones"].get(part)
+        if found is not None and found != base.fingerprint:
+            own = config[part]["backbone"] if part in config else None
+            key = "backbone" if own is None else f"{part}.backbone"
+            raise CheckpointError(
+                f"{source} was made on another backbone: its {part} base has fingerprint {found[:12]}, "
+                f"{base.name or 'this one'} has {base.fingerprint[:12]}; set model.memgen.{key}.name to "
+                f"{(own or config['backbone'])['name']}"
+            )
+    tokenizer = recorded.get("tokenizer")
+    if None not in (tokenizer, model.tokenizer) and tokenizer != model.tokenizer:
+        raise CheckpointError(
+            f"{source} was trained with another tokenizer, so its token ids mean something else; set data.tokenizer "
+            f"to that of {config['backbone']['name']}, unchanged"
+        )
+    if model.config is None:
+        return
+    ours = json.loads(json.dumps(asdict(model.config)))
+    fixed = FIXED_KEYS
+    if with_trigger and parse(TriggerConfig, config["trigger"]).learned:
+        fixed += FIXED_TRIGGER_KEYS if ours["trigger"]["kind"] == "tokens" else FIXED_TRIGGER_KEYS[:2]
+    if wrong := _differences(config, ours, fixed):
+        raise CheckpointError(
+            f"{source} was trained under other settings, without which its tensors mean something else: "
+            f"{'; '.join(wrong)}; set them as trained"
+        )
+    chosen = _differences(config, ours, CHOSEN_KEYS)
+    before = recorded.get("text")
+    if text is not None and before is not None:
+        if before["chat_template"] != text.chat_template:
+            chosen.append("data.chat_template is another one")
+        elif tuple(before["end_ids"]) != text.end_ids:
+            chosen.append(f"answers end at tokens {list(text.end_ids)} (trained: {before['end_ids']})")
+    kinds = trained_kinds(recorded)
+    if kinds:
+        chosen += [
+            f"{kind.name.lower()} latents were never trained, but are inserted (model.memgen.{key})"
+            for kind, key in _inserted(model.config).items()
+            if kind not in kinds
+        ]
+    if chosen:
+        logger.warning("%s was trained under other settings: %s", source, "; ".join(chosen))
+
+
+FIXED_KEYS = (
+    "weaver.reads",
+    "weaver.prompt_latents",
+    "weaver.inference_latents",
+    "weaver.lora.r",
+    "weaver.lora.alpha",
+    "weaver.lora.target_modules",
+)
+"""Settings below `model.memgen` that give the weaver's tensors their meaning."""
+FIXED_TRIGGER_KEYS = (
+    "trigger.kind",
+    "trigger.arguments",
+    "trigger.lora.r",
+    "trigger.lora.alpha",
+    "trigger.lora.target_modules",
+)
+"""Likewise the trigger's; the last three if it has an adapter."""
+CHOSEN_KEYS = tuple(f"boundaries.{field.name}" for field in fields(BoundaryConfig))
+"""Settings that tensors can be used under, but were not trained under, if they differ."""
+
+
+def _differences(trained: Mapping[str, Any], ours: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    found = []
+    for key in keys:
+        before, now = (
+            reduce(lambda node, part: node[part], key.split("."), side) for side in (trained, ours)
+        )
+        same = (
+            sorted(before) == sorted(now)
+            if key.endswith((".target_modules", ".delimiters"))
+            else before == now
+        )
+        if not same:
+            found.append(f"model.memgen.{key} is {json.dumps(now)} (trained: {json.dumps(before)})")
+    return found
+
+
+def _value(settings: Mapping[str, Any], key: str) -> Any:
+    return reduce(lambda node, part: node[part], key.split("."), settings)
+
+
+def trained_kinds(recorded: Mapping[str, Any]) -> set[InsertionKind] | None:
+    """The kinds of insertion that were trained, in what `describe` said; None if it does not say."""
+    names = recorded.get("trained_insertions")
+    return None if names is None else {InsertionKind[name.upper()] for name in names}
+
+
+def _inserted(config: MemGenConfig) -> dict[InsertionKind, str]:
+    """The kinds of insertion that a model makes, and the key that switches each off."""
+    kinds = {}
+    if config.weaver.prompt_latents:
+        kinds[InsertionKind.PROMPT] = "weaver.prompt_latents"
+    if config.weaver.inference_latents and config.boundaries.max_inference_insertions:
+        kinds[InsertionKind.INFERENCE] = "boundaries.max_inference_insertions"
+    return kinds
+
+
+# Lightning's checkpoint
 
 
 def keep_trained(stage: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -164,15 +379,16 @@ def require_trained(stage: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Refuses a Lightning checkpoint whose tensors are not those that a stage trains.
 
     Raises:
-        CheckpointError: with the names that are missing or unexpected.
+        CheckpointError: with the names that are missing, unexpected or wrongly shaped.
     """
-    trained = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
-    found = set(checkpoint["state_dict"])
-    if found != trained:
+    trained = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
+    found = checkpoint["state_dict"]
+    if set(found) != set(trained):
         raise CheckpointError(
-            f"the .ckpt does not fit this model; missing: {sorted(trained - found)}, "
-            f"unexpected: {sorted(found - trained)}"
+            f"the .ckpt does not fit this model; missing: {sorted(set(trained) - set(found))}, "
+            f"unexpected: {sorted(set(found) - set(trained))}"
         )
+    _require_fit(trained, found, "the .ckpt")
 
 
 def _bases(model: MemGenModel) -> dict[str, Backbone]:
@@ -208,13 +424,16 @@ def _load(files: Sequence[tuple[Mapping[str, nn.Parameter], Mapping[str, Tensor]
     return LoadReport(matched=tuple(name for parameters, _, _ in files for name in sorted(parameters)))
 
 
-def _require_fit(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], source: Path) -> None:
+def _require_fit(
+    parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], source: Path | str
+) -> None:
     missing = sorted(set(parameters) - set(tensors))
     unexpected = sorted(set(tensors) - set(parameters))
     shapes = [
         f"{name} {tuple(tensors[name].shape)} instead of {tuple(parameters[name].shape)}"
         for name in sorted(set(parameters) & set(tensors))
-        if tensors[name].shape != parameters[name].shape
+        # A strategy that keeps a parameter in shards leaves it empty here, and checks it itself.
+        if tensors[name].shape != parameters[name].shape and parameters[name].numel()
     ]
     problems = [
         f"{what}: {', '.join(names)}"

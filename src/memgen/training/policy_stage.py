@@ -351,6 +351,11 @@ class PolicyStage(Stage):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        if "rollout_cycle" not in checkpoint:
+            raise ValueError(
+                f"the .ckpt was not written by {type(self).__name__}: it has no rollout; start from its weights instead: "
+                "--checkpoint RUN/last"
+            )
         state = checkpoint["rollout_cycle"]
         buffers = state["buffers"]
         if len(buffers) != world_size():

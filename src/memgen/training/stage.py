@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from memgen.chat import end_of_turn_id
+from memgen.chat import CHATML, end_of_turn_id, load_tokenizer
 from memgen.data import EnvironmentData, EvalBatch
 from memgen.distributed.zero import require_whole
 from memgen.generation.rollout import Actor, EpisodeSettings
@@ -22,7 +22,16 @@ from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.trigger import Trigger
 from memgen.model.weaver import Weaver
-from memgen.training.checkpoint import keep_trained, load_checkpoint, require_trained
+from memgen.training.checkpoint import (
+    CheckpointError,
+    TextSettings,
+    compare,
+    describe,
+    keep_trained,
+    load_checkpoint,
+    require_trained,
+    trained_kinds,
+)
 from memgen.training.evaluation import Evaluation
 from memgen.training.optimizer import OptimizerSettings
 
@@ -134,20 +143,61 @@ class Stage(LightningModule, ABC):
         Returns:
             The means by their names.
         """
-        return self.evaluation.finish(self, "val", f"step_{self.global_step:06d}")
+        means = self.evaluation.finish(self, "val", f"step_{self.global_step:06d}")
+        self._warn_if_silent(means)
+        return means
 
     @override
     def on_test_epoch_end(self) -> None:
-        self.evaluation.finish(self, "test", "test")
+        self._warn_if_silent(self.evaluation.finish(self, "test", "test"))
+
+    def _warn_if_silent(self, means: Mapping[str, Any]) -> None:
+        """Says when a trained weaver was scored and never wove: the score is the bare reasoner's."""
+        trained = self.init_from is not None or self.trainer.ckpt_path is not None
+        scores = trained and self.trainer.state.fn in ("validate", "test")
+        if not scores or not self.trainer.is_global_zero or self.memgen.trigger.probability == 0.0:
+            return
+        weaver, boundaries = self.config.weaver, self.config.boundaries
+        if means.get("insertions_per_answer") == 0:
+            why = (
+                "the trigger never invoked"
+                if self.memgen.trigger.probability is None
+                else f"model.memgen.weaver.prompt_latents is {weaver.prompt_latents}, inference_latents "
+                f"{weaver.inference_latents}; boundaries.delimiters are {list(boundaries.delimiters)}, "
+                f"max_inference_insertions {boundaries.max_inference_insertions}"
+            )
+            logger.warning(
+                "the trained weaver never wove: no answer had an insertion, so this is the bare reasoner's score (%s)",
+                why,
+            )
 
     # Lightning's own checkpoint
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep_trained(self, checkpoint)
+        checkpoint["stage"] = type(self).__name__
+        checkpoint["memgen"] = describe(self.memgen, self.config, text_settings(self.memgen, self.data))
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        written_by = checkpoint.get("stage", type(self).__name__)
+        if self.trainer.state.fn == "fit" and written_by != type(self).__name__:
+            raise CheckpointError(
+                f"the .ckpt was written by {written_by}, which {type(self).__name__} cannot resume; start from its "
+                "weights instead: --checkpoint RUN/last"
+            )
+        recorded = checkpoint.get("memgen")
+        if recorded is not None:
+            trigger = self.component is self.memgen.trigger
+            compare(
+                self.memgen,
+                recorded,
+                "the .ckpt",
+                with_trigger=trigger,
+                text=text_settings(self.memgen, self.data),
+            )
+            self.memgen.weaver.trained_kinds = trained_kinds(recorded) or set()
         require_trained(self, checkpoint)
 
 
@@ -184,13 +234,21 @@ def build_model(
         resolve_asset: turns an asset's name into a directory.
         init_from: a checkpoint directory or an asset's name; None: a new weaver.
     """
-    model = MemGenModel.build(config, data.tokenizer_object, resolve_asset)
+    model = MemGenModel.build(config, data.tokenizer_object, resolve_asset, load_tokenizer=load_tokenizer)
     require_whole(model)
     model.reasoner.end_at(end_of_turn_id(data.tokenizer_object, data.template))
     if init_from is not None:
-        report = load_checkpoint(model, Path(resolve_asset(init_from)))
+        report = load_checkpoint(model, Path(resolve_asset(init_from)), text_settings(model, data))
         logger.info("%s: %d tensors loaded", init_from, len(report.matched))
     return model
+
+
+def text_settings(model: MemGenModel, data: EnvironmentData) -> TextSettings:
+    """How text becomes tokens around a stage's model."""
+    template = data.template or data.tokenizer_object.chat_template or CHATML
+    # Some tokenizers have several templates by name.
+    text = template if isinstance(template, str) else str(template.get("default", template))
+    return TextSettings(chat_template=text, end_ids=model.reasoner.end_ids)
 
 
 def zero_loss(parameters: Iterable[nn.Parameter]) -> Tensor:
