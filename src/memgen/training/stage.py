@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
@@ -24,6 +24,7 @@ from memgen.model.trigger import Trigger
 from memgen.model.weaver import Weaver
 from memgen.training.checkpoint import keep_trained, load_checkpoint, require_trained
 from memgen.training.evaluation import Evaluation
+from memgen.training.finite import FiniteNumbers
 from memgen.training.optimizer import OptimizerSettings
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,10 @@ class Stage(LightningModule, ABC):
                 self.check_start()
         self.memgen.train_only(self.component)
         self.memgen.use_checkpointing(self.recompute)
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        return [FiniteNumbers(self.optimizer_settings.not_finite)]
 
     def check_start(self) -> None:
         """Called once before training, with the model built and its checkpoint loaded; may refuse to train."""
