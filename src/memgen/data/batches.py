@@ -87,11 +87,11 @@ class EvalBatch:
     """Items to answer, and in the validation of SFT the reference completions to score by their loss."""
 
     examples: list[Example]
-    """What to reward against."""
+    """What to reward against. Empty where this rank has fewer items than others."""
     indices: tuple[int, ...]
     """The items, as indices into `EnvironmentData.items`: what their random sampling depends on."""
     sft: SFTBatch | None
-    """The same items with their reference completions; None where there is no such loss."""
+    """The same items with their reference completions; None where there is no such loss, or no item."""
 
     def to(self, device: torch.device | str) -> EvalBatch:
         """The same: items are text, and rows stay on the host."""

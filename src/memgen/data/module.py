@@ -49,8 +49,7 @@ class EnvironmentData(LightningDataModule):
 
     Training yields `SFTBatch`, validation `EvalBatch` with the reference completions, test and predict `EvalBatch`
     without. With `learn_from: rollouts`, training yields `PromptBatch`, and no reference completion is needed. In
-    evaluation rank r takes every world_size-th item from the r-th on, none twice, so ranks may differ
-    by one batch.
+    evaluation rank r takes every world_size-th item from the r-th on, none twice; its last batch may be empty.
     """
 
     def __init__(
@@ -108,8 +107,6 @@ class EnvironmentData(LightningDataModule):
                 f"data.trajectories is {trajectories}, but data.learn_from is rollouts, which learns from none; leave "
                 "one of them out"
             )
-        # With more ranks than test items, a rank has none.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.environment = environment
         self.path = path
         self.tokenizer = tokenizer
@@ -283,9 +280,11 @@ class EnvironmentData(LightningDataModule):
 
     def _eval_loader(self, items: Sequence[Item], build: RowBuilder | None) -> DataLoader[EvalBatch]:
         mine = range(self._rank, len(items), self._world_size)
+        # Every rank has as many batches as the first, the last of them perhaps empty: ranks meet at an evaluation's end.
+        most = -(-len(items) // self._world_size)
         batches = [
             tuple(mine[first : first + self.batch_settings.val_batch_size])
-            for first in range(0, len(mine), self.batch_settings.val_batch_size)
+            for first in range(0, most, self.batch_settings.val_batch_size)
         ]
         # A list of index tuples as the sampler: a sampler that the Trainer puts in its place is noticed.
         return DataLoader(

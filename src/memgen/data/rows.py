@@ -131,7 +131,7 @@ class EvalDataset(Dataset[EvalBatch]):
         return EvalBatch(
             examples=[self._items[i].example for i in indices],
             indices=indices,
-            sft=None if self._build is None else self._build.batch(indices),
+            sft=None if self._build is None or not indices else self._build.batch(indices),
         )
 
 

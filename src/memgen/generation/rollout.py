@@ -10,17 +10,26 @@ observation cannot be had back from token ids through an arbitrary chat template
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from memgen.chat import end_of_turn_id, observation_ids, prompt_ids
-from memgen.environments.base import Environment, Episode, Example, InteractiveEnvironment, Message, Reward
+from memgen.environments.base import (
+    Environment,
+    Episode,
+    Example,
+    InteractiveEnvironment,
+    Message,
+    Reward,
+    checked_reward,
+)
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
@@ -29,6 +38,8 @@ from memgen.types import AgentTurn, Decision, InsertionPlan, TokenBatch, Traject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # E episodes, R rows, N tokens of an episode, D decisions of an episode
 
@@ -44,6 +55,8 @@ class EpisodeSettings:
     max_length: int | None = None
     """Tokens of an episode, observations included, latents not counted: no turn begins that might exceed it.
     null: the reasoner's context."""
+    bad_rewards: Literal["leave_out", "stop"] = "leave_out"
+    """What happens where a reward is no finite number: its episode is neither trained on nor scored, or the run stops."""
 
     def __post_init__(self) -> None:
         for name in ("max_turns", "max_observation_tokens", "max_length"):
@@ -152,6 +165,7 @@ class _Rollout:
         self.work = dict.fromkeys(WorkCount.__dataclass_fields__, 0)
         self.seconds = 0.0
         self.environment_seconds = 0.0
+        self.bad_rewards: list[str] = []
 
     def run(self) -> Rollouts:
         environment = self.actor.environment
@@ -166,6 +180,13 @@ class _Rollout:
                     episode.close()
         else:
             playing = self._answer(environment)
+        if self.bad_rewards:
+            logger.warning(
+                "%d of %d rewards are no finite numbers, and their episodes are left out (the first: %s)",
+                len(self.bad_rewards),
+                len(playing),
+                self.bad_rewards[0],
+            )
         return Rollouts(
             trajectories=[_trajectory(p) for p in playing],
             latents=[p.latents for p in playing] if self.keep_latents else None,
@@ -173,6 +194,19 @@ class _Rollout:
             seconds=self.seconds,
             environment_seconds=self.environment_seconds,
         )
+
+    def _score(self, playing: _Playing, reward: object) -> None:
+        """Gives an episode its reward; one that is no finite number is an environment error."""
+        try:
+            playing.reward = checked_reward(reward)
+        except ValueError as error:
+            playing.fault = f"{self.actor.environment.name} gave item {playing.example.id} {error}"
+            self.bad_rewards.append(playing.fault)
+            if self.actor.episodes.bad_rewards == "stop":
+                raise ValueError(
+                    f"{playing.fault}: a reward must be a finite number. Mend the environment, or set "
+                    "episodes.bad_rewards to leave_out"
+                ) from error
 
     # One turn
 
@@ -189,7 +223,7 @@ class _Rollout:
         texts = self._turn(playing, grouped=True)
         clock = time.perf_counter()
         for episode, reward in zip(playing, environment.rewards(self.examples, texts), strict=True):
-            episode.reward = reward
+            self._score(episode, reward)
         self.environment_seconds += time.perf_counter() - clock
         return playing
 
@@ -237,7 +271,7 @@ class _Rollout:
         for p in playing:
             p.truncated = p.truncated or not p.over
             if p.fault is None and p.episode is not None:
-                p.reward = p.episode.reward()
+                self._score(p, p.episode.reward())
 
     def _room(self, playing: _Playing) -> int:
         """Positions that are left after the longest turn that may follow. Negative: no turn fits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -35,7 +36,8 @@ class AdapterCheckpoint(Callback):
     Args:
         root: folder of this stage's runs.
         monitor: metric that chooses the best; None keeps only the last.
-        mode: whether a larger or a smaller value is better; of equal ones the later is kept.
+        mode: whether a larger or a smaller value is better; of equal ones the later is kept. One
+            that is not finite is never the best.
         with_trigger: whether the trigger is trained too.
     """
 
@@ -105,16 +107,28 @@ class AdapterCheckpoint(Callback):
             release(self.run)
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning keeps the last value of a metric that a validation does not have (all of its episodes failed).
+        if self.monitor is not None:
+            trainer.callback_metrics.pop(self.monitor, None)
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._save(trainer, pl_module, "last")
-        value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
-        if value is None:
+        if self.monitor is None:
             return
-        better = self.best is None or (value >= self.best if self.mode == "max" else value <= self.best)
-        if better:
-            self.best = float(value)
+        value = float(trainer.callback_metrics.get(self.monitor, math.nan))
+        if not math.isfinite(value):
+            if trainer.is_global_zero:
+                logger.warning(
+                    "%s has no finite value at step %d, so these weights cannot be the best", self.monitor,
+                    trainer.global_step,
+                )  # fmt: skip
+            return
+        if self.best is None or (value >= self.best if self.mode == "max" else value <= self.best):
+            self.best = value
             self._save(trainer, pl_module, "best")
 
     @override
@@ -139,7 +153,8 @@ class AdapterCheckpoint(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        best = state_dict["best"]
+        self.best = None if best is None or not math.isfinite(best) else best
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         model, config = pl_module.memgen, pl_module.config

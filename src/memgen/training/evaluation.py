@@ -76,8 +76,8 @@ class Evaluation(nn.Module):
         if self.recorder is not None:
             self.metrics.update(self.recorder.recorded(batch))
             batch = self.recorder.remaining(batch)
-            if not batch.examples:
-                return
+        if not batch.examples:
+            return
         begin = time.time_ns()
         trajectories = self.play(actor, batch).trajectories
         self.metrics.update(trajectories)
@@ -103,6 +103,8 @@ class Evaluation(nn.Module):
 
     def records(self, actor: Actor, batch: EvalBatch) -> list[dict[str, Any]]:
         """Plays the items of a batch. One record per episode, for `memgen predict`."""
+        if not batch.examples:
+            return []
         group = actor.generation.group_size
         records = []
         for index, trajectory in enumerate(self.play(actor, batch).trajectories):

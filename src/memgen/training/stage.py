@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
@@ -33,6 +33,7 @@ from memgen.training.checkpoint import (
     trained_kinds,
 )
 from memgen.training.evaluation import Evaluation
+from memgen.training.finite import FiniteNumbers
 from memgen.training.optimizer import OptimizerSettings
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,10 @@ class Stage(LightningModule, ABC):
                 self.check_start()
         self.memgen.train_only(self.component)
         self.memgen.use_checkpointing(self.recompute)
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        return [FiniteNumbers(self.optimizer_settings.not_finite)]
 
     def check_start(self) -> None:
         """Called once before training, with the model built and its checkpoint loaded; may refuse to train."""
