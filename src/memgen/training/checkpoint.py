@@ -282,7 +282,7 @@ def compare(
     if model.config is None:
         return
     ours = json.loads(json.dumps(asdict(model.config)))
-    fixed = FIXED_KEYS
+    fixed: tuple[str, ...] = FIXED_KEYS
     if with_trigger and parse(TriggerConfig, config["trigger"]).learned:
         fixed += FIXED_TRIGGER_KEYS if ours["trigger"]["kind"] == "tokens" else FIXED_TRIGGER_KEYS[:2]
     if wrong := _differences(config, ours, fixed):
