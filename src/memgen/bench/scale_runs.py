@@ -223,7 +223,7 @@ class Watch(Callback):
                 return forward(*args, **kwargs)
 
             # Not a hook: a pass that another rank waits for is made without the module's call.
-            base.forward = counted
+            base.forward = counted  # type: ignore[method-assign]
 
     def count_gathers(self) -> Callable[[], None]:
         """From now on adds up what is gathered. Returns what ends it."""
