@@ -474,9 +474,15 @@ class LayerShards:
         mine = self._code(base, adapter, grad=grad)
         while (code := _agree(mine)) != mine:
             self._empty_pass(code)
-        if grad and not embeddings.requires_grad:
-            # Layers are gathered again in the backward pass, which other ranks make.
-            return (embeddings.detach().requires_grad_(), *args[1:]), kwargs
+        if grad:
+            # Layers are gathered again in the backward pass, which other ranks have. And autograd takes what was made
+            # last first: an input that is older than the empty passes above would release its layer behind theirs.
+            own = (
+                embeddings.view_as(embeddings)
+                if embeddings.requires_grad
+                else embeddings.detach().requires_grad_()
+            )
+            return (own, *args[1:]), kwargs
         return None
 
     def _after_pass(self, base: Module, args: Any, output: Tensor) -> None:
