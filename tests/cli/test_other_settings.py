@@ -228,3 +228,17 @@ def test_runs_that_begin_within_a_second_have_folders_of_their_own(folder, monke
     runs = folder / "runs" / "weaver_sft"
     assert {path.name for path in runs.iterdir()} == {"20260101-000000", "20260101-000000-2", "latest"}
     assert all((path / "last").is_dir() for path in runs.iterdir())
+
+
+# Precision
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16-true", "bfloat16"), ("16-true", "float16"), ("64-true", None)]
+)
+def test_a_precision_that_would_convert_what_is_trained_is_refused(folder, capsys, command, name, dtype):
+    assert run_of(folder, command, *SETTINGS, f"--trainer.precision={name}") == 2
+    message = line(capsys)
+    assert f"trainer.precision {name} would convert what is trained" in message
+    assert dtype is None or f"model.memgen.backbone.dtype to {dtype}" in message

@@ -37,6 +37,7 @@ from memgen.tracking.run_logger import RunLogger, resumed_logger, run_id_of, run
 from memgen.tracking.run_record import RunRecord
 from memgen.training.callbacks import RESUME
 from memgen.training.checkpoint import CONFIG_FILE, defaults_of
+from memgen.training.stage import Stage, require_precision
 
 logger = logging.getLogger(__name__)
 
@@ -259,6 +260,8 @@ class TrainerCommand(LightningCLI):
                 self.parser.instantiate_classes(self.config)
                 return
             super().instantiate_classes()
+            if isinstance(self.model, Stage):
+                require_precision(self.trainer)
         except (TypeError, ValueError) as error:
             cause = _root_cause(error)
             if isinstance(cause, ValueError) and refuses_input(cause, within=None):
