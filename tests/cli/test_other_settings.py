@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from cli.test_real_stages import ROOT, small_run
@@ -228,3 +229,96 @@ def test_runs_that_begin_within_a_second_have_folders_of_their_own(folder, monke
     runs = folder / "runs" / "weaver_sft"
     assert {path.name for path in runs.iterdir()} == {"20260101-000000", "20260101-000000-2", "latest"}
     assert all((path / "last").is_dir() for path in runs.iterdir())
+
+
+# Precision
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16-true", "bfloat16"), ("16-true", "float16"), ("64-true", None)]
+)
+def test_a_precision_that_would_convert_what_is_trained_is_refused(folder, capsys, command, name, dtype):
+    assert run_of(folder, command, *SETTINGS, f"--trainer.precision={name}") == 2
+    message = line(capsys)
+    assert f"trainer.precision {name} would convert what is trained" in message
+    assert dtype is None or f"model.memgen.backbone.dtype to {dtype}" in message
+
+
+# What cannot be read or written
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (truncate, "cannot be read as a .ckpt: "),
+        (lambda path: path.write_bytes(b""), "cannot be read as a .ckpt: "),
+        (lambda path: path.write_bytes(b"no checkpoint" * 9), "cannot be read as a .ckpt: "),
+        (lambda path: torch.save({"weights": 1}, path), "is no .ckpt of a run: it has no state_dict"),
+        (lambda path: torch.save([1], path), "is no .ckpt of a run: it has no state_dict"),
+    ],
+    ids=["truncated", "empty", "garbage", "other file", "a list"],
+)
+def test_a_broken_ckpt_is_one_line_that_says_what_to_do(folder, capsys, command, change, reason):
+    ckpt = (folder / "run/resume/last.ckpt").resolve()
+    change(ckpt)
+    how = ("--run", "run") if command == "fit" else ("--ckpt_path", str(ckpt))
+    assert run_of(folder, command, *SETTINGS, *how) == 2
+    message = line(capsys)
+    assert reason in message
+    assert f"--checkpoint {folder / 'run/last'}" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (
+            ("--ckpt_path", "run"),
+            "run is a folder; ckpt_path takes a .ckpt file, for example run/resume/last.ckpt",
+        ),
+        (("--ckpt_path", "run/resume"), "for example run/resume/last.ckpt"),
+        (("--ckpt_path", "run/best"), "(a folder with memgen.json: --checkpoint; a run's folder: --run)"),
+        (("--ckpt_path", "absent.ckpt"), "absent.ckpt does not exist (ckpt_path)"),
+        (("--run", "bare"), "bare is a file; --run takes the folder of a run"),
+        (("--run", "bare/run"), "Not a directory: "),
+        (("--trainer.callbacks.0.root=bare/runs",), "Not a directory: 'bare"),
+        (("--checkpoint", "run/resume/last.ckpt"), "is no checkpoint directory"),
+    ],
+)
+def test_a_path_of_the_wrong_kind_is_one_line(folder, capsys, arguments, reason):
+    (folder / "bare").write_text("a file")
+    assert run_of(folder, "fit", *SETTINGS, *arguments) == 2
+    assert reason in line(capsys)
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_broken_model_folder_is_one_line(folder, capsys, file):
+    truncate(folder / "base" / file)
+    assert run_of(folder, "test", *SETTINGS) == 2
+    assert "cannot be loaded: " in (message := line(capsys)) or "cannot be read" in message
+
+
+@pytest.mark.parametrize("place", ["run", "runs"])
+def test_a_full_disk_is_one_line(folder, capsys, place):
+    """And what was written before is whole."""
+    disk = folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs may be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        where = ("--run", str(disk)) if place == "run" else (f"--trainer.callbacks.0.root={disk}",)
+        assert run_of(folder, "fit", *SETTINGS, *where) == 2
+        assert "No space left on device" in (message := line(capsys)) or "could not be written" in message
+        assert "make room" in message
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

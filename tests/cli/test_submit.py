@@ -117,7 +117,10 @@ def test_a_sweep_reads_each_points_overrides_from_its_folder():
     assert "export MEMGEN_PARENT_RUN=abc\n" in ours
     assert "run='/runs/a b'/points/$(printf %03d \"$SLURM_ARRAY_TASK_ID\")\n" in ours
     assert '--run "$run" "${overrides[@]}" || status=$?\n' in ours
-    assert '  scontrol requeue "$SLURM_JOB_ID"\n' in ours
+    # One of the points has the array's own number as its SLURM_JOB_ID.
+    assert '  scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"\n' in ours
+    alone = script(job(), site, requeue_exit=None, command=["memgen"])
+    assert '  scontrol requeue "$SLURM_JOB_ID"\n' in alone
 
 
 @pytest.mark.parametrize("status", [0, 1, 75, 143], ids=["done", "failed", "to be continued", "terminated"])

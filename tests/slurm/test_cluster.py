@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from memgen.cli.slurm import Job, Site, script
 from memgen.lab.saving import save_backbone
 from tiny import byte_tokenizer, tiny_causal_lm
 
@@ -275,3 +276,33 @@ def test_a_terminated_job_has_saved_and_goes_on_when_it_is_submitted_again(folde
     assert fields(again)["JobState"] == "COMPLETED", log.read_text()[-3000:]
     path = folder / "steps" / "rank_0"
     assert [int(line.split()[0]) for line in path.read_text().splitlines()] == [*range(1, 15)]
+
+
+def test_the_point_that_has_the_arrays_own_number_is_requeued_alone(folder):
+    """A program stands for the run: at its first start that point's wants to be continued, the other one works on."""
+    (folder / "point.sh").write_text(
+        "#!/bin/bash\n"
+        f'echo "$SLURM_ARRAY_TASK_ID ${{SLURM_RESTART_COUNT:-0}}" >> {folder}/starts\n'
+        'if [ "$SLURM_JOB_ID" != "$SLURM_ARRAY_JOB_ID" ]; then sleep 25; exit 0; fi\n'
+        f"echo $SLURM_ARRAY_TASK_ID > {folder}/own\n"
+        '[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || exit 75\n'
+    )
+    (folder / "point.sh").chmod(0o755)
+    job = Job(
+        name="points", run=folder, work=folder, nodes=1, gpus=0, tasks=1, time="5", arguments=(),
+        points=((), ()), sbatch=(), submitted="a test",
+    )  # fmt: skip
+    for point in ("000", "001"):
+        (folder / "points" / point).mkdir(parents=True)
+        (folder / "points" / point / "overrides.txt").write_text("")
+    (folder / "slurm").mkdir()
+    path = folder / "slurm" / "job.sh"
+    path.write_text(script(job, Site(warn_seconds=30), None, [str(folder / "point.sh")]))
+    number = call("sbatch", "--parsable", str(path)).stdout.strip()
+    log = folder / "slurm" / f"{number}_0.log"
+    starts = folder / "starts"
+    wait("the points", lambda: starts.exists() and starts.read_text().count("\n") >= 3, number, log)
+    wait("the end", lambda: not call("squeue", "-h", "-j", number, check=False).stdout, number, log)
+    own = (folder / "own").read_text().strip()
+    other = "1" if own == "0" else "0"
+    assert sorted(starts.read_text().splitlines()) == sorted([f"{own} 0", f"{own} 1", f"{other} 0"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import linecache
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,39 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 class UsageError(Exception):
     """The command line or a configuration cannot be used. Printed as it is, without a traceback; exit status 2."""
+
+
+_DISK = {
+    errno.ENOSPC: "make room, or choose another disk",
+    errno.EDQUOT: "make room, or choose another disk",
+    errno.EIO: "is the disk in order?",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "check its permissions, or choose another folder",
+    errno.EPERM: "check its permissions, or choose another folder",
+    errno.ENOTDIR: "a file is where a folder is needed",
+    errno.EEXIST: "a file is where a folder is needed",
+    errno.EISDIR: "a folder is where a file is needed",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
+"""What to do about an error of the file system."""
+
+
+def file_system_error(error: BaseException) -> str | None:
+    """A message about an error of the file system, wherever it was raised; None if the error is another one."""
+    # Some libraries raise another error over it.
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno in _DISK):
+        cause = cause.__cause__
+    if cause is None:
+        if "PytorchStreamWriter failed writing" in str(error):
+            return (
+                f"a checkpoint could not be written: {_DISK[errno.ENOSPC]} (MEMGEN_TRACEBACK=1 shows where)"
+            )
+        return None
+    assert isinstance(cause, OSError), "the loop stops at one"
+    place = "" if cause.filename is None else f": {cause.filename}"
+    return f"{cause.strerror}{place}; {_DISK[cause.errno or 0]} (MEMGEN_TRACEBACK=1 shows where)"
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import memgen
-from memgen.cli.errors import UsageError, nearest, refuses_input
+from memgen.cli.errors import UsageError, file_system_error, nearest, refuses_input
 from memgen.running.interrupt import LISTENER
 
 INTERRUPTED = 130
@@ -116,9 +116,11 @@ def _guarded(name: str, rest: list[str]) -> int:
         return 1
     except (UsageError, ValueError, OSError, RuntimeError) as error:
         wanted = os.environ.get("MEMGEN_TRACEBACK", "0") not in ("", "0")
-        if wanted or not (isinstance(error, UsageError) or refuses_input(error)):
+        ours = isinstance(error, UsageError) or refuses_input(error)
+        message = str(error) if ours else file_system_error(error)
+        if wanted or message is None:
             raise
-        print(f"memgen {name}: {error}", file=sys.stderr)
+        print(f"memgen {name}: {message}", file=sys.stderr)
         return 2
 
 

@@ -36,7 +36,8 @@ from memgen.tracking.run_description import RunDescription
 from memgen.tracking.run_logger import RunLogger, resumed_logger, run_id_of, run_logger
 from memgen.tracking.run_record import RunRecord
 from memgen.training.callbacks import RESUME
-from memgen.training.checkpoint import CONFIG_FILE, defaults_of
+from memgen.training.checkpoint import CONFIG_FILE, defaults_of, require_readable
+from memgen.training.stage import Stage, require_precision
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +94,12 @@ def execute(
     layers = _layers(request)
     merged = config.merge(layers)
     document = config.resolve(merged, layers)
-    _require_checkpoints(document)
+    if request.run is not None and request.run.exists() and not request.run.is_dir():
+        raise UsageError(f"{request.run} is a file; --run takes the folder of a run")
     if command == "fit" and request.run is not None and document.get("ckpt_path") is None:
         last = last_checkpoint(request.run)
         document["ckpt_path"] = None if last is None else str(last)
+    _require_checkpoints(document)
     if document.get("ckpt_path") is not None:
         # Our .ckpt files hold no pickled objects.
         document.setdefault("weights_only", True)
@@ -259,6 +262,8 @@ class TrainerCommand(LightningCLI):
                 self.parser.instantiate_classes(self.config)
                 return
             super().instantiate_classes()
+            if isinstance(self.model, Stage):
+                require_precision(self.trainer)
         except (TypeError, ValueError) as error:
             cause = _root_cause(error)
             if isinstance(cause, ValueError) and refuses_input(cause, within=None):
@@ -459,8 +464,9 @@ def _require_checkpoints(document: Document) -> None:
             f"{start} is no checkpoint directory: it has no {CONFIG_FILE} (--checkpoint, model.init_from)"
         )
     resumed = document.get("ckpt_path")
-    if isinstance(resumed, str) and resumed.endswith(".ckpt") and not Path(resumed).exists():
-        raise UsageError(f"{resumed} does not exist (ckpt_path)")
+    # Other names are Lightning's own: best, last, hpc, registry:NAME.
+    if isinstance(resumed, str) and (resumed.endswith(".ckpt") or Path(resumed).exists()):
+        require_readable(Path(resumed))
 
 
 def _quieten() -> None:

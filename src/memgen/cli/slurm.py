@@ -35,6 +35,8 @@ POINTS = "points"
 """Folder of a sweep's run for the runs of its points."""
 OVERRIDES = "overrides.txt"
 """In a point's folder: its overrides, one argument per line."""
+ARRAY_TASK = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+"""The number of one point's job. One of them has the array's number as its SLURM_JOB_ID, which means the whole array."""
 TIMEOUT_SECONDS = 60.0
 OURS = (
     "nodes", "ntasks", "ntasks-per-node", "time", "array", "signal", "requeue", "no-requeue", "output", "open-mode",
@@ -244,7 +246,7 @@ def script(job: Job, site: Site, requeue_exit: int | None, command: Sequence[str
         ]
     else:
         body += [
-            '  scontrol requeue "$SLURM_JOB_ID"',
+            f'  scontrol requeue "{"$SLURM_JOB_ID" if job.points is None else ARRAY_TASK}"',
             "  # SLURM ends this script now.",
             "  sleep 60",
         ]

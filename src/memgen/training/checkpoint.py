@@ -368,6 +368,36 @@ def _inserted(config: MemGenConfig) -> dict[InsertionKind, str]:
 # Lightning's checkpoint
 
 
+def require_readable(ckpt: Path) -> None:
+    """Refuses a file that is no whole Lightning checkpoint, before anything else is loaded.
+
+    Raises:
+        CheckpointError: which says what to do.
+    """
+    weights = ckpt.absolute().parent.parent / "last"
+    other = f"start a new run from the run's weights: --checkpoint {weights}"
+    if ckpt.is_dir():
+        inner = next(iter(sorted(ckpt.rglob("last.ckpt"))), ckpt / "resume" / "last.ckpt")
+        raise CheckpointError(
+            f"{ckpt} is a folder; ckpt_path takes a .ckpt file, for example {inner} (a folder with {CONFIG_FILE}: "
+            "--checkpoint; a run's folder: --run)"
+        )
+    if not ckpt.exists():
+        raise CheckpointError(f"{ckpt} does not exist (ckpt_path)")
+    try:
+        # Mapped, not read: what tensors hold is not looked at.
+        state = torch.load(ckpt, weights_only=True, map_location="cpu", mmap=True)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), "it is empty").split(". ")[0]
+        raise CheckpointError(
+            f"{ckpt} cannot be read as a .ckpt: {reason}. Resume from another .ckpt, or {other}"
+        ) from error
+    if not isinstance(state, dict) or "state_dict" not in state:
+        raise CheckpointError(
+            f"{ckpt} is no .ckpt of a run: it has no state_dict. Resume from another, or {other}"
+        )
+
+
 def keep_trained(stage: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Removes the frozen base from Lightning's checkpoint, which keeps only the trained parameters."""
     trained = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
@@ -554,7 +584,10 @@ def released_config(directory: Path, backbones: Mapping[str, BackboneConfig], tr
         raise CheckpointError(
             f"{directory} is no checkpoint of the released code: it has no {RELEASED_CONFIG_FILE}"
         )
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     try:
         loras = {
             part: LoraSettings(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
@@ -90,6 +90,7 @@ class Stage(LightningModule, ABC):
 
     @override
     def setup(self, stage: str) -> None:
+        require_precision(self.trainer)
         if not hasattr(self, "memgen"):
             data = stage_data(self, self.learns_from if stage == "fit" else None)
             self.memgen = build_model(self.config, data, data.resolve_asset, self.init_from)
@@ -204,6 +205,25 @@ class Stage(LightningModule, ABC):
             )
             self.memgen.weaver.trained_kinds = trained_kinds(recorded) or set()
         require_trained(self, checkpoint)
+
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+def require_precision(trainer: Trainer) -> None:
+    """Refuses a precision that would convert what is trained.
+
+    Raises:
+        ValueError: which says what to set instead.
+    """
+    if trainer.precision in PRECISIONS:
+        return
+    dtype = {"bf16-true": "bfloat16", "16-true": "float16"}.get(str(trainer.precision))
+    hint = "" if dtype is None else f" and model.memgen.backbone.dtype to {dtype}"
+    raise ValueError(
+        f"trainer.precision {trainer.precision} would convert what is trained, which stays float32; set it to one of "
+        f"{', '.join(PRECISIONS)}{hint} (the type of the frozen weights)"
+    )
 
 
 def stage_data(stage: LightningModule, learn_from: str | None = None) -> EnvironmentData:
