@@ -15,6 +15,7 @@ from memgen.data.batches import EvalBatch, Item
 from memgen.data.items import ItemSettings, SplitReader, require_at_least
 from memgen.data.order import EpochSampler, PromptSampler, ResumableLoader, WindowSampler
 from memgen.data.rows import EvalDataset, PromptDataset, RowBuilder, TrainDataset
+from memgen.data.workers import Loader
 from memgen.environments.base import Environment, Split
 from memgen.run_context import run_context
 
@@ -287,7 +288,7 @@ class EnvironmentData(LightningDataModule):
             for first in range(0, most, self.batch_settings.val_batch_size)
         ]
         # A list of index tuples as the sampler: a sampler that the Trainer puts in its place is noticed.
-        return DataLoader(
+        return Loader(
             EvalDataset(items, build),
             batch_size=None,
             sampler=batches,
