@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memgen.chat import CHATML, load_tokenizer
 from memgen.data.batches import EvalBatch, Item
-from memgen.data.items import ItemSettings, SplitReader, require_at_least
+from memgen.data.items import MAX_LENGTH, ItemSettings, SplitReader, require_at_least
 from memgen.data.order import EpochSampler, PromptSampler, ResumableLoader, WindowSampler
 from memgen.data.rows import EvalDataset, PromptDataset, RowBuilder, TrainDataset
 from memgen.data.workers import Loader
@@ -63,7 +63,7 @@ class EnvironmentData(LightningDataModule):
         trajectories: str | None = None,
         batch_size: int = 8,
         val_batch_size: int = 16,
-        max_length: int = 1024,
+        max_length: int = MAX_LENGTH,
         max_prompt_length: int | None = None,
         train_examples: int | None = None,
         val_examples: int | None = None,

@@ -17,7 +17,7 @@ from memgen.files import point_to
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.run_context import run_context
 from memgen.tracking.run_logger import log_best, log_checkpoint, run_loggers
-from memgen.training.checkpoint import save_checkpoint
+from memgen.training.checkpoint import CONFIG_FILE, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,13 @@ class AdapterCheckpoint(Callback):
         if stage != "fit":
             return
         self.run = Path(trainer.strategy.broadcast(str(self._folder(trainer))))
+        for name in ("last", "best") if not trainer.fast_dev_run else ():  # type: ignore[attr-defined]
+            folder = self.run / name
+            if folder.exists() and not (folder.is_dir() and _replaceable(folder)):
+                raise FileExistsError(
+                    f"{folder} exists and is no checkpoint (it has no {CONFIG_FILE}), so this run could not write its own; "
+                    "move it away, or give the run another folder"
+                )
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.run / RESUME).absolute())
@@ -139,3 +146,8 @@ class AdapterCheckpoint(Callback):
                 return
             save_checkpoint(model, config, self.run / name, with_trigger=self.with_trigger)
             point_to(self.run.parent / "latest", self.run)
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether a checkpoint may take the folder's place: it is one, or empty."""
+    return (folder / CONFIG_FILE).is_file() or not any(folder.iterdir())
