@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import subprocess
 from types import SimpleNamespace
 from typing import ClassVar
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -548,3 +551,37 @@ def test_workers_build_the_same_batches(make):
     for ours, theirs in zip(epoch_of(alone), epoch_of(helped), strict=True):
         assert ours.examples == theirs.examples
         assert torch.equal(ours.tokens.ids, theirs.tokens.ids)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked here")
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("learn_from", ["answers", "rollouts"])
+def test_workers_outlive_the_signals_of_a_scheduler(make, num_workers, learn_from):
+    data = make(batch_size=1, val_batch_size=1, num_workers=num_workers, learn_from=learn_from)
+    data.trainer = fake_trainer(lightning_module=SimpleNamespace(steps_per_rollout=1))
+    before = set(psutil.Process().children())
+    for loader, batches in ((data.train_dataloader(), 23), (data.val_dataloader(), len(data.items["val"]))):
+        stream = iter(loader)
+        got = [next(stream)]
+        workers = set(psutil.Process().children()) - before
+        assert len(workers) == num_workers
+        # The scheduler is another process: torch's workers take their parent's SIGTERM for its own wish.
+        for number in ("TERM", "USR1", "USR2", "TERM"):
+            subprocess.run(["kill", f"-{number}", *(str(worker.pid) for worker in workers)], check=True)
+            got += [next(stream) for _ in range((batches - 1) // 4)]
+        assert len(got) + sum(1 for _ in stream) == batches
+        _, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive, "they end with their loader"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked here")
+def test_workers_end_when_their_parent_says_so(make):
+    data = make(batch_size=1, num_workers=1)
+    before = set(psutil.Process().children())
+    stream = iter(data.train_dataloader())
+    next(stream)
+    (worker,) = set(psutil.Process().children()) - before
+    worker.terminate()
+    assert not psutil.wait_procs([worker], timeout=10)[1]
+    with contextlib.suppress(RuntimeError, OSError):  # torch notices.
+        list(stream)

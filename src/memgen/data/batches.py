@@ -19,6 +19,8 @@ class Item:
     """The environment's item."""
     conversation: ConversationTokens | None
     """Prompt and reference completion, for the loss. None where nothing is learned from reference completions."""
+    prompt_tokens: int = 0
+    """Tokens of the prompt; 0 of an interactive task, whose first observation may belong to it."""
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,17 @@ from memgen.environments.trajectories import Trajectories
 log = logging.getLogger(__name__)
 
 
+MAX_LENGTH = 1024
+"""Default of `data.max_length`."""
+
+
 @dataclass(frozen=True)
 class ItemSettings:
     """Which items of the splits are used. The keys of `data` have these names."""
 
     trajectories: str | None = None
     """A file of `memgen collect`: its conversations replace the training split's reference completions."""
-    max_length: int = 1024
+    max_length: int = MAX_LENGTH
     """Tokens a conversation may have, latents not counted; longer ones are dropped and counted."""
     max_prompt_length: int | None = None
     """Tokens a prompt may have; None: `max_length`."""
@@ -161,7 +165,8 @@ class SplitReader:
                 f"({self.tokenizer.unk_token}); data and backbone do not belong together: change data.tokenizer with "
                 "model.memgen.backbone.name"
             )
-        return Item(example=example, conversation=conversation), self._excess(len(prompt), conversation)
+        item = Item(example=example, conversation=conversation, prompt_tokens=len(prompt))
+        return item, self._excess(len(prompt), conversation)
 
     def _excess(self, prompt: int, conversation: ConversationTokens | None) -> int:
         excess = [prompt - self.settings.prompt_limit]

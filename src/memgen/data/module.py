@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from memgen.chat import CHATML, load_tokenizer
 from memgen.data.batches import EvalBatch, Item
-from memgen.data.items import ItemSettings, SplitReader, require_at_least
+from memgen.data.items import MAX_LENGTH, ItemSettings, SplitReader, require_at_least
 from memgen.data.order import EpochSampler, PromptSampler, ResumableLoader, WindowSampler
 from memgen.data.rows import EvalDataset, PromptDataset, RowBuilder, TrainDataset
+from memgen.data.workers import Loader
 from memgen.environments.base import Environment, Split
 from memgen.run_context import run_context
 
@@ -62,7 +63,7 @@ class EnvironmentData(LightningDataModule):
         trajectories: str | None = None,
         batch_size: int = 8,
         val_batch_size: int = 16,
-        max_length: int = 1024,
+        max_length: int = MAX_LENGTH,
         max_prompt_length: int | None = None,
         train_examples: int | None = None,
         val_examples: int | None = None,
@@ -287,7 +288,7 @@ class EnvironmentData(LightningDataModule):
             for first in range(0, most, self.batch_settings.val_batch_size)
         ]
         # A list of index tuples as the sampler: a sampler that the Trainer puts in its place is noticed.
-        return DataLoader(
+        return Loader(
             EvalDataset(items, build),
             batch_size=None,
             sampler=batches,

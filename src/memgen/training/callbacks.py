@@ -17,7 +17,7 @@ from memgen.files import hold, point_to, release, timed_path
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.run_context import run_context
 from memgen.tracking.run_logger import log_best, log_checkpoint, run_loggers
-from memgen.training.checkpoint import save_checkpoint
+from memgen.training.checkpoint import CONFIG_FILE, save_checkpoint
 from memgen.training.stage import text_settings
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,13 @@ class AdapterCheckpoint(Callback):
         if folder is None or problem is not None:
             raise OSError(problem)
         self.run = Path(folder)
+        for name in ("last", "best") if not trainer.fast_dev_run else ():  # type: ignore[attr-defined]
+            taken = self.run / name
+            if taken.exists() and not (taken.is_dir() and _replaceable(taken)):
+                raise FileExistsError(
+                    f"{taken} exists and is no checkpoint (it has no {CONFIG_FILE}), so this run could not write its own; "
+                    "move it away, or give the run another folder"
+                )
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.run / RESUME).absolute())
@@ -168,3 +175,8 @@ class AdapterCheckpoint(Callback):
             text = text_settings(model, data) if isinstance(data, EnvironmentData) else None
             save_checkpoint(model, config, self.run / name, with_trigger=self.with_trigger, text=text)
             point_to(self.run.parent / "latest", self.run)
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether a checkpoint may take the folder's place: it is one, or empty."""
+    return (folder / CONFIG_FILE).is_file() or not any(folder.iterdir())

@@ -45,7 +45,7 @@ from memgen.training.micro_batches import (
 from memgen.training.optimizer import OptimizerSettings
 from memgen.training.playing import Episodes, local_groups, play
 from memgen.training.policy_signals import UpdateSpeed, gradient_norm, rollout_metrics, update_metrics
-from memgen.training.stage import Stage, zero_loss
+from memgen.training.stage import Stage, require_context, zero_loss
 from memgen.types import Trajectory
 
 # E episodes, N trained units (tokens, or decisions) of an episode
@@ -140,6 +140,12 @@ class PolicyStage(Stage):
     def shape(self, episodes: Episodes) -> Shaping:
         """The rewards to train on, of all ranks' episodes; default: the environment's."""
         return Shaping(episodes.rewards)
+
+    @override
+    def check_context(self, stage: str) -> None:
+        super().check_context(stage)
+        if stage == "fit":
+            require_context(self.memgen, self.data, "train", self.rollout.max_new_tokens, "rollout")
 
     # Training
 
