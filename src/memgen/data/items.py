@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 from transformers import PreTrainedTokenizerBase
 
-from memgen.chat import ConversationTokens, conversation_ids, prompt_ids
+from memgen.chat import ChatTemplate, ConversationTokens, conversation_ids, prompt_ids
 from memgen.data.batches import Item
 from memgen.environments.base import Environment, Example, InteractiveEnvironment, Message, Split
 from memgen.environments.trajectories import Trajectories
@@ -76,9 +78,7 @@ class SplitReader:
     """Where its data is, for messages."""
     tokenizer: PreTrainedTokenizerBase
     """The reasoner's."""
-    tokenizer_name: str
-    """As it is configured, for messages."""
-    template: str | None
+    template: ChatTemplate
     """Chat template, as `memgen.chat` takes it."""
     settings: ItemSettings
     """Which items are used."""
@@ -96,6 +96,7 @@ class SplitReader:
         source = self._source(split)
         name, place = source.name, "" if self.path is None else f" from {self.path}"
         examples = source.examples(split)[: self.settings.limit(split)]
+        self._report_duplicates(name, split, examples)
         if not examples:
             if split != "val":
                 raise ValueError(f"{name} has no {split} items{place}")
@@ -126,6 +127,15 @@ class SplitReader:
             message = "%s, %s: %d items%s, %d dropped as longer than %s tokens"
             log.log(level, message, name, split, len(items), place, len(excess), limits)
         return items, len(excess)
+
+    def _report_duplicates(self, name: str, split: Split, examples: Sequence[Example]) -> None:
+        counts = Counter(example.id for example in examples)
+        repeated = [identifier for identifier, count in counts.items() if count > 1]
+        if repeated and self.report:
+            log.warning(
+                "%s, %s: %d ids belong to several items, %r to %d; what is recorded by id cannot tell these apart",
+                name, split, len(repeated), repeated[0], counts[repeated[0]],
+            )  # fmt: skip
 
     def _source(self, split: Split) -> Environment:
         """The environment whose items a split has: collected trajectories are one too."""
@@ -158,13 +168,6 @@ class SplitReader:
         # The prompt of an interactive task may need its first observation; the rollout checks its length.
         if not isinstance(environment, InteractiveEnvironment):
             prompt = prompt_ids(self.tokenizer, environment.messages(example), self.template)
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown in [*prompt, *(conversation.ids if conversation else ())]:
-            raise ValueError(
-                f"its text has words that the tokenizer {self.tokenizer_name} does not know "
-                f"({self.tokenizer.unk_token}); data and backbone do not belong together: change data.tokenizer with "
-                "model.memgen.backbone.name"
-            )
         item = Item(example=example, conversation=conversation, prompt_tokens=len(prompt))
         return item, self._excess(len(prompt), conversation)
 

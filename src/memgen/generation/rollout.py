@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from memgen.chat import end_of_turn_id, observation_ids, prompt_ids
+from memgen.chat import ChatTemplate, end_of_turn_id, observation_ids, prompt_ids, text_ids
 from memgen.environments.base import (
     Environment,
     Episode,
@@ -83,7 +83,7 @@ class Actor:
     environment: Environment
     generation: GenerationSettings
     episodes: EpisodeSettings = field(default_factory=EpisodeSettings)
-    template: str | None = None
+    template: ChatTemplate | str | None = None
 
     @property
     def max_turns(self) -> int:
@@ -239,7 +239,7 @@ class _Rollout:
         ):
             messages = environment.messages(example)
             if observation.text:
-                messages = [*messages, Message(role="user", content=observation.text)]
+                messages = [*messages, Message(role="user", content=_characters(observation.text))]
             playing.append(_Playing(example, seed, messages, self._prompt(messages), episode))
         return playing
 
@@ -262,7 +262,7 @@ class _Rollout:
                 p.fault = step.fault
                 p.over = step.done or step.fault is not None
                 if not p.over:
-                    p.observation = self._truncated(step.observation)
+                    p.observation = self._truncated(_characters(step.observation))
                     p.context = [
                         *p.turns[-1].context,
                         *p.turns[-1].tokens,
@@ -296,38 +296,33 @@ class _Rollout:
     def _truncated(self, observation: str) -> str:
         """An observation's text, as much of it as fits into the limit when it is encoded."""
         tokenizer, limit = self.actor.tokenizer, self.actor.episodes.max_observation_tokens
-        ids = tokenizer.encode(observation, add_special_tokens=False)
+        ids = text_ids(tokenizer, observation)
         if len(ids) <= limit:
             return observation
         for keep in range(limit, 1, -1):
             text: str = tokenizer.decode(ids[:keep])
             # A character that is truncated in the middle may need more tokens than it had.
-            if len(tokenizer.encode(text, add_special_tokens=False)) <= limit:
+            if len(text_ids(tokenizer, text)) <= limit:
                 return text
         return str(tokenizer.decode(ids[:1]))
 
     def _observation_ids(self, playing: _Playing) -> list[int]:
         """Token ids of the last observation; a turn that the agent did not end itself is ended here."""
         tokenizer, template = self.actor.tokenizer, self.actor.template
-        ids = observation_ids(tokenizer, playing.observation, template)
-        self._require_known(ids, f"an observation of {self.actor.environment.name}")
+        try:
+            ids = observation_ids(tokenizer, playing.observation, template)
+        except ValueError as error:
+            raise ValueError(f"an observation of {self.actor.environment.name}: {error}") from error
         end = end_of_turn_id(tokenizer, template)
         return ids if playing.turns[-1].tokens[-1] == end else [end, *ids]
 
     # Shared by both
 
     def _prompt(self, messages: list[Message]) -> list[int]:
-        ids = prompt_ids(self.actor.tokenizer, messages, self.actor.template)
-        self._require_known(ids, f"a prompt of {self.actor.environment.name}")
-        return ids
-
-    def _require_known(self, ids: Sequence[int], what: str) -> None:
-        tokenizer = self.actor.tokenizer
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-            raise ValueError(
-                f"{what} has words that the tokenizer does not know ({tokenizer.unk_token}): "
-                f"{tokenizer.decode(list(ids))!r}; environment and backbone do not belong together"
-            )
+        try:
+            return prompt_ids(self.actor.tokenizer, messages, self.actor.template)
+        except ValueError as error:
+            raise ValueError(f"a prompt of {self.actor.environment.name}: {error}") from error
 
     def _turn(self, playing: Sequence[_Playing], *, grouped: bool) -> list[str]:
         """Lets each episode's agent write a turn. Returns the texts."""
@@ -365,6 +360,11 @@ class _Rollout:
         # A text has at most as many tokens as bytes, and the token that completes it is the newest.
         tail = max(len(text.encode()) for text in texts) + 1
         return lambda tokens: any(text in decode(list(tokens[-tail:])) for text in texts)
+
+
+def _characters(text: str) -> str:
+    """A text of an environment with "?" in place of half surrogate pairs, which are no characters."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _trajectory(playing: _Playing) -> Trajectory:

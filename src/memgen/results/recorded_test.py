@@ -102,6 +102,8 @@ def run_settings(
         "episodes": asdict(episodes),
         "environment": dict(environment or {}),
         "chat_template": data.chat_template,
+        # Only where there are some: records that were made before there were any go on.
+        **({"template_arguments": dict(data.template.arguments)} if data.template.arguments else {}),
         "precision": precision,
     }
 

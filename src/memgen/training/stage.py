@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from memgen.chat import CHATML, end_of_turn_id, load_tokenizer
+from memgen.chat import end_of_turn_id, load_tokenizer, template_text
 from memgen.data import EnvironmentData, EvalBatch
 from memgen.data.items import MAX_LENGTH
 from memgen.distributed.zero import require_whole
@@ -338,10 +338,11 @@ def build_model(
 
 def text_settings(model: MemGenModel, data: EnvironmentData) -> TextSettings:
     """How text becomes tokens around a stage's model."""
-    template = data.template or data.tokenizer_object.chat_template or CHATML
-    # Some tokenizers have several templates by name.
-    text = template if isinstance(template, str) else str(template.get("default", template))
-    return TextSettings(chat_template=text, end_ids=model.reasoner.end_ids)
+    return TextSettings(
+        chat_template=template_text(data.tokenizer_object, data.template),
+        end_ids=model.reasoner.end_ids,
+        template_arguments=dict(data.template.arguments),
+    )
 
 
 def zero_loss(parameters: Iterable[nn.Parameter]) -> Tensor:
