@@ -185,12 +185,12 @@ def test_test_and_predict_need_no_completion(make, stage):
     assert batch.sft is None
 
 
-def test_batches_move_between_devices(make):
+def test_batches_stay_on_the_host_where_plans_are_made(make):
     data = make()
     batch = epoch_of(data)[0].to("meta")
-    assert batch.tokens.ids.device.type == "meta"
+    assert batch.tokens.ids.device.type == "cpu"
     evaluation = next(iter(data.val_dataloader())).to("meta")
-    assert evaluation.sft.tokens.supervised.device.type == "meta"
+    assert evaluation.sft.tokens.supervised.device.type == "cpu"
     assert evaluation.indices == tuple(range(len(evaluation.examples)))
 
 
