@@ -215,12 +215,15 @@ class Watch(Callback):
         if self.nudge:
             _nudge(pl_module)
         if isinstance(pl_module, WeaverSFT):
-
-            def count(layer: torch.nn.Module, inputs: Any) -> None:
-                self.passes[-1][int(torch.is_grad_enabled())] += 1
-
             (base,) = pl_module.memgen.bases()
-            base._layers[0].register_forward_pre_hook(count)
+            forward = base.forward
+
+            def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+                self.passes[-1][int(torch.is_grad_enabled())] += 1
+                return forward(*args, **kwargs)
+
+            # Not a hook: a pass that another rank waits for is made without the module's call.
+            base.forward = counted  # type: ignore[method-assign]
 
     def count_gathers(self) -> Callable[[], None]:
         """Counts gathered bytes from now on; returns a function that ends it."""

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import subprocess
 from types import SimpleNamespace
 from typing import ClassVar
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -14,11 +17,12 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from memgen.chat import conversation_ids
+from memgen.chat import CHATML, conversation_ids
 from memgen.data import BatchIndex, EnvironmentData, SFTBatch
 from memgen.data.order import WindowSampler
 from memgen.environments.base import Environment, Example, Reward
 from memgen.environments.qa.gsm8k import GSM8K
+from memgen.model.boundary import Boundaries, BoundaryConfig
 from memgen.run_context import RunContext
 from tiny import byte_tokenizer
 
@@ -548,3 +552,81 @@ def test_workers_build_the_same_batches(make):
     for ours, theirs in zip(epoch_of(alone), epoch_of(helped), strict=True):
         assert ours.examples == theirs.examples
         assert torch.equal(ours.tokens.ids, theirs.tokens.ids)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked here")
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("learn_from", ["answers", "rollouts"])
+def test_workers_outlive_the_signals_of_a_scheduler(make, num_workers, learn_from):
+    data = make(batch_size=1, val_batch_size=1, num_workers=num_workers, learn_from=learn_from)
+    data.trainer = fake_trainer(lightning_module=SimpleNamespace(steps_per_rollout=1))
+    before = set(psutil.Process().children())
+    for loader, batches in ((data.train_dataloader(), 23), (data.val_dataloader(), len(data.items["val"]))):
+        stream = iter(loader)
+        got = [next(stream)]
+        workers = set(psutil.Process().children()) - before
+        assert len(workers) == num_workers
+        # The scheduler is another process: torch's workers take their parent's SIGTERM for its own wish.
+        for number in ("TERM", "USR1", "USR2", "TERM"):
+            subprocess.run(["kill", f"-{number}", *(str(worker.pid) for worker in workers)], check=True)
+            got += [next(stream) for _ in range((batches - 1) // 4)]
+        assert len(got) + sum(1 for _ in stream) == batches
+        _, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive, "they end with their loader"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked here")
+def test_workers_end_when_their_parent_says_so(make):
+    data = make(batch_size=1, num_workers=1)
+    before = set(psutil.Process().children())
+    stream = iter(data.train_dataloader())
+    next(stream)
+    (worker,) = set(psutil.Process().children()) - before
+    worker.terminate()
+    assert not psutil.wait_procs([worker], timeout=10)[1]
+    with contextlib.suppress(RuntimeError, OSError):  # torch notices.
+        list(stream)
+
+
+def test_items_of_one_id_are_named(make, caplog):
+    class Twins(Echo):
+        def examples(self, split):
+            return [dataclasses.replace(example, id="same") for example in super().examples(split)[:3]]
+
+    with caplog.at_level(logging.WARNING):
+        make(Twins())
+    assert "echo, train: 1 ids belong to several items, 'same' to 3" in caplog.text
+
+
+THOUGHTS = CHATML.replace(
+    "message['content'] + '<|im_end|>",
+    "('<think>,\n</think>,\n' if message['role'] == 'assistant' and think else '') + message['content'] + '<|im_end|>",
+)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_no_boundary_lies_in_what_the_template_writes_into_a_turn(make, keep, monkeypatch):
+    monkeypatch.setattr("memgen.data.module.CHATML", THOUGHTS)
+    settings = {"chat_template": "chatml", "keep_turn_latents": keep, "batch_size": 2}
+    environment = Echo(targets=dict.fromkeys(range(23), "one, two.\nthree, four."))
+    table = Boundaries.from_tokenizer(BoundaryConfig(), TOKENIZER, len(TOKENIZER))
+    plans = {}
+    for think in (True, False):
+        data = make(environment, template_arguments={"think": think}, **settings)
+        batch = epoch_of(data)[0].tokens
+        assert (batch.fixed is not None) is think
+        turns = [turn for row in table.turns(batch) for turn in row]
+        plans[think] = [len(turn.points) for turn in turns]
+        assert batch.select(torch.tensor([0])).rows() == batch.rows()[:1]
+    assert plans[True] == plans[False]
+    assert sum(plans[True]) > 0
+
+
+def test_arguments_that_the_template_does_not_read_and_dates_are_warned_of(make, caplog, monkeypatch):
+    monkeypatch.setattr("memgen.data.module.CHATML", "{{- strftime_now('%d') -}}" + CHATML)
+    make(chat_template="chatml", template_arguments={"enable_thinkng": False})
+    assert "data.template_arguments.enable_thinkng: the chat template" in caplog.text
+    assert "writes today's date into every prompt" in caplog.text
+    caplog.clear()
+    make(chat_template="chatml", template_arguments={"strftime_now": "2026-01-31"})
+    assert "today" not in caplog.text

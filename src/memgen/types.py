@@ -53,6 +53,8 @@ class TokenBatch:
             one prompt), int64 (B,). None: nothing is known to be shared. The forward then reads the shared part once.
         shared: how many leading tokens of a row are of that kind, int64 (B,): of two rows of a group, the one that
             shares more begins with the other's shared tokens. Set together with `group`.
+        fixed: True where the chat template writes the token whatever a message says, so that no boundary lies behind
+            it, bool (B, L). None: nowhere.
     """
 
     ids: Int[Tensor, "batch length"]
@@ -60,6 +62,7 @@ class TokenBatch:
     supervised: Bool[Tensor, "batch length"]
     group: Int[Tensor, " batch"] | None = None
     shared: Int[Tensor, " batch"] | None = None
+    fixed: Bool[Tensor, "batch length"] | None = None
 
     def __post_init__(self) -> None:
         assert self.ids.shape == self.supervised.shape, "ids and supervised are aligned"
@@ -116,16 +119,7 @@ class TokenBatch:
             supervised=self.supervised[index, :width],
             group=None if self.group is None else self.group[index],
             shared=None if self.shared is None else self.shared[index],
-        )
-
-    def to(self, device: torch.device | str) -> TokenBatch:
-        """The same batch on another device."""
-        return TokenBatch(
-            ids=self.ids.to(device),
-            lengths=self.lengths.to(device),
-            supervised=self.supervised.to(device),
-            group=None if self.group is None else self.group.to(device),
-            shared=None if self.shared is None else self.shared.to(device),
+            fixed=None if self.fixed is None else self.fixed[index, :width],
         )
 
 

@@ -100,6 +100,10 @@ def test_what_no_file_sets_is_taken_from_the_checkpoint(folder, capsys):
         del stage["model"]["memgen"][key]
     del stage["data"]["keep_turn_latents"]
     (folder / "bare.yaml").write_text(yaml.safe_dump(stage))
+    config = folder / "run/best/memgen.json"
+    header = json.loads(config.read_text())
+    header["text"]["template_arguments"] = {"enable_thinking": False}
+    config.write_text(json.dumps(header))
     argv = ["test", "--config", "bare.yaml", "--checkpoint", "run/best", "--print_config"]
     assert front_end.main([*argv, "--model.memgen.boundaries.max_inference_insertions=1"]) == 0
     found = yaml.safe_load(capsys.readouterr().out)
@@ -107,6 +111,7 @@ def test_what_no_file_sets_is_taken_from_the_checkpoint(folder, capsys):
     assert (weaver["lora"]["alpha"], weaver["lora"]["r"], weaver["prompt_latents"]) == (8, 8, 4)
     assert (boundaries["delimiters"], boundaries["max_inference_insertions"]) == (["+"], 1)
     assert found["data"]["chat_template"] == "chatml"
+    assert found["data"]["template_arguments"] == {"enable_thinking": False}
 
 
 def test_generate_renders_and_ends_as_training_did(folder, monkeypatch):
@@ -120,11 +125,14 @@ def test_generate_renders_and_ends_as_training_did(folder, monkeypatch):
     )
     argv = ["--checkpoint", "run/best", "--prompt", "x", "--max-new-tokens", "2"]
     header = json.loads((folder / "run/best/memgen.json").read_text())
-    header["text"]["chat_template"] = "{{ 1 }}"
+    assert header["text"]["template_arguments"] == {}
+    header["text"] |= {"chat_template": "{{ 1 }}", "template_arguments": {"day": 1}}
     (folder / "run/best/memgen.json").write_text(json.dumps(header))
     assert generate.main(argv) == 0
     assert generate.main([*argv, "--chat-template", "chatml"]) == 0
-    assert seen == ["{{ 1 }}", chat.CHATML]
+    assert generate.main([*argv, "--template-arguments", '{"enable_thinking": false}']) == 0
+    assert [template.text for template in seen] == ["{{ 1 }}", chat.CHATML, "{{ 1 }}"]
+    assert [template.arguments for template in seen] == [{"day": 1}, {"day": 1}, {"enable_thinking": False}]
 
 
 # Resumed

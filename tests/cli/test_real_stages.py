@@ -230,7 +230,7 @@ def test_a_broken_line_of_the_data_is_named(folder, capsys):
         ),
         (
             "--model.memgen.weaver={prompt_latents: 0, inference_latents: 0}",
-            "no latents would ever be woven, so there is nothing to train",
+            "no latents would ever be inserted, so there is nothing to train",
         ),
         ("--model.curriculum.first=0.5", "must be 0 or more and add up to 1"),
         ("--model.generation.max_new_tokens=3000", "the reasoner's context is 2048"),

@@ -15,9 +15,11 @@ from tolerance import assert_close
 WORKER = Path(__file__).with_name("two_ranks_worker.py")
 
 
-def run(ranks: int, base: Path, out: Path, targets: list[str], accumulate: int = 1) -> list[dict]:
+def run(
+    ranks: int, base: Path, out: Path, targets: list[str], accumulate: int = 1, val: int = 3
+) -> list[dict]:
     """What each rank of a supervised run wrote."""
-    return launch(WORKER, ranks, base, out, json.dumps(targets), str(accumulate))
+    return launch(WORKER, ranks, base, out, json.dumps(targets), str(accumulate), str(val))
 
 
 # Half of the answers have no delimiter, so that a rank may insert nothing inside its answers.
@@ -65,6 +67,13 @@ def test_validation_measures_of_three_items_on_two_ranks_are_those_of_one(runs):
         assert set(rank["measures"]) == set(one["measures"])
         for name, value in one["measures"].items():
             assert rank["measures"][name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_a_rank_without_evaluation_items_waits_for_the_other(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    first, second = run(2, base, tmp_path / "out", MANY, accumulate=2, val=1)
+    assert first["measures"] == second["measures"]
+    assert {"val/loss", "val/exact_match"} <= set(first["measures"])
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def answers(rank: int, ranks: int, share: list[int]) -> dict[str, float]:
     return {name: float(value) for name, value in metric.compute().items()}
 
 
-def main(ranks: int, base: Path, out: Path, targets: list[str], accumulate: int) -> None:
+def main(ranks: int, base: Path, out: Path, targets: list[str], accumulate: int, val: int) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     gradients, counts = Gradients(), Counts()
     strategy = DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"
@@ -66,8 +66,13 @@ def main(ranks: int, base: Path, out: Path, targets: list[str], accumulate: int)
         val_check_interval=1.0,
     )
     stage = make_stage(base, curriculum=MIXED, optimizer=OptimizerSettings(lr=1e-3, warmup_ratio=0.0))
-    data = make_data(base, Letters(targets, val=3), batch_size=4 // (ranks * accumulate))
+    data = make_data(base, Letters(targets, val=val), batch_size=4 // (ranks * accumulate))
     trainer.fit(stage, data)
+    if val < ranks:
+        (tested,) = trainer.test(stage, data)
+        assert tested["test/answer_tokens"] > 0
+        predicted = trainer.predict(stage, data)
+        assert sum(map(len, predicted)) == (1 if trainer.global_rank == 0 else 0)
     shared = [answers(trainer.global_rank, ranks, share) for share in ([4, 2], [6, 0], [0, 6])]
     result = {
         "gradients": gradients.steps,
@@ -80,4 +85,11 @@ def main(ranks: int, base: Path, out: Path, targets: list[str], accumulate: int)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4]), int(sys.argv[5]))
+    main(
+        int(sys.argv[1]),
+        Path(sys.argv[2]),
+        Path(sys.argv[3]),
+        json.loads(sys.argv[4]),
+        int(sys.argv[5]),
+        int(sys.argv[6]),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import types
 
 import pyarrow
@@ -28,12 +29,79 @@ LIMITS = {"isolation": "limits", "reward_workers": 1}
         ("```python\ndef g(): pass\n```\n```py\nf = 1\n```", "f = 1\n"),
         ("```python\na = 1\n```\n```python\nb = 1\n```", "b = 1\n"),
         ("```bash\nls\n```\n```python\na = 1\n```", "a = 1\n"),
-        ("```python\ndef f(): pa", "def f(): pa"),
+        ("```python\ndef f(): pa", "def f(): pa\n"),
         ("", ""),
     ],
 )
 def test_the_last_block_that_defines_the_function_is_the_code(answer, code):
     assert extract_code(answer, defines="f") == code
+
+
+CODE = "def f(x):\n    return 1\n"
+DOCUMENTED = """def f(x):
+    '''As in
+```
+f(1)
+```
+    '''
+    return 1
+"""
+FORMS = {
+    "a list": ("1. So:\n   ```python\n   def f(x):\n       return 1\n   ```\n", CODE),
+    "an item": ("- ```python\n  def f(x):\n      return 1\n  ```\n", CODE),
+    "indented code": ("```python\n  def f(x):\n      return 1\n```", CODE),
+    "a glued fence": ("```python\ndef f(x):\n    return 1```\nDone.", CODE),
+    "tildes": (f"~~~python\n{CODE}~~~\nDone.", CODE),
+    "four ticks": (f"````python\n{CODE}````\nDone.", CODE),
+    "a block in Markdown": (f"````markdown\n```python\n{CODE}```\n````", CODE),
+    "a fence in a docstring": (f"```python\n{DOCUMENTED}```\nDone.", DOCUMENTED),
+    "a string that never ends": ("```python\ndef f(x):\n    '''oh\n```\nDone.", "def f(x):\n    '''oh\n"),
+    "CRLF": (f"```python\n{CODE}```\n".replace("\n", "\r\n"), CODE),
+    "a byte order mark": (f"\ufeff```python\n{CODE}```", CODE),
+    "a version": (f"```python3.11\n{CODE}```", CODE),
+    "braces": (f"```{{python}}\n{CODE}```", CODE),
+    "no closing fence": (f"```python\n{CODE}```python\nf(1)\n```", CODE),
+    "another name, then its use": ("```python\ndef g(x): return 1\n```\n```python\ng(1)\n```", "def g(x): return 1\n"),
+    "another name, then its tests": ("```python\ndef g(x): return 1\n```\n```python\ndef test_g(): g(1)\n```", "def g(x): return 1\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "code"), FORMS.values(), ids=FORMS)
+def test_code_is_found_in_the_forms_in_which_models_write_it(answer, code):
+    assert extract_code(answer, defines="f") == code
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "```",
+        "```a",
+        "```\n",
+        "```\n```python\n",
+        "~",
+        "`",
+        "'",
+        "'''",
+        '\\"',
+        "- ",
+        " ",
+        "\n",
+        "```python\n'''\n",
+    ],
+)
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("```python\n", "a"), ("", "a")])
+def test_finding_code_takes_time_in_proportion_to_the_answers_length(block, before, after):
+    def seconds(number):
+        start = time.process_time()
+        extract_code(before + block * number + after, "f")
+        return time.process_time() - start
+
+    short = min(seconds(10_000) for _ in range(2))
+    assert min(seconds(20_000) for _ in range(2)) < 3 * short + 0.05
+
+
+def test_an_answer_of_a_million_characters_has_no_code():
+    assert extract_code("x" * 1_000_000) == ""
 
 
 @pytest.mark.parametrize(
@@ -139,7 +207,7 @@ def test_the_function_of_a_kodcode_item_is_read_from_every_format(tmp_path, form
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"test_info": []}, '"test_info" must be a list of objects with function_name'),
+        ({"test_info": [3]}, '"test_info" must be a list of objects with function_name'),
         ({"test_info": "x("}, '"test_info" is neither JSON nor a Python list'),
         ({"solution": ""}, '"solution" is empty'),
         ({"test": None}, '"test" is empty or no text'),
@@ -157,6 +225,31 @@ def test_items_without_a_test_are_left_out_and_counted(tmp_path, caplog):
     assert len(environment.examples("test")) == 1
     assert "1 of 2 train items are left out" in caplog.text
     assert "k.jsonl, line 2 holds no test" in caplog.text
+
+
+@pytest.mark.parametrize("info", [None, "", [], [None], [{"function_name": None}]])
+def test_without_test_info_the_tests_import_says_which_function_is_wanted(tmp_path, info):
+    file = write(tmp_path / "k.jsonl", [kodcode(1, test_info=info)])
+    environment = KodCode(str(file), test_fraction=1.0, validation_fraction=0.0, **LIMITS)
+    (example,) = environment.examples("test")
+    assert (example.meta["function"], example.meta["parameters"], example.meta["signature"]) == (
+        "add",
+        None,
+        "",
+    )
+
+
+def test_items_that_need_a_library_that_is_not_there_are_left_out_and_counted(tmp_path, caplog):
+    rows = [
+        kodcode(1, solution="def add(x):\n    import numpy.linalg\n    return x + 1"),
+        kodcode(2, solution="try:\n    import numpy\nexcept ImportError: pass\ndef add(x): return x + 2"),
+        kodcode(3, solution="import os.path\nfrom math import floor\ndef add(x): return x + 3"),
+    ]
+    environment = KodCode(
+        str(write(tmp_path / "k.jsonl", rows)), test_fraction=1.0, validation_fraction=0.0, **LIMITS
+    )
+    assert [example.question for example in environment.examples("test")] == ["Add 2.", "Add 3."]
+    assert "k.jsonl, line 1 needs libraries that the sandbox does not have (numpy)" in caplog.text
 
 
 def bigcodebench(i, **changes):

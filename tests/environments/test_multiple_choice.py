@@ -36,7 +36,20 @@ needs_real_data = pytest.mark.skipif(
         (r"\boxed{A} or rather \boxed{B}", "B"),
         (r"\boxed{A or B}", None),
         (r"\boxed{AB}", None),
-        (r"\boxed{C) 600}", None),
+        (r"\boxed{C) 600}", "C"),
+        (r"\boxed{C. 21}", "C"),
+        (r"\boxed{(C) \frac{1}{2}}", "C"),
+        (r"\boxed{(\text{C})}", "C"),
+        (r"\boxed{\text{C) }21}", "C"),
+        (r"\boxed{**C**}", "C"),
+        (r"\boxed{**C.** 21}", "C"),
+        (r"\boxed{Option C}", "C"),
+        (r"\boxed{C}, in \boxed{}", "C"),
+        (r"\boxed{A, B}", None),
+        (r"\boxed{(A) and (B)}", None),
+        (r"\boxed{A) 5 or B) 6}", None),
+        (r"\boxed{x = 5}", None),
+        ("**Answer: C**", None),
         (r"\boxed{5}", None),
         (r"\boxed{}", None),
         (r"\boxed{C", None),
@@ -45,7 +58,7 @@ needs_real_data = pytest.mark.skipif(
         ("", None),
     ],
 )
-def test_only_a_single_boxed_letter_is_a_choice(answer, letter):
+def test_only_one_boxed_letter_is_a_choice_with_or_without_its_options_text(answer, letter):
     assert chosen_letter(answer) == letter
 
 

@@ -91,10 +91,13 @@ def sandboxed(ancestor: int) -> set[str]:
 
 
 def process_names() -> set[str]:
+    """Without zombies, which nobody may reap in a container."""
     found = set()
-    for file in Path("/proc").glob("[0-9]*/comm"):
+    for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # It ended meanwhile.
-            found.add(file.read_text().strip())
+            name, _, state = file.read_text().partition("(")[2].rpartition(") ")
+            if not state.startswith("Z"):
+                found.add(name)
     return found
 
 
@@ -155,7 +158,8 @@ def test_every_test_counts_and_each_is_reported(executor):
     tests = "from solution import f\ndef test_a(): assert f(1) == 2\ndef test_b(): assert f(1) == 3\n"
     result = run(executor, RIGHT, tests)
     assert result.outcomes["test_a[0]"] == "passed"
-    assert "AssertionError" in result.outcomes["test_b[0]"]
+    assert result.outcomes["test_b[0]"] == "failed"
+    assert "AssertionError" in result.details["test_b[0]"]
     assert not result.passed
     assert result.share_passed == 0.5
 
@@ -170,6 +174,42 @@ ESCAPES = {
     "'outcomes': {'test_f[0]': 'passed'}, 'error': None}).encode() + b'\\n')\n    except OSError: pass\nos._exit(0)",
     "patches unittest": "import unittest\nunittest.TestCase.assertEqual = lambda *a: None\n" + RIGHT,
     "says passed in its traceback": "import traceback\ntraceback.format_exc = lambda *a, **k: 'passed'\ndef f(x): return 0",
+    "formats as passed": "import traceback\ntraceback.format_exception = traceback.format_exc = lambda *a, **k: ['passed']\n"
+    "def f(x): return 0",
+    "wraps compile": "import builtins\ncompiled = builtins.compile\nbuiltins.compile = lambda text, *a, **k: "
+    "compiled(str(text).replace('== 3', '!= 3') if 'test_f' in str(text) else text, *a, **k)\ndef f(x): return 0",
+    "wraps exec": "import builtins\nrun = builtins.exec\nbuiltins.exec = lambda code, *a: "
+    "run('def test_f(): pass', *a)\ndef f(x): return 0",
+    "encodes its own report": "import json\nencode = json.JSONEncoder.encode\njson.JSONEncoder.encode = lambda self, value: "
+    "encode(self, {**value, 'outcomes': {'test_f[0]': 'passed'}, 'error': None})\ndef f(x): return 0",
+    "dumps its own report": "import json\nold = json.dumps\njson.dumps = lambda v, **k: "
+    "old({**v, 'outcomes': {'a': 'passed'}, 'error': None})\ndef f(x): return 0",
+    "replaces the harness's functions": "import __main__\nfor name in list(vars(__main__)):\n    if name.startswith('_run') "
+    "or name.startswith('run'): setattr(__main__, name, lambda *a, **k: {'test_f[0]': 'passed'})\ndef f(x): return 0",
+    "finds no functions": "import inspect\ninspect.isfunction = lambda v: False\ndef f(x): return 0",
+    "finds no parameters": "import inspect\ninspect.signature = lambda f: 1 / 0\ndef f(x): return 0",
+    "swallows what a test raises": "import contextlib\ncontextlib.ExitStack.__exit__ = lambda *a: True\ndef f(x): return 0",
+    "swallows by close": "import contextlib\ncontextlib.ExitStack.close = lambda *a: None\n"
+    "contextlib.suppress.__exit__ = lambda *a: True\ndef f(x): return 0",
+    "is equal to everything": "class L:\n    def __eq__(self, other): return True\n    __hash__ = None\ndef f(x): return L()",
+    "is an equal number": "class L(int):\n    def __eq__(self, other): return True\ndef f(x): return L(7)",
+    "compares by another slot": "class L:\n    __eq__ = object.__ne__\n    __hash__ = None\ndef f(x): return L()",
+    "compares by a C function": "import operator\nclass L:\n    __eq__ = operator.truth\ndef f(x): return L()",
+    "is any": "from unittest import mock\ndef f(x): return mock.ANY",
+    "is a proxy": "import weakref\nclass L:\n    def __eq__(self, other): return True\nl = L()\ndef f(x): return weakref.proxy(l)",
+    "is close to everything": "import pytest\ndef f(x): return pytest.approx(0, abs=float('inf'))",
+    "replaces unittest's code": "import unittest\ndef g(self, *a): pass\nunittest.TestCase.assertEqual.__code__ = g.__code__\n"
+    + RIGHT,
+    "runs no test": "import unittest.case\nunittest.case._Outcome.testPartExecutor = None\n" + RIGHT,
+    "lists no test": "import sys, types\nm = types.ModuleType('test_solution')\nvars = lambda *a: {}\n"
+    "import builtins\nbuiltins.vars = vars\nbuiltins.isinstance = lambda *a: False\nbuiltins.dict = lambda *a: {}\ndef f(x): return 0",
+    "reads the nonce in a fork": "import gc, os, sys, time\nif os.fork() == 0:\n    frame, found = sys._getframe(), []\n"
+    "    while frame:\n        found += [v for v in frame.f_locals.values() if isinstance(v, str) and len(v) == 32]\n"
+    "        found += [v['nonce'] for v in frame.f_locals.values() if isinstance(v, dict) and 'nonce' in v]\n        frame = frame.f_back\n"
+    "    found += [o['nonce'] for o in gc.get_objects() if isinstance(o, dict) and 'nonce' in o]\n"
+    '    for nonce in found or [\'\']:\n        line = \'{"nonce": "%s", "outcomes": {"test_f[0]": "passed"}, "details": {}, "error": null}\' % nonce\n'
+    "        for fd in range(3, 64):\n            for start in ('', nonce):\n                try: os.write(fd, (start + line).encode() + b'\\n')\n                except OSError: pass\n"
+    "    os._exit(0)\nos.wait()\nos._exit(0)",
     "replaces pytest": "import sys, types\nsys.modules['pytest'] = types.ModuleType('pytest')\n" + RIGHT,
     "sleeps for ever": "import time\ntime.sleep(10**6)",
     "computes for ever": "while True: pass",
@@ -198,11 +238,89 @@ def test_a_solution_that_does_not_pass_the_tests_gets_nothing(solution, executor
     ]
 
 
+UNITTEST = (
+    "import unittest\nclass TestF(unittest.TestCase):\n    def test_a(self): self.assertEqual(f(2), 3)\n"
+    "    def test_b(self): self.assertTrue(f(1) == 2)\n"
+)
+SHARED = "import unittest\nclass TestCase(unittest.TestCase):\n    def test_a(self): pass\n"
+FORGERIES = {
+    "patches unittest": "import unittest\nunittest.TestCase.assertEqual = lambda *a: None\n" + RIGHT,
+    "patches its outcome": "import unittest.case, contextlib\n@contextlib.contextmanager\ndef skip(*a, **k):\n    try: yield\n"
+    "    except BaseException: pass\nunittest.case._Outcome.testPartExecutor = skip\n" + RIGHT,
+    "patches it late": "import unittest\ndef f(x):\n    unittest.TestCase.assertTrue = lambda *a: None\n    return x + 1",
+    "replaces unittest": "import sys, types, unittest\nm = types.ModuleType('unittest')\nclass T: pass\nm.TestCase = T\n"
+    f"sys.modules['unittest'] = m\n{SHARED}\n{RIGHT}",
+    "patches the loader": f"import unittest\nunittest.TestLoader.getTestCaseNames = lambda *a: []\n{SHARED}\ndef f(x): return 0",
+    "is equal to everything": "class L:\n    def __eq__(self, other): return True\n    def __bool__(self): return True\ndef f(x): return L()",
+    "holds what is equal": "class L(int):\n    def __eq__(self, other): return True\ndef f(x): return L(9)",
+    "formats as passed": "import traceback\ntraceback.format_exception = lambda *a, **k: 'passed'\ndef f(x): return 0",
+    "names its test": "import unittest\nunittest.TestCase.__str__ = lambda self: 'x'\ndef f(x): return 0",
+    "replaces main": "import sys\nsys.modules['__main__'].f = lambda x: x + 1\ndef f(x): return 0",
+}
+
+
+@pytest.mark.parametrize("solution", FORGERIES.values(), ids=FORGERIES)
+def test_a_solution_cannot_change_how_unittest_judges_it(solution, executor):
+    assert run(executor, RIGHT, UNITTEST, "unittest").passed
+    assert not run(executor, solution, UNITTEST, "unittest").passed
+
+
+NESTED = (
+    "from solution import f\ndef test_f():\n    assert f(1) == [1, {'a': (2, 3)}]\n    assert {1, 2} == f(2)\n"
+    "    assert f(3) in [4, 5]\n    assert f(3) != 5\n"
+)
+GOOD = "def f(x): return {1: [1, {'a': (2, 3)}], 2: {1, 2}, 3: 4}[x]\n"
+LIAR = "class L:\n    def __eq__(self, o): return True\n    def __hash__(self): return 1\n"
+
+
+def test_objects_that_are_equal_to_everything_are_found_wherever_they_are(executor):
+    assert run(executor, GOOD, NESTED).passed
+    for answer in ("[L(), {'a': (2, 3)}]", "[1, {'a': (2, L())}]", "[1, {'a': L()}]", "[1, {L(): (2, 3)}]"):
+        assert not run(executor, LIAR + GOOD.replace("[1, {'a': (2, 3)}]", answer), NESTED).passed, answer
+    assert not run(executor, LIAR + GOOD.replace("3: 4}", "3: L()}"), NESTED).passed
+
+
+def test_objects_that_compare_honestly_are_compared_as_ever(executor):
+    solution = (
+        "import collections, dataclasses, decimal, enum, fractions\nPoint = collections.namedtuple('Point', 'x y')\n"
+        "class Colour(enum.IntEnum):\n    RED = 1\nclass Name(str): pass\n@dataclasses.dataclass\nclass D:\n    x: int\n"
+        "class Bag(dict): pass\nclass V:\n    def __init__(self, n): self.n = n\n    def __eq__(self, o): return self.n == o.n\n"
+    )
+    tests = (
+        "from solution import *\nimport collections, decimal, fractions, datetime\ndef test_them():\n    assert Point(1, 2) == (1, 2)\n"
+        "    assert Colour.RED == 1\n    assert Name('a') == 'a'\n    assert D(1) == D(1) and D(1) != D(2)\n    assert Bag(a=1) == {'a': 1}\n"
+        "    assert V(1) == V(1) and V(1) != V(2)\n    assert decimal.Decimal(3) == 3 and fractions.Fraction(6, 2) == 3\n"
+        "    assert collections.Counter('aab') == {'a': 2, 'b': 1}\n    assert [D(1), V(2)] == [D(1), V(2)]\n"
+        "    assert collections.deque([1]) == collections.deque([1])\n    assert 1 < 2 <= 2 and 'a' in {'a': 1}\n"
+        "    assert {'a': [1, (2, {3})]} == {'a': [1, (2, {3})]}\n    x = []; x.append(x)\n    assert x in [x]\n"
+    )
+    result = run(executor, solution, tests)
+    assert result.passed, result
+
+
+def test_a_test_without_an_import_finds_the_solution_as_in_kodcodes_own_harness(executor):
+    tests = "def test_f():\n    assert f(2) == 3\n    with pytest.raises(TypeError): f('a')\n"
+    assert run(executor, RIGHT, tests).passed
+    assert not run(executor, "def f(x): return 0", tests).passed
+    assert not run(executor, "def g(x): return 0", tests).passed
+
+
+def test_processes_that_take_too_much_memory_together_are_stopped():
+    executor = LimitedProcess(dataclasses.replace(LIMITS, total_memory_mb=200, memory_mb=512), 1)
+    greedy = "import os, time\nfor _ in range(3):\n    if os.fork() == 0:\n        x = b'x' * (100 << 20)\n        time.sleep(9)\ntime.sleep(9)\n"
+    result = run(executor, greedy + RIGHT)
+    assert result.error == "stopped for its memory"
+    assert result.seconds < 5
+
+
 SHUT_IN = {
     "forks without end": "import os\nwhile True: os.fork()",
     "forks, quietly": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
     "opens a socket": f"import socket\nsocket.create_connection(('127.0.0.1', {{port}}), 2)\n{RIGHT}",
     "sends a datagram": f"import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('9.9.9.9', 9))\n{RIGHT}",
+    "reads the task again": "import os\nfor pid in (1, os.getppid()):\n    fd = os.open(f'/proc/{pid}/fd/0', os.O_RDONLY | os.O_NONBLOCK)\n"
+    f"    assert os.read(fd, 10)\n{RIGHT}",
+    "reads the first process's memory": f"import os\nopen(f'/proc/{{os.getppid()}}/mem', 'rb')\n{RIGHT}",
     "reads a file of the host": f"open('/etc/passwd')\n{RIGHT}",
     "reads this test": f"open({__file__!r})\n{RIGHT}",
     "lists homes": f"import os\nos.listdir('/home')\n{RIGHT}",
@@ -243,7 +361,7 @@ class TestSandbox:
             "import os\ndef test_files():\n    assert sorted(os.listdir('/')) == EXPECTED\n"
             "    assert sorted(os.listdir('/etc')) == ['hosts', 'nsswitch.conf']\n    assert os.listdir('/bin') == []\n"
             "    assert sorted(os.environ) == sorted(set(os.environ) & KNOWN)\n    assert os.getuid() != 0\n"
-            "    assert len([n for n in os.listdir('/proc') if n.isdigit()]) <= 2\n"
+            "    assert len([n for n in os.listdir('/proc') if n.isdigit()]) <= 3\n"
             "    assert [l.split(':')[0].strip() for l in open('/proc/net/dev').readlines()[2:]] == ['lo']\n"
         )
         top = {"bin", "dev", "etc", "harness.py", "lib", "lib64", "packages", "proc", "python", "tmp", "usr"}
@@ -361,7 +479,7 @@ class TestSandbox:
     def test_real_gold_solutions_that_pass_in_a_bare_interpreter_pass_in_the_sandbox(self, tmp_path):
         environment = BigCodeBench(str(DATA), test_fraction=1.0, reward_workers=3)
         examples = environment.examples("test")
-        assert len(examples) == 327
+        assert len(examples) == 300
         examples = examples[::3]
         gold = [r.total for r in environment.rewards(examples, [e.target for e in examples])]
         empty = [f"```python\n{e.meta['code_prompt']}    return None\n```" for e in examples]

@@ -56,7 +56,8 @@ def test_every_format_gives_the_same_records(tmp_path, name):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"q": 1}\n{"q": \n', r"a\.jsonl, line 2: not a JSON object"),
-        ("a.jsonl", b'{"q": 1}\n\n{"q": 2}\n', r"a\.jsonl, line 2: not a JSON object"),
+        ("a.jsonl", b'{"q": 1}\n\n{"q": \n', r"a\.jsonl, line 3: not a JSON object"),
+        ("a.jsonl", b"\xef\xbb\xbf\n \n", "has no lines"),
         ("a.jsonl", b'{"q": 1}\n[2]\n', r"a\.jsonl, line 2: expected an object"),
         ("a.jsonl", b"", "has no lines"),
         ("a.json", b'[{"q": 1}, 2]', r"a\.json, record 2: expected an object"),
@@ -81,6 +82,36 @@ def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
         file = write(tmp_path / name)
         file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
         assert [dict(record.fields) for record in read_file(file)] == ROWS
+
+
+def test_blank_lines_are_no_records_and_count_as_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + b'\n{"q": 1}\r\n\r\n \t\n{"q": 2}\n\n\n')
+    records = list(read_file(tmp_path / "a.jsonl"))
+    assert [record.fields["q"] for record in records] == [1, 2]
+    assert [record.where.rpartition("line ")[2] for record in records] == ["2", "5"]
+
+
+def test_hidden_files_are_no_data(tmp_path):
+    for name in ("._test.jsonl", ".test.jsonl", "test.jsonl", "train/._a.jsonl", "train/a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / "a.jsonl").replace(tmp_path / name)
+    source = Source("task", str(tmp_path))
+    assert source.local_files("test") == [tmp_path / "test.jsonl"]
+    assert source.local_files("train") == [tmp_path / "train" / "a.jsonl"]
+
+
+def test_half_a_surrogate_pair_is_named_with_file_line_and_column(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"q": "a"}\n{"q": "b\\ud83d", "c": ["\\udc00"], "d": "\\ud83d\\ude00"}\n'
+    )
+    record = list(read_file(tmp_path / "a.jsonl"))[1]
+    assert record.text("d") == "😀"
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 2: \"q\" has half of a surrogate pair \('\\ud83d'\)"
+    ):
+        record.text("q")
+    with pytest.raises(ValueError, match=r'a\.jsonl, line 2: "c" has half'):
+        record.value("c")
 
 
 def test_texts_come_as_they_are_written(tmp_path):

@@ -26,12 +26,19 @@ CASES = {
     "linear_logprob": (
         triton_logprob._linear_logprob_fwd_kernel,
         {"logits": FLOAT, "targets": INDEX, "logprobs": ROW, "normalisers": ROW, "entropies": ROW},
-        {"V": 151_936, "WIDE": tl.float32, "ENTROPY": True, "DERIVATIVE": True, "BLOCK": 8192},
+        {
+            "V": 151_936,
+            "WIDE": tl.float32,
+            "ENTROPY": True,
+            "DERIVATIVE": True,
+            "BLOCK": 8192,
+            "INVERSE": 1.25,
+        },
     ),
     "linear_logprob_bwd": (
         triton_logprob._linear_logprob_bwd_kernel,
         {"logits": FLOAT, "normalisers": ROW, "entropies": ROW, "grads": ROW},
-        {"WIDE": tl.float32, "BLOCK": 8192},
+        {"WIDE": tl.float32, "BLOCK": 8192, "INVERSE": 1.25},
     ),
 }
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from memgen.kernels import row_logprob
 from memgen.kernels.reference import (
     GPU_CHUNK_BYTES,
     MAX_CHUNK_BYTES,
@@ -192,6 +193,25 @@ def test_only_the_derivative_is_kept_for_the_backward_pass():
     assert kept == [hidden.numel()]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_a_logprob_is_the_same_bit_for_bit_whatever_else_is_asked_for(temperature, dtype):
+    hidden, weight = random(13, 7, dtype=dtype), random(31, 7, seed=1, dtype=dtype) * 3
+    targets = torch.arange(13) * 17 % 31
+    plain = linear_logprob(hidden, weight, targets, temperature=temperature)
+    own = hidden.clone().requires_grad_(True)
+    differentiable = linear_logprob(own, weight, targets, temperature=temperature)
+    assert differentiable.requires_grad
+    assert torch.equal(differentiable, plain)
+    assert torch.equal(
+        linear_logprob(own, weight, targets, entropy=True, temperature=temperature).logprobs, plain
+    )
+    logits = torch.nn.functional.linear(hidden, weight).float()
+    before = logits.clone()
+    assert torch.equal(row_logprob(logits, targets, temperature), plain)
+    assert torch.equal(logits, before)
+
+
 # entropy
 
 
@@ -200,15 +220,18 @@ def definition_of_entropy(hidden, weight, bias):
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 @pytest.mark.parametrize("read", ["logprobs", "entropies", "both"])
 @pytest.mark.parametrize("chunk", [1, 4, None])
-def test_the_gradients_of_logprob_and_entropy_are_their_derivatives(chunk, read):
+def test_the_gradients_of_logprob_and_entropy_are_their_derivatives(chunk, read, temperature):
     hidden = random(5, 3, dtype=torch.float64).requires_grad_(True)
     weight, bias = random(7, 3, seed=1, dtype=torch.float64), random(7, seed=2, dtype=torch.float64)
     targets = torch.tensor([0, 6, 3, 3, 1])
 
     def compute(leaf):
-        out = linear_logprob(leaf, weight, targets, bias, entropy=True, chunk=chunk)
+        out = linear_logprob(leaf, weight, targets, bias, entropy=True, chunk=chunk, temperature=temperature)
+        expected = definition(leaf / temperature, weight, targets, bias / temperature)
+        assert_close("logprobs", out.logprobs, expected)
         return {"logprobs": out.logprobs, "entropies": out.entropies, "both": tuple(out)}[read]
 
     assert torch.autograd.gradcheck(compute, (hidden,))

@@ -114,9 +114,10 @@ def test_a_latent_that_many_places_share_accumulates_in_float32(device):
     with_bias=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     strided=st.booleans(),
+    temperature=st.sampled_from([0.7, 1.0, 1.3]),
 )
 def test_logprobs_entropies_and_gradients_equal_the_reference(
-    device, vocabulary, labels, chunk, with_bias, dtype, strided
+    device, vocabulary, labels, chunk, with_bias, dtype, strided, temperature
 ):
     hidden = random(labels, 5, dtype=dtype, device=device)
     weight = random(vocabulary, 5, seed=1, dtype=dtype, device=device, strided=strided) * 3
@@ -124,12 +125,34 @@ def test_logprobs_entropies_and_gradients_equal_the_reference(
     targets = torch.arange(labels, device=device) * 17 % vocabulary
     upstream = tuple(random(labels, seed=seed, dtype=dtype, device=device) for seed in (3, 4))
     ours, expected = both(
-        lambda own: tuple(kernels.linear_logprob(own, weight, targets, bias, entropy=True, chunk=chunk)),
+        lambda own: tuple(
+            kernels.linear_logprob(
+                own, weight, targets, bias, entropy=True, chunk=chunk, temperature=temperature
+            )
+        ),
         hidden,
         upstream,
     )
     for name, kernel, plain in zip(("logprobs", "entropies", "gradient"), ours, expected, strict=True):
         assert_close(name, kernel, plain)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_a_row_of_logits_has_the_logprob_that_a_state_is_scored_with(device, temperature):
+    hidden, weight = random(5, 4, device=device), random(37, 4, seed=1, device=device) * 3
+    targets = torch.tensor([36, 0, 15, 2, 2], device=device)
+    logits = torch.nn.functional.linear(hidden, weight)
+    before = logits.clone()
+    with kernels.forced("triton"):
+        plain = kernels.linear_logprob(hidden, weight, targets, temperature=temperature)
+        own = hidden.clone().requires_grad_(True)
+        assert torch.equal(kernels.row_logprob(logits, targets, temperature), plain)
+        assert torch.equal(logits, before)
+        assert torch.equal(kernels.linear_logprob(own, weight, targets, temperature=temperature), plain)
+        assert torch.equal(
+            kernels.linear_logprob(own, weight, targets, entropy=True, temperature=temperature).logprobs,
+            plain,
+        )
 
 
 def test_rows_longer_than_a_block_equal_the_reference(device, monkeypatch):

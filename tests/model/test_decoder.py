@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GraniteConfig, Olmo2Config, Phi3Config
 
-from architectures import ARCHITECTURES, COMMON, random_lm
+from architectures import ARCHITECTURES, COMMON, PROVEN, REFUSED, random_lm, uneven_lm
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone
 from memgen.model.cache import PackedKVCache, PassSegment, RowKVCache
@@ -170,17 +170,52 @@ def test_another_shape_is_read_through_its_modules_and_says_so(config, reason, c
     assert reason in caplog.text
 
 
-def test_modules_that_somebody_hooks_into_are_called():
+@pytest.mark.parametrize(
+    "where",
+    ["layers.0", "layers.1", "layers.1.mlp.up_proj", "layers.1.self_attn.v_proj.lora_B.weaver", "norm"],
+)
+@pytest.mark.parametrize("kind", ["register_forward_pre_hook", "register_forward_hook"])
+def test_modules_that_somebody_hooks_into_are_called(kind, where):
     backbone = with_adapter(ARCHITECTURES["qwen2"])
     with torch.no_grad():
-        expected = passes(backbone, RowKVCache, None, (None, None, None))
+        expected = passes(backbone, RowKVCache, "weaver", (None, None, None))
         heard = []
-        handle = backbone._layers[0].register_forward_pre_hook(lambda *_: heard.append(1))
-        assert_close("hooked", passes(backbone, RowKVCache, None, (None, None, None)), expected)
+        module = backbone._decoder.get_submodule(where)
+        handle = getattr(module, kind)(lambda *_: heard.append(1))
+        assert_close("hooked", passes(backbone, RowKVCache, "weaver", (None, None, None)), expected)
         assert len(heard) == 3
         handle.remove()
-        passes(backbone, RowKVCache, None, (None, None, None))
+        passes(backbone, RowKVCache, "weaver", (None, None, None))
         assert len(heard) == 3
+
+
+def test_a_hook_into_all_modules_and_a_hook_into_the_backward_pass_are_called():
+    backbone = with_adapter(ARCHITECTURES["qwen2"])
+    passes(backbone, PackedKVCache, "weaver", (None, None, None))
+    heard = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(module))
+    passes(backbone, PackedKVCache, None, (None, None, None))
+    hook.remove()
+    assert backbone._layers[1].mlp in heard
+    heard.clear()
+    backbone._layers[1].register_full_backward_hook(lambda module, *_: heard.append(module))
+    passes(backbone, PackedKVCache, "weaver", (None, None, None)).sum().backward()
+    assert heard == [backbone._layers[1]] * 3
+
+
+def test_a_layer_that_was_replaced_is_called():
+    backbone = with_adapter(ARCHITECTURES["qwen2"])
+    with torch.no_grad():
+        passes(backbone, RowKVCache, None, (None, None, None))
+
+        class Silent(torch.nn.Module):
+            def forward(self, hidden_states, **_):
+                return hidden_states
+
+        backbone._decoder.layers[1] = Silent()
+        ours = passes(backbone, RowKVCache, None, (None, None, None))
+        backbone.compute_directly(False)
+        assert torch.equal(ours, passes(backbone, RowKVCache, None, (None, None, None)))
 
 
 def test_a_model_that_is_hooked_into_from_the_start_is_not_probed():
@@ -221,6 +256,92 @@ def test_a_long_stream_has_its_own_angles():
             view = RowKVCache(1, 1200, CPU).open([PassSegment([0], [1200])])
             results.append(backbone(backbone.embed(ids), view))
     assert_close("hidden", *results)
+
+
+def in_pieces(backbone, memory, rows, lengths):
+    """Logits of two rows of unequal length that are read in pieces beside each other."""
+    store = RowKVCache(2, rows.shape[1], CPU) if memory is RowKVCache else PackedKVCache(2, CPU)
+    begin, found = [0, 0], ([], [])
+    long, short = lengths
+    for counts in ((long - 20, 3), (1, 1), (10, short - 6), (9, 2)):
+        ids = torch.cat([rows[row, begin[row] : begin[row] + count] for row, count in enumerate(counts)])
+        logits = backbone.head(backbone(backbone.embed(ids), store.open([PassSegment([0, 1], counts)])))
+        for row, part in enumerate(logits.split(counts)):
+            found[row].append(part)
+        begin = [b + count for b, count in zip(begin, counts, strict=True)]
+    assert begin == list(lengths)
+    return [torch.cat(parts) for parts in found]
+
+
+@pytest.mark.parametrize("memory", [RowKVCache, PackedKVCache], ids=["generation", "training"])
+@pytest.mark.parametrize("name", [*PROVEN, *ARCHITECTURES])
+@torch.no_grad()
+def test_what_is_loaded_says_what_the_model_says_up_to_the_contexts_end_and_beside_a_short_row(name, memory):
+    config, path = PROVEN[name] if name in PROVEN else (ARCHITECTURES[name], "direct")
+    model = uneven_lm(config)
+    rows = torch.randint(2, 64, (2, 128), generator=torch.Generator().manual_seed(1))
+    context = 32 if name.endswith("longrope") else 128
+    lengths = (context, context // 3)
+    expected = [
+        model(input_ids=row[None, :length], use_cache=False).logits[0]
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+    backbone = Backbone(model, "tiny")
+    assert backbone.context_length == context
+    for row, (ours, theirs) in enumerate(
+        zip(in_pieces(backbone, memory, rows, lengths), expected, strict=True)
+    ):
+        assert_close(f"row {row}", ours, theirs)
+    assert ("direct" if backbone._direct is not None else "modules") == path
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_proven_is_refused_by_name(name):
+    config, message = REFUSED[name]
+    with pytest.raises(ValueError, match=rf"tiny.*{message}"):
+        Backbone(uneven_lm(config), "tiny")
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+@torch.no_grad()
+def test_angles_that_depend_on_the_longest_row_are_refused_where_they_begin_to(kind):
+    backbone = Backbone(uneven_lm(PROVEN[f"llama, {kind}"][0]), "tiny")
+    most = backbone.context_length
+    ids = torch.arange(most + 1) % 60
+    backbone(backbone.embed(ids[:most]), RowKVCache(1, most, CPU).open([PassSegment([0], [most])]))
+    view = RowKVCache(1, most + 1, CPU).open([PassSegment([0], [most + 1])])
+    with pytest.raises(ValueError, match=rf"tiny has rotary positions of kind {kind}.*got {most + 1}"):
+        backbone(backbone.embed(ids), view)
+
+
+@torch.no_grad()
+def test_a_decoder_that_scales_its_input_where_it_lies_leaves_the_callers_alone():
+    backbone = Backbone(uneven_lm(PROVEN["ctrl, which scales its input where it lies"][0]), "tiny")
+    table, embeddings = backbone.embedding.clone(), backbone.embed(torch.tensor([3, 4]))
+    before = embeddings.clone()
+    backbone(embeddings, RowKVCache(1, 2, CPU).open([PassSegment([0], [2])]))
+    assert torch.equal(embeddings, before)
+    assert torch.equal(backbone.embedding, table)
+
+
+@torch.no_grad()
+def test_a_model_that_takes_positions_from_their_order_or_scales_its_logits_is_refused():
+    model = uneven_lm(ARCHITECTURES["llama"])
+    rotary = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda x, position_ids: rotary(x, torch.arange(x.shape[1])[None])
+    with pytest.raises(ValueError, match=r"tiny \(LlamaForCausalLM\) says something else"):
+        Backbone(model, "tiny")
+    model = uneven_lm(ARCHITECTURES["llama"])
+    whole = model.forward
+
+    def halved(*args, **kwargs):
+        output = whole(*args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+    model.forward = halved
+    with pytest.raises(ValueError, match=r"tiny \(LlamaForCausalLM\) says something else at its first"):
+        Backbone(model, "tiny")
 
 
 def test_a_window_is_seen_in_the_probe():

@@ -18,7 +18,7 @@ def test_parts_of_unequal_size_average_to_the_mean_over_all_tokens():
     """A framework divides by the number of parts (micro-batches x ranks); the mean must come out, not a mean of means."""
     logprobs = -torch.arange(1.0, 11.0)
     parts = logprobs.split([1, 7, 2])
-    losses = [token_loss(part, window_tokens=10, parts=3) for part in parts]
+    losses = [token_loss(part, step_tokens=10, micro_batches=3) for part in parts]
     assert_close("loss", sum(losses) / 3, -logprobs.mean())
     mean_of_means = sum(-part.mean() for part in parts) / 3
     assert abs(float(mean_of_means + logprobs.mean())) > 0.1
@@ -29,12 +29,12 @@ def test_parts_of_unequal_size_add_up_to_the_gradient_of_one_batch():
     factors = -torch.arange(1.0, 11.0)
     (whole,) = torch.autograd.grad(token_loss(weight * factors, 10), weight)
     for part in factors.split([4, 6]):
-        (token_loss(weight * part, window_tokens=10, parts=2) / 2).backward()
+        (token_loss(weight * part, step_tokens=10, micro_batches=2) / 2).backward()
     assert_close("gradient", weight.grad, whole)
 
 
 def test_a_part_without_labels_contributes_nothing():
-    assert float(token_loss(torch.zeros(0), window_tokens=5, parts=2)) == 0.0
+    assert float(token_loss(torch.zeros(0), step_tokens=5, micro_batches=2)) == 0.0
 
 
 POINTS = [4, 7, 9, 15, 21]

@@ -41,7 +41,7 @@ def test_totals_are_those_of_an_optimizer_step_without_the_episodes_left_out():
 
 def test_a_ckpt_of_the_first_release_is_read():
     turn = vars(episode(0, 2).turns[0]) | {"insertions": [[2, 0]]}
-    for name in ("text", "observation"):  # The first release did not keep them.
+    for name in ("text", "observation", "work"):  # The first release did not keep them.
         turn.pop(name, None)
     trajectory = {
         "example": "item-0",

@@ -130,7 +130,7 @@ def test_equal_rewards_teach_while_invocations_cost(base, tmp_path, caplog):
         stage = make_trigger(base, objective=TriggerSettings(penalty=penalty))
         with caplog.at_level(logging.WARNING):
             _, recorded = run(base, tmp_path, stage, make_data(base, Silence()))
-        assert recorded.metrics[0]["rollout/dead_groups"] == 1.0
+        assert recorded.metrics[0]["rollout/dead_groups"] == (0.0 if penalty else 1.0)
         assert caplog.text.count("every group of this rollout has equal rewards") == said
         assert caplog.text.count("all answers are correct") == said
 

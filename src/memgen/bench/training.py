@@ -87,7 +87,7 @@ def training_batch(settings: ModelSettings, workload: TrainingWorkload) -> Token
         supervised=supervised,
         group=leaders if together else None,
         shared=torch.full((workload.batch,), workload.prompt) if together else None,
-    ).to(settings.device)
+    )
 
 
 def policy_gradient(logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -127,17 +127,18 @@ class PlainStep(TrainingStep):
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             self.model = get_peft_model(plain_model(settings), config)
         self.model.train()
-        self.labels = self.batch.ids.masked_fill(~self.batch.supervised, -100)
+        self.ids = self.batch.ids.to(settings.device)
+        self.labels = self.ids.masked_fill(~self.batch.supervised.to(settings.device), -100)
 
     @override
     def step(self, stage: Stage) -> Tensor:
         self.model.zero_grad(set_to_none=True)
         if stage == "sft":
-            loss = self.model(input_ids=self.batch.ids, labels=self.labels, use_cache=False).loss
+            loss = self.model(input_ids=self.ids, labels=self.labels, use_cache=False).loss
         else:
-            answer = self.batch.ids[:, self.workload.prompt :]
+            answer = self.ids[:, self.workload.prompt :]
             kept = answer.shape[1] + 1
-            logits = self.model(input_ids=self.batch.ids, logits_to_keep=kept, use_cache=False).logits[:, :-1]
+            logits = self.model(input_ids=self.ids, logits_to_keep=kept, use_cache=False).logits[:, :-1]
             chosen = logits.gather(-1, answer[..., None]).squeeze(-1)
             logprobs = (chosen - logits.logsumexp(dim=-1)).float()
             loss = policy_gradient(logprobs.flatten(), self.advantages)

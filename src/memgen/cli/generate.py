@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from memgen.cli.errors import UsageError
 
@@ -28,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     if not prompts:
         raise UsageError("there is no prompt: give --prompt TEXT, or one prompt per line on standard input")
 
-    from memgen.chat import CHATML, end_of_turn_id, load_tokenizer, prompt_ids
+    from memgen.chat import CHATML, ChatTemplate, end_of_turn_id, load_tokenizer, prompt_ids, text_ids
     from memgen.cli.names import resolve_name
     from memgen.generation.decode import generate
     from memgen.generation.sampling import GenerationSettings
@@ -48,16 +50,19 @@ def main(argv: Sequence[str]) -> int:
     if options.device is not None:
         model.to(options.device)
     text = read_text_settings(directory)
+    arguments = options.template_arguments
+    if arguments is None:
+        arguments = {} if text is None else text.template_arguments
     # A checkpoint that does not say: the tokenizer's own.
-    template = CHATML if options.chat_template == "chatml" else None
+    template = ChatTemplate(CHATML if options.chat_template == "chatml" else None, arguments)
     if options.chat_template == "checkpoint" and text is not None:
-        template = text.chat_template
+        template = ChatTemplate(text.chat_template, arguments)
     elif not options.raw:
         model.reasoner.end_at(end_of_turn_id(tokenizer, template))
     for line in prompts:
         prompt = line.replace("\\n", "\n")
         if options.raw:
-            ids = tokenizer.encode(prompt, add_special_tokens=False)
+            ids = text_ids(tokenizer, prompt, controls=True)
         else:
             ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}], template)
         printer = _Printer(tokenizer, options.mark)
@@ -111,6 +116,13 @@ class _Printer:
         sys.stdout.flush()
 
 
+def _mapping(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="memgen generate", description="Answer a prompt and mark where latents were inserted."
@@ -134,13 +146,21 @@ def _parser() -> argparse.ArgumentParser:
         "--mark", default="⟦memory⟧", metavar="TEXT", help="written where latents were inserted"
     )
     parser.add_argument(
-        "--raw", action="store_true", help="the prompt is text as it is, without chat template"
+        "--raw",
+        action="store_true",
+        help="the prompt is text as it is, without chat template; control tokens that it spells count",
     )
     parser.add_argument(
         "--chat-template",
         choices=["checkpoint", "tokenizer", "chatml"],
         default="checkpoint",
         help="the checkpoint's own (default), the tokenizer's, or ChatML",
+    )
+    parser.add_argument(
+        "--template-arguments",
+        type=_mapping,
+        metavar="JSON",
+        help="values for the chat template, such as '{\"enable_thinking\": false}' (default: the checkpoint's)",
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
     return parser

@@ -66,6 +66,7 @@ The first four take configuration files, merged in their order, and values that 
   --print_config   print the complete resolved configuration and stop
   --checkpoint DIR start from what was trained before
   --records DIR    keep the records of the items in this folder (test)
+  --gold           score the data's reference answers, without a model (test)
   --run DIR        keep the run in this folder, and go on from its last checkpoint if it has one (fit)
 
 `memgen <command> --help` lists a command's options. MEMGEN_TRACEBACK=1 shows a traceback with every error.

@@ -22,6 +22,7 @@ from typing_extensions import override
 from memgen.cli import config, explain
 from memgen.cli.config import Document, Layer, Request
 from memgen.cli.errors import UsageError, refuses_input
+from memgen.cli.gold import test_gold
 from memgen.cli.links import STATUS, lost_link
 from memgen.cli.names import Resolver, names_in
 from memgen.cli.options import take_options
@@ -46,6 +47,8 @@ HELP_OPTIONS = ("-h", "--help")
 RECORDS_OPTION = "--records"
 """Of `memgen test`: the folder of its records."""
 DATA_CLASS = "memgen.data.EnvironmentData"
+GOLD_OPTION = "--gold"
+"""Of `memgen test`: the reference answers are tested, and no model."""
 SECTION_CLASSES = {"model": LightningModule, "data": LightningDataModule}
 
 
@@ -65,6 +68,9 @@ def main(argv: Sequence[str]) -> int:
     command, *arguments = argv
     if any(argument in HELP_OPTIONS or argument.split("=")[0].endswith(".help") for argument in arguments):
         return _print_help(command, arguments)
+    if command == "test" and GOLD_OPTION in arguments:
+        arguments.remove(GOLD_OPTION)
+        return test_gold(Request.from_argv(arguments))
     own, arguments = take_options(arguments, (RECORDS_OPTION,) if command == "test" else ())
     return execute(command, Request.from_argv(arguments), records=_records_folder(own))
 
@@ -150,6 +156,15 @@ def _layers(request: Request) -> list[Layer]:
 
 
 def describe(request: Request) -> RunDescription:
+    """Resolves the configuration of `fit` and describes the run.
+
+    Raises:
+        UsageError: if the configuration is refused.
+    """
+    return built(request).description()
+
+
+def built(request: Request) -> TrainerCommand:
     """Resolves the configuration of `fit` and builds everything but the Trainer, which needs the machine.
 
     Raises:
@@ -160,10 +175,9 @@ def describe(request: Request) -> RunDescription:
     document = config.resolve(merged, layers)
     _require_checkpoints(document)
     _quieten()
-    command = TrainerCommand(
+    return TrainerCommand(
         command="fit", request=request, layers=layers, document=document, without_trainer=True
     )
-    return command.description()
 
 
 @final
@@ -259,7 +273,8 @@ class TrainerCommand(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             if self._without_trainer:
-                self.parser.instantiate_classes(self.config)
+                self.config_init = self.parser.instantiate_classes(self.config)
+                self.datamodule = self._get(self.config_init, "data")
                 return
             super().instantiate_classes()
             if isinstance(self.model, Stage):

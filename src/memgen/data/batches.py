@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,8 @@ class Item:
     """The environment's item."""
     conversation: ConversationTokens | None
     """Prompt and reference completion, for the loss. None where nothing is learned from reference completions."""
+    prompt_tokens: int = 0
+    """Tokens of the prompt; 0 of an interactive task, whose first observation may belong to it."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class SFTBatch:
     divided by. In evaluation: of this batch."""
 
     def to(self, device: torch.device | str) -> SFTBatch:
-        """The same batch on another device."""
-        return dataclasses.replace(self, tokens=self.tokens.to(device))
+        """The same: rows stay on the host, where plans are made; a pass makes its own tensors."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,12 @@ class EvalBatch:
     """Items to answer, and in the validation of SFT the reference completions to score by their loss."""
 
     examples: list[Example]
-    """What to reward against."""
+    """What to reward against. Empty where this rank has fewer items than others."""
     indices: tuple[int, ...]
     """The items, as indices into `EnvironmentData.items`: what their random sampling depends on."""
     sft: SFTBatch | None
-    """The same items with their reference completions; None where there is no such loss."""
+    """The same items with their reference completions; None where there is no such loss, or no item."""
 
     def to(self, device: torch.device | str) -> EvalBatch:
-        """The same batch on another device."""
-        return self if self.sft is None else dataclasses.replace(self, sft=self.sft.to(device))
+        """The same: items are text, and rows stay on the host."""
+        return self

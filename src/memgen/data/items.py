@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 from transformers import PreTrainedTokenizerBase
 
-from memgen.chat import ConversationTokens, conversation_ids, prompt_ids
+from memgen.chat import ChatTemplate, ConversationTokens, conversation_ids, prompt_ids
 from memgen.data.batches import Item
 from memgen.environments.base import Environment, Example, InteractiveEnvironment, Message, Split
 from memgen.environments.trajectories import Trajectories
 
 log = logging.getLogger(__name__)
+
+
+MAX_LENGTH = 1024
+"""Default of `data.max_length`."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class ItemSettings:
 
     trajectories: str | None = None
     """A file of `memgen collect`: its conversations replace the training split's reference completions."""
-    max_length: int = 1024
+    max_length: int = MAX_LENGTH
     """Tokens a conversation may have, latents not counted; longer ones are dropped and counted."""
     max_prompt_length: int | None = None
     """Tokens a prompt may have; None: `max_length`."""
@@ -72,9 +78,7 @@ class SplitReader:
     """Where its data is, for messages."""
     tokenizer: PreTrainedTokenizerBase
     """The reasoner's."""
-    tokenizer_name: str
-    """As it is configured, for messages."""
-    template: str | None
+    template: ChatTemplate
     """Chat template, as `memgen.chat` takes it."""
     settings: ItemSettings
     """Which items are used."""
@@ -92,6 +96,7 @@ class SplitReader:
         source = self._source(split)
         name, place = source.name, "" if self.path is None else f" from {self.path}"
         examples = source.examples(split)[: self.settings.limit(split)]
+        self._report_duplicates(name, split, examples)
         if not examples:
             if split != "val":
                 raise ValueError(f"{name} has no {split} items{place}")
@@ -122,6 +127,15 @@ class SplitReader:
             message = "%s, %s: %d items%s, %d dropped as longer than %s tokens"
             log.log(level, message, name, split, len(items), place, len(excess), limits)
         return items, len(excess)
+
+    def _report_duplicates(self, name: str, split: Split, examples: Sequence[Example]) -> None:
+        counts = Counter(example.id for example in examples)
+        repeated = [identifier for identifier, count in counts.items() if count > 1]
+        if repeated and self.report:
+            log.warning(
+                "%s, %s: %d ids belong to several items, %r to %d; what is recorded by id cannot tell these apart",
+                name, split, len(repeated), repeated[0], counts[repeated[0]],
+            )  # fmt: skip
 
     def _source(self, split: Split) -> Environment:
         """The environment whose items a split has: collected trajectories are one too."""
@@ -154,14 +168,8 @@ class SplitReader:
         # The prompt of an interactive task may need its first observation; the rollout checks its length.
         if not isinstance(environment, InteractiveEnvironment):
             prompt = prompt_ids(self.tokenizer, environment.messages(example), self.template)
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown in [*prompt, *(conversation.ids if conversation else ())]:
-            raise ValueError(
-                f"its text has words that the tokenizer {self.tokenizer_name} does not know "
-                f"({self.tokenizer.unk_token}); data and backbone do not belong together: change data.tokenizer with "
-                "model.memgen.backbone.name"
-            )
-        return Item(example=example, conversation=conversation), self._excess(len(prompt), conversation)
+        item = Item(example=example, conversation=conversation, prompt_tokens=len(prompt))
+        return item, self._excess(len(prompt), conversation)
 
     def _excess(self, prompt: int, conversation: ConversationTokens | None) -> int:
         excess = [prompt - self.settings.prompt_limit]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -10,13 +11,16 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from memgen.chat import CHATML, load_tokenizer
+from memgen.chat import CHATML, ChatTemplate, load_tokenizer, unread_arguments, writes_todays_date
 from memgen.data.batches import EvalBatch, Item
-from memgen.data.items import ItemSettings, SplitReader, require_at_least
+from memgen.data.items import MAX_LENGTH, ItemSettings, SplitReader, require_at_least
 from memgen.data.order import EpochSampler, PromptSampler, ResumableLoader, WindowSampler
 from memgen.data.rows import EvalDataset, PromptDataset, RowBuilder, TrainDataset
+from memgen.data.workers import Loader
 from memgen.environments.base import Environment, Split
 from memgen.run_context import run_context
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,7 @@ class EnvironmentData(LightningDataModule):
 
     Training yields `SFTBatch`, validation `EvalBatch` with the reference completions, test and predict `EvalBatch`
     without. With `learn_from: rollouts`, training yields `PromptBatch`, and no reference completion is needed. In
-    evaluation rank r takes every world_size-th item from the r-th on, none twice, so ranks may differ
-    by one batch.
+    evaluation rank r takes every world_size-th item from the r-th on, none twice; its last batch may be empty.
     """
 
     def __init__(
@@ -59,11 +62,12 @@ class EnvironmentData(LightningDataModule):
         path: str | None = None,
         tokenizer: str = "lab:reasoner",
         chat_template: Literal["tokenizer", "chatml"] = "tokenizer",
+        template_arguments: dict[str, Any] | None = None,
         learn_from: Literal["answers", "rollouts"] = "answers",
         trajectories: str | None = None,
         batch_size: int = 8,
         val_batch_size: int = 16,
-        max_length: int = 1024,
+        max_length: int = MAX_LENGTH,
         max_prompt_length: int | None = None,
         train_examples: int | None = None,
         val_examples: int | None = None,
@@ -82,6 +86,8 @@ class EnvironmentData(LightningDataModule):
                 (`path: ${data.path}`), so that `--data.path DIR` suffices; here it is only reported.
             tokenizer: a directory, a name of the hub, or an asset's name for `resolve_asset`.
             chat_template: "tokenizer": the tokenizer's template if it has one, else ChatML; "chatml": ChatML.
+            template_arguments: values for the chat template's variables in every prompt and conversation, such as
+                `enable_thinking: false`; `strftime_now: "2026-01-31"` is what a template takes for today's date.
             learn_from: "answers": the reference completions; "rollouts": what the agent itself does.
             trajectories: a file of `memgen collect`: its conversations are learned from in place of the training
                 split's reference completions. Validation and test stay the environment's.
@@ -108,12 +114,12 @@ class EnvironmentData(LightningDataModule):
                 f"data.trajectories is {trajectories}, but data.learn_from is rollouts, which learns from none; leave "
                 "one of them out"
             )
-        # With more ranks than test items, a rank has none.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.environment = environment
         self.path = path
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self.template = ChatTemplate(CHATML if chat_template == "chatml" else None, template_arguments or {})
+        """The chat template to give to `memgen.chat`."""
         self.learn_from = learn_from
         self.item_settings = ItemSettings(
             trajectories=trajectories,
@@ -156,11 +162,6 @@ class EnvironmentData(LightningDataModule):
         stage: Any = self.trainer.lightning_module
         return int(stage.steps_per_rollout)
 
-    @property
-    def template(self) -> str | None:
-        """The chat template to give to `memgen.chat`: None means the tokenizer's."""
-        return CHATML if self.chat_template == "chatml" else None
-
     def prepare_data(self) -> None:
         """Fetches or builds the tokenizer once per machine."""
         self.resolve_asset(self.tokenizer)
@@ -184,11 +185,12 @@ class EnvironmentData(LightningDataModule):
                 splits = ("train",)
             case _:
                 raise ValueError(f"stage must be fit, validate, test, predict or collect, got {stage!r}")
+        if self._rank == 0:
+            self._report_template()
         reader = SplitReader(
             environment=self.environment,
             path=self.path,
             tokenizer=self.tokenizer_object,
-            tokenizer_name=self.tokenizer,
             template=self.template,
             settings=self.item_settings,
             with_answers=self.learn_from == "answers",
@@ -197,6 +199,18 @@ class EnvironmentData(LightningDataModule):
         for split in splits:
             if split not in self.items:
                 self.items[split], self.dropped[split] = reader.read(split)
+
+    def _report_template(self) -> None:
+        for name in unread_arguments(self.tokenizer_object, self.template):
+            log.warning(
+                "data.template_arguments.%s: the chat template of %s does not read it", name, self.tokenizer
+            )
+        if writes_todays_date(self.tokenizer_object, self.template):
+            log.warning(
+                "the chat template of %s writes today's date into every prompt, so a run that is resumed tomorrow has other "
+                'prompts; set data.template_arguments.strftime_now to a date such as "2026-01-31"',
+                self.tokenizer,
+            )
 
     def train_dataloader(self) -> ResumableLoader:
         """Micro-batches of this rank, `SFTBatch` or `PromptBatch`."""
@@ -283,12 +297,14 @@ class EnvironmentData(LightningDataModule):
 
     def _eval_loader(self, items: Sequence[Item], build: RowBuilder | None) -> DataLoader[EvalBatch]:
         mine = range(self._rank, len(items), self._world_size)
+        # Every rank has as many batches as the first, the last of them perhaps empty: ranks meet at an evaluation's end.
+        most = -(-len(items) // self._world_size)
         batches = [
             tuple(mine[first : first + self.batch_settings.val_batch_size])
-            for first in range(0, len(mine), self.batch_settings.val_batch_size)
+            for first in range(0, most, self.batch_settings.val_batch_size)
         ]
         # A list of index tuples as the sampler: a sampler that the Trainer puts in its place is noticed.
-        return DataLoader(
+        return Loader(
             EvalDataset(items, build),
             batch_size=None,
             sampler=batches,

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from memgen.data.batches import BatchIndex, PromptIndex
+from memgen.data.workers import Loader
 
 _BUCKET_BATCHES = 50
 """Global batches whose items are sorted by length together: enough to fill a batch with like lengths, few enough
@@ -247,7 +248,7 @@ class PromptSampler(EpochSampler):
 
 
 @final
-class ResumableLoader(DataLoader[Any]):
+class ResumableLoader(Loader):
     """A loader whose place within an epoch is part of a checkpoint.
 
     Batches are counted when the trainer receives them, not when the sampler yields, so workers that read ahead do

@@ -60,6 +60,7 @@ class RowBuilder:
         marks: list[list[bool]] = []
         group: list[int] = []
         shared: list[int] = []
+        fixed: list[tuple[int, int, int]] = []
         for position, index in enumerate(indices):
             ids, turns = self.conversations[index].ids, self.turns(index, epoch)
             for part in [turns] if self._keep_turn_latents else [(turn,) for turn in turns]:
@@ -67,6 +68,9 @@ class RowBuilder:
                 supervised = [False] * len(row)
                 for turn in part:
                     supervised[turn.prompt_end : turn.end] = [True] * (turn.end - turn.prompt_end)
+                fixed += [
+                    (len(rows), *span) for span in self.conversations[index].fixed if span[1] <= len(row)
+                ]
                 rows.append(row)
                 marks.append(supervised)
                 group.append(position)
@@ -74,6 +78,11 @@ class RowBuilder:
         tokens = TokenBatch.from_rows(rows, marks)
         if len(rows) > len(indices):
             tokens = dataclasses.replace(tokens, group=torch.tensor(group), shared=torch.tensor(shared))
+        if fixed:
+            marked = torch.zeros_like(tokens.supervised)
+            for row_number, begin, end in fixed:
+                marked[row_number, begin:end] = True
+            tokens = dataclasses.replace(tokens, fixed=marked)
         return SFTBatch(
             tokens=tokens,
             examples=tuple(indices),
@@ -131,7 +140,7 @@ class EvalDataset(Dataset[EvalBatch]):
         return EvalBatch(
             examples=[self._items[i].example for i in indices],
             indices=indices,
-            sft=None if self._build is None else self._build.batch(indices),
+            sft=None if self._build is None or not indices else self._build.batch(indices),
         )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -211,6 +211,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             self._shards.install()
         with self.whole_weights():
             _require_equal(before, _checksums(module))
+            for base in model.bases():
+                # Rollouts decode with whole weights and updates gather them: both take the same computation.
+                base.probe()
 
     @override
     def _init_optimizers(self) -> Any:
@@ -390,7 +393,6 @@ class LayerShards:
         self._handles: list[RemovableHandle] = []
         self._whole: dict[int, nn.Parameter] = {}
         """Gathered weights of layers, by the address of their storage."""
-        self._open: list[AbstractContextManager[None]] = []
         self._outputs: list[Tensor] = []
         self._stepping = False
 
@@ -407,16 +409,14 @@ class LayerShards:
                 base.register_forward_pre_hook(self._before_pass, with_kwargs=True),
                 base.register_forward_hook(self._after_pass),
             ]
-        for layer in self._layers:
-            self._handles += [
-                layer.register_forward_pre_hook(self._before_layer, with_kwargs=True),
-                layer.register_forward_hook(self._after_layer, always_call=True),
-            ]
+            base.around = self._around_layer
 
     def remove(self) -> None:
         """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
+        for base in self._bases:
+            base.around = None
         self._handles = []
 
     @contextmanager
@@ -474,9 +474,15 @@ class LayerShards:
         mine = self._code(base, adapter, grad=grad)
         while (code := _agree(mine)) != mine:
             self._empty_pass(code)
-        if grad and not embeddings.requires_grad:
-            # Layers are gathered again in the backward pass, which other ranks make.
-            return (embeddings.detach().requires_grad_(), *args[1:]), kwargs
+        if grad:
+            # Layers are gathered again in the backward pass, which other ranks have. And autograd takes what was made
+            # last first: an input that is older than the empty passes above would release its layer behind theirs.
+            own = (
+                embeddings.view_as(embeddings)
+                if embeddings.requires_grad
+                else embeddings.detach().requires_grad_()
+            )
+            return (own, *args[1:]), kwargs
         return None
 
     def _after_pass(self, base: Module, args: Any, output: Tensor) -> None:
@@ -504,21 +510,20 @@ class LayerShards:
 
     # A layer
 
-    def _before_layer(self, layer: Module, args: Any, kwargs: Any) -> None:
+    def _around_layer(self, layer: Module, x: Tensor, compute: Callable[[], Any]) -> Any:
+        """Computes a layer while its weights are gathered: now, and in the backward pass."""
         self._fetch(layer)
-        x: Tensor = args[0] if args else kwargs["hidden_states"]
         if torch.is_grad_enabled() and x.requires_grad:
             x.register_hook(lambda _: self._release(layer))
-        saving = saved_tensors_hooks(self._pack, _unpack)
-        saving.__enter__()
-        self._open.append(saving)
-
-    def _after_layer(self, layer: Module, args: Any, output: Any) -> None:
-        self._open.pop().__exit__(None, None, None)
-        self._release(layer)
+        try:
+            with saved_tensors_hooks(self._pack, _unpack):
+                output = compute()
+        finally:
+            self._release(layer)
         result = output[0] if isinstance(output, tuple) else output
         if isinstance(result, Tensor) and result.requires_grad:
             result.register_hook(lambda _: self._fetch(layer))
+        return output
 
     def _fetch(self, layer: Module) -> None:
         parameters = self._layers[layer]

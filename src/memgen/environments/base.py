@@ -6,6 +6,7 @@ says otherwise.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,10 @@ class Example:
     """Anything else the environment needs."""
 
 
+LARGEST_REWARD = 3.4e38
+"""Larger rewards have no float32."""
+
+
 @dataclass(frozen=True)
 class Reward:
     """The score of a completion or an episode."""
@@ -45,6 +50,28 @@ class Reward:
     """What training maximises and evaluation reports, usually in [0, 1]."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """Reward components and counts by name, reported beside the total."""
+
+
+def checked_reward(reward: object) -> Reward:
+    """An environment's reward with its numbers as floats.
+
+    Raises:
+        ValueError: if it is no Reward, or its total or a component is no finite (float32) number; the message says what.
+    """
+    if not isinstance(reward, Reward):
+        raise ValueError(f"{reward!r} in place of a Reward")  # noqa: TRY004 - a value of the environment, not of ours
+    parts = {str(name): _finite(value, f"component {name}") for name, value in reward.parts.items()}
+    return Reward(_finite(reward.total, "total"), parts)
+
+
+def _finite(value: object, what: str) -> float:
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= LARGEST_REWARD:
+        raise ValueError(f"a {what} of {value!r}")
+    return number
 
 
 class Environment(ABC):

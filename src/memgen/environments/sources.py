@@ -31,6 +31,7 @@ LoneFile = Literal["by_name", "to_split", "test", "refused"]
 _NAMES: dict[Split, str] = {"train": "train", "val": "val|valid|validation|dev", "test": "test"}
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 _Row = tuple[Any, str]
@@ -67,12 +68,18 @@ class Record:
         """A column's value.
 
         Raises:
-            ValueError: if the column is missing.
+            ValueError: if the column is missing, or has half of a surrogate pair, which is no character.
         """
         if column not in self.fields:
             has = ", ".join(map(str, self.fields)) or "no columns"
             raise self.error(column, f"is missing (the record has {has:.200})")
-        return self.fields[column]
+        value = self.fields[column]
+        written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        if (half := _HALF_PAIR.search(written)) is not None:
+            raise self.error(
+                column, f"has half of a surrogate pair ({half[0]!a}), which is no character; remove it"
+            )
+        return value
 
     def error(self, column: str, what: str) -> ValueError:
         """An error about a column, whose message names file and line."""
@@ -258,7 +265,8 @@ def _natural_order(file: Path) -> list[tuple[int, str]]:
 
 
 def _is_data(file: Path) -> bool:
-    return file.is_file() and _suffix(file) in _SUFFIXES
+    # Hidden files are no data: macOS writes "._NAME" beside NAME, and editors and download tools have theirs.
+    return file.is_file() and _suffix(file) in _SUFFIXES and not file.name.startswith(".")
 
 
 def _suffix(file: Path) -> str:
@@ -321,12 +329,10 @@ def _read_json(file: Path, content: bytes) -> Iterator[_Row]:
             yield whole, str(file)
             return
     # Not splitlines(): it would also split at separators that may be part of a JSON string.
-    lines = content.split(b"\n")
-    if lines[-1].strip() == b"":
-        lines.pop()
+    lines = [(number, line) for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{file} has no lines; expected one JSON object per line")
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines:
         where = f"{file}, line {number}"
         try:
             fields = json.loads(line.decode("utf-8"))

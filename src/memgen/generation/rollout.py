@@ -10,17 +10,26 @@ observation cannot be had back from token ids through an arbitrary chat template
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from memgen.chat import end_of_turn_id, observation_ids, prompt_ids
-from memgen.environments.base import Environment, Episode, Example, InteractiveEnvironment, Message, Reward
+from memgen.chat import ChatTemplate, end_of_turn_id, observation_ids, prompt_ids, text_ids
+from memgen.environments.base import (
+    Environment,
+    Episode,
+    Example,
+    InteractiveEnvironment,
+    Message,
+    Reward,
+    checked_reward,
+)
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
@@ -29,6 +38,8 @@ from memgen.types import AgentTurn, Decision, InsertionPlan, TokenBatch, Traject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # E episodes, R rows, N tokens of an episode, D decisions of an episode
 
@@ -44,6 +55,8 @@ class EpisodeSettings:
     max_length: int | None = None
     """Tokens of an episode, observations included, latents not counted: no turn begins that might exceed it.
     null: the reasoner's context."""
+    bad_rewards: Literal["leave_out", "stop"] = "leave_out"
+    """What happens where a reward is no finite number: its episode is neither trained on nor scored, or the run stops."""
 
     def __post_init__(self) -> None:
         for name in ("max_turns", "max_observation_tokens", "max_length"):
@@ -70,7 +83,7 @@ class Actor:
     environment: Environment
     generation: GenerationSettings
     episodes: EpisodeSettings = field(default_factory=EpisodeSettings)
-    template: str | None = None
+    template: ChatTemplate | str | None = None
 
     @property
     def max_turns(self) -> int:
@@ -152,6 +165,7 @@ class _Rollout:
         self.work = dict.fromkeys(WorkCount.__dataclass_fields__, 0)
         self.seconds = 0.0
         self.environment_seconds = 0.0
+        self.bad_rewards: list[str] = []
 
     def run(self) -> Rollouts:
         environment = self.actor.environment
@@ -166,6 +180,13 @@ class _Rollout:
                     episode.close()
         else:
             playing = self._answer(environment)
+        if self.bad_rewards:
+            logger.warning(
+                "%d of %d rewards are no finite numbers, and their episodes are left out (the first: %s)",
+                len(self.bad_rewards),
+                len(playing),
+                self.bad_rewards[0],
+            )
         return Rollouts(
             trajectories=[_trajectory(p) for p in playing],
             latents=[p.latents for p in playing] if self.keep_latents else None,
@@ -173,6 +194,19 @@ class _Rollout:
             seconds=self.seconds,
             environment_seconds=self.environment_seconds,
         )
+
+    def _score(self, playing: _Playing, reward: object) -> None:
+        """Gives an episode its reward; one that is no finite number is an environment error."""
+        try:
+            playing.reward = checked_reward(reward)
+        except ValueError as error:
+            playing.fault = f"{self.actor.environment.name} gave item {playing.example.id} {error}"
+            self.bad_rewards.append(playing.fault)
+            if self.actor.episodes.bad_rewards == "stop":
+                raise ValueError(
+                    f"{playing.fault}: a reward must be a finite number. Mend the environment, or set "
+                    "episodes.bad_rewards to leave_out"
+                ) from error
 
     # One turn
 
@@ -189,7 +223,7 @@ class _Rollout:
         texts = self._turn(playing, grouped=True)
         clock = time.perf_counter()
         for episode, reward in zip(playing, environment.rewards(self.examples, texts), strict=True):
-            episode.reward = reward
+            self._score(episode, reward)
         self.environment_seconds += time.perf_counter() - clock
         return playing
 
@@ -205,7 +239,7 @@ class _Rollout:
         ):
             messages = environment.messages(example)
             if observation.text:
-                messages = [*messages, Message(role="user", content=observation.text)]
+                messages = [*messages, Message(role="user", content=_characters(observation.text))]
             playing.append(_Playing(example, seed, messages, self._prompt(messages), episode))
         return playing
 
@@ -228,7 +262,7 @@ class _Rollout:
                 p.fault = step.fault
                 p.over = step.done or step.fault is not None
                 if not p.over:
-                    p.observation = self._truncated(step.observation)
+                    p.observation = self._truncated(_characters(step.observation))
                     p.context = [
                         *p.turns[-1].context,
                         *p.turns[-1].tokens,
@@ -237,7 +271,7 @@ class _Rollout:
         for p in playing:
             p.truncated = p.truncated or not p.over
             if p.fault is None and p.episode is not None:
-                p.reward = p.episode.reward()
+                self._score(p, p.episode.reward())
 
     def _room(self, playing: _Playing) -> int:
         """Positions that are left after the longest turn that may follow. Negative: no turn fits."""
@@ -262,38 +296,33 @@ class _Rollout:
     def _truncated(self, observation: str) -> str:
         """An observation's text, as much of it as fits into the limit when it is encoded."""
         tokenizer, limit = self.actor.tokenizer, self.actor.episodes.max_observation_tokens
-        ids = tokenizer.encode(observation, add_special_tokens=False)
+        ids = text_ids(tokenizer, observation)
         if len(ids) <= limit:
             return observation
         for keep in range(limit, 1, -1):
             text: str = tokenizer.decode(ids[:keep])
             # A character that is truncated in the middle may need more tokens than it had.
-            if len(tokenizer.encode(text, add_special_tokens=False)) <= limit:
+            if len(text_ids(tokenizer, text)) <= limit:
                 return text
         return str(tokenizer.decode(ids[:1]))
 
     def _observation_ids(self, playing: _Playing) -> list[int]:
         """Token ids of the last observation; a turn that the agent did not end itself is ended here."""
         tokenizer, template = self.actor.tokenizer, self.actor.template
-        ids = observation_ids(tokenizer, playing.observation, template)
-        self._require_known(ids, f"an observation of {self.actor.environment.name}")
+        try:
+            ids = observation_ids(tokenizer, playing.observation, template)
+        except ValueError as error:
+            raise ValueError(f"an observation of {self.actor.environment.name}: {error}") from error
         end = end_of_turn_id(tokenizer, template)
         return ids if playing.turns[-1].tokens[-1] == end else [end, *ids]
 
     # Shared by both
 
     def _prompt(self, messages: list[Message]) -> list[int]:
-        ids = prompt_ids(self.actor.tokenizer, messages, self.actor.template)
-        self._require_known(ids, f"a prompt of {self.actor.environment.name}")
-        return ids
-
-    def _require_known(self, ids: Sequence[int], what: str) -> None:
-        tokenizer = self.actor.tokenizer
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-            raise ValueError(
-                f"{what} has words that the tokenizer does not know ({tokenizer.unk_token}): "
-                f"{tokenizer.decode(list(ids))!r}; environment and backbone do not belong together"
-            )
+        try:
+            return prompt_ids(self.actor.tokenizer, messages, self.actor.template)
+        except ValueError as error:
+            raise ValueError(f"a prompt of {self.actor.environment.name}: {error}") from error
 
     def _turn(self, playing: Sequence[_Playing], *, grouped: bool) -> list[str]:
         """Lets each episode's agent write a turn. Returns the texts."""
@@ -331,6 +360,11 @@ class _Rollout:
         # A text has at most as many tokens as bytes, and the token that completes it is the newest.
         tail = max(len(text.encode()) for text in texts) + 1
         return lambda tokens: any(text in decode(list(tokens[-tail:])) for text in texts)
+
+
+def _characters(text: str) -> str:
+    """A text of an environment with "?" in place of half surrogate pairs, which are no characters."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _trajectory(playing: _Playing) -> Trajectory:

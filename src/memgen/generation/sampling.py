@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from memgen.kernels import row_logprob, tempered
 
 
 @dataclass(frozen=True)
@@ -101,19 +102,13 @@ def sample(
     """
     if settings.temperature == 0:
         tokens = logits.argmax(dim=-1)
-        return Sampled(tokens, _logprob(logits, tokens))
+        return Sampled(tokens, row_logprob(logits, tokens))
     assert uniforms is not None, "sampling needs one uniform number per row"
-    logits = logits / settings.temperature
-    kept = truncated(logits, settings)
+    kept = truncated(tempered(logits, settings.temperature), settings)
     mass = kept.double().softmax(dim=-1).cumsum(dim=-1)
     target = uniforms.to(mass.device)[:, None] * mass[:, -1:]
     tokens = torch.searchsorted(mass, target, right=True).squeeze(-1)
     # Rounding may land behind the last token that has any probability.
     last = (kept > -torch.inf).long().cumsum(dim=-1).argmax(dim=-1)
     tokens = torch.minimum(tokens, last)
-    return Sampled(tokens, _logprob(logits, tokens))
-
-
-def _logprob(logits: Tensor, tokens: Tensor) -> Tensor:
-    # One pass over the logits, where gather and logsumexp take several.
-    return -F.cross_entropy(logits, tokens, reduction="none")
+    return Sampled(tokens, row_logprob(logits, tokens, settings.temperature))

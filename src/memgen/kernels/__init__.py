@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memgen.kernels import reference
 from memgen.kernels.dispatch import Implementation, chosen, forced
-from memgen.kernels.reference import Logprobs, chunk_rows
+from memgen.kernels.reference import Logprobs, chunk_rows, tempered
 
 __all__ = [
     "Implementation",
@@ -26,6 +26,8 @@ __all__ = [
     "forced",
     "interleave",
     "linear_logprob",
+    "row_logprob",
+    "tempered",
 ]
 
 # T packed positions, M latents, V vocabulary, H hidden, N labels
@@ -69,6 +71,7 @@ def linear_logprob(
     *,
     entropy: Literal[False] = False,
     chunk: int | None = None,
+    temperature: float = 1.0,
 ) -> Tensor: ...
 
 
@@ -81,6 +84,7 @@ def linear_logprob(
     *,
     entropy: Literal[True],
     chunk: int | None = None,
+    temperature: float = 1.0,
 ) -> Logprobs: ...
 
 
@@ -92,8 +96,9 @@ def linear_logprob(
     *,
     entropy: bool = False,
     chunk: int | None = None,
+    temperature: float = 1.0,
 ) -> Tensor | Logprobs:
-    """Log-probability of a class under softmax(hidden @ weight.T + bias), for a frozen weight.
+    """Log-probability of a class under softmax((hidden @ weight.T + bias) / temperature), for a frozen weight.
 
     Args:
         hidden: (N, H).
@@ -103,6 +108,7 @@ def linear_logprob(
         entropy: whether to return the entropy of each row's distribution too.
         chunk: rows whose logits exist at the same time. Default: as many as fit a number of bytes
             (`reference.chunk_rows`).
+        temperature: divides the logits, in float32 or wider, as `tempered` does.
 
     Returns:
         (N,), float32 or wider; with `entropy`, `Logprobs`, whose two tensors both carry gradient.
@@ -120,11 +126,37 @@ def linear_logprob(
         raise ValueError(f"every row has one target: hidden is {_shape(hidden)}, targets {_shape(targets)}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"a chunk has at least one row, got {chunk}")
+    if not temperature > 0:
+        raise ValueError(f"a temperature that logits are divided by is above 0, got {temperature}")
     if chosen(hidden.device) == "reference":
-        return reference.linear_logprob(hidden, weight, targets, bias, entropy=entropy, chunk=chunk)
+        return reference.linear_logprob(
+            hidden, weight, targets, bias, entropy=entropy, chunk=chunk, temperature=temperature
+        )
     from memgen.kernels import triton_logprob
 
-    return triton_logprob.linear_logprob(hidden, weight, targets, bias, entropy=entropy, chunk=chunk)
+    return triton_logprob.linear_logprob(
+        hidden, weight, targets, bias, entropy=entropy, chunk=chunk, temperature=temperature
+    )
+
+
+def row_logprob(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of a class in each row of logits, computed as `linear_logprob` computes it from its own.
+
+    Args:
+        logits: float32 or wider, (N, V). They are left as they are; no gradient is computed.
+        targets: class of each row, int64 (N,).
+        temperature: divides the logits, as `tempered` does.
+
+    Returns:
+        (N,), in the logits' type.
+    """
+    if chosen(logits.device) == "reference":
+        return reference.TorchRows.forward(
+            logits, targets, entropy=False, derivative=False, temperature=temperature
+        ).logprobs
+    from memgen.kernels import triton_logprob
+
+    return triton_logprob.row_logprob(logits, targets, temperature)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -69,26 +69,40 @@ class RowSoftmax:
     derivative: Tensor | None
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits divided by a temperature: the one way in which tokens are sampled and scored.
+
+    Args:
+        logits: float32 or wider; lower types would round the quotients.
+        temperature: above 0. At 1 the logits come back as they are.
+    """
+    # A product with the reciprocal, which a GPU's division by a number is too: one rounding, the same everywhere.
+    return logits if temperature == 1.0 else logits * (1.0 / temperature)
+
+
 @final
 class TorchRows:
     """The row-wise part of `linear_logprob` in plain torch. Every method may overwrite the logits."""
 
     @staticmethod
-    def forward(logits: Tensor, targets: Tensor, *, entropy: bool, derivative: bool) -> RowSoftmax:
+    def forward(
+        logits: Tensor, targets: Tensor, *, entropy: bool, derivative: bool, temperature: float = 1.0
+    ) -> RowSoftmax:
         """Log-probability of each row's target, and what else is asked for.
+
+        The log-probabilities are the same, bit for bit, whatever else is asked for. Without entropy and derivative the
+        logits are left as they are.
 
         Args:
             logits: (n, V).
             targets: (n,).
             entropy: whether to compute entropies.
-            derivative: whether to compute the derivative.
+            derivative: whether to compute the derivative by the logits.
+            temperature: divides the logits, in float32 or wider.
         """
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        exact = tempered(logits.to(torch.promote_types(logits.dtype, torch.float32)), temperature)
         largest = exact.amax(dim=-1, keepdim=True)
         target = exact.gather(1, targets[:, None]) - largest
-        if not (entropy or derivative):
-            log_sum = exact.sub_(largest).exp_().sum(dim=-1, keepdim=True).log_()
-            return RowSoftmax((target - log_sum)[:, 0], (largest + log_sum)[:, 0], None, None)
         probs = exact.softmax(dim=-1)
         # The largest probability is at least 1/V, so its logarithm is exact enough to normalise with.
         log_sum = probs.amax(dim=-1, keepdim=True).log_().neg_()
@@ -99,12 +113,16 @@ class TorchRows:
             entropies = log_sum[:, 0] - torch.linalg.vecdot(probs, below)
         if derivative:
             probs.neg_().scatter_add_(1, targets[:, None], torch.ones_like(target))
+            if temperature != 1.0:
+                probs.mul_(1.0 / temperature)
         return RowSoftmax(
             (target - log_sum)[:, 0], (largest + log_sum)[:, 0], entropies, probs if derivative else None
         )
 
     @staticmethod
-    def entropy_gradient(logits: Tensor, normalisers: Tensor, entropies: Tensor, grad: Tensor) -> Tensor:
+    def entropy_gradient(
+        logits: Tensor, normalisers: Tensor, entropies: Tensor, grad: Tensor, *, temperature: float = 1.0
+    ) -> Tensor:
         """Gradient of sum(grad * entropies) by the logits, (n, V).
 
         Args:
@@ -112,11 +130,12 @@ class TorchRows:
             normalisers: as `forward` gave them, (n,).
             entropies: likewise.
             grad: upstream gradient, (n,).
+            temperature: as in `forward`.
         """
-        logprobs = logits.to(normalisers.dtype).sub_(normalisers[:, None])
+        logprobs = tempered(logits.to(normalisers.dtype), temperature).sub_(normalisers[:, None])
         logprobs.clamp_(min=torch.finfo(logprobs.dtype).min)
         # d entropy / d logits = -p (log p + entropy)
-        weights = logprobs.exp().mul_(-grad[:, None])
+        weights = logprobs.exp().mul_(tempered(-grad, temperature)[:, None])
         return weights.mul_(logprobs.add_(entropies[:, None]))
 
 
@@ -168,6 +187,7 @@ class LinearLogprob(torch.autograd.Function):
         chunk: int,
         entropy: bool,
         differentiable: bool,
+        temperature: float,
     ) -> tuple[Tensor, Tensor | None]:
         """Computes, and keeps what the backward pass reads."""
         exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -179,7 +199,9 @@ class LinearLogprob(torch.autograd.Function):
             part = slice(begin, begin + chunk)
             logits = torch.nn.functional.linear(hidden[part], weight, bias)
             dtype = logits.dtype
-            result = rows.forward(logits, targets[part], entropy=entropy, derivative=differentiable)
+            result = rows.forward(
+                logits, targets[part], entropy=entropy, derivative=differentiable, temperature=temperature
+            )
             del logits
             logprobs[part] = result.logprobs
             normalisers[part] = result.normalisers
@@ -192,7 +214,7 @@ class LinearLogprob(torch.autograd.Function):
             kept = (hidden, weight, bias, normalisers, entropies) if entropy else (None,) * 5
             ctx.save_for_backward(derivative, *kept)
             ctx.set_materialize_grads(False)
-            ctx.rows, ctx.chunk, ctx.dtype = rows, chunk, hidden.dtype
+            ctx.rows, ctx.chunk, ctx.dtype, ctx.temperature = rows, chunk, hidden.dtype, temperature
             # A backward pass runs outside autocast; its logits must be those whose normalisers were kept.
             device = hidden.device.type
             ctx.autocast = {
@@ -218,12 +240,16 @@ class LinearLogprob(torch.autograd.Function):
                     logits = torch.nn.functional.linear(hidden[part], weight, bias)
                 dtype = logits.dtype
                 by_logits = ctx.rows.entropy_gradient(
-                    logits, normalisers[part], entropies[part], grad_entropies[part]
+                    logits,
+                    normalisers[part],
+                    entropies[part],
+                    grad_entropies[part],
+                    temperature=ctx.temperature,
                 )
                 del logits
                 grad[part] += times_weight(by_logits, weight, dtype)
                 del by_logits
-        return (None if grad is None else grad.to(ctx.dtype), *(None,) * 7)
+        return (None if grad is None else grad.to(ctx.dtype), *(None,) * 8)
 
 
 def chunked_logprob(
@@ -235,11 +261,20 @@ def chunked_logprob(
     rows: type,
     entropy: bool,
     chunk: int | None,
+    temperature: float,
 ) -> Tensor | Logprobs:
     """`linear_logprob`, with the row-wise part given."""
     differentiable = torch.is_grad_enabled() and hidden.requires_grad
     logprobs, entropies = LinearLogprob.apply(
-        hidden, weight, bias, targets.long(), rows, chunk or chunk_rows(weight), entropy, differentiable
+        hidden,
+        weight,
+        bias,
+        targets.long(),
+        rows,
+        chunk or chunk_rows(weight),
+        entropy,
+        differentiable,
+        temperature,
     )
     return logprobs if entropies is None else Logprobs(logprobs, entropies)
 
@@ -252,8 +287,9 @@ def linear_logprob(
     *,
     entropy: bool = False,
     chunk: int | None = None,
+    temperature: float = 1.0,
 ) -> Any:
-    """Log-probability of a class under softmax(hidden @ weight.T + bias), for a frozen weight.
+    """Log-probability of a class under softmax((hidden @ weight.T + bias) / temperature), for a frozen weight.
 
     Args:
         hidden: (N, H).
@@ -262,8 +298,18 @@ def linear_logprob(
         bias: (V,) or None; no gradient is computed for it.
         entropy: whether to return the entropy of each row's distribution too.
         chunk: rows whose logits exist at the same time. Default: what `chunk_rows` finds.
+        temperature: divides the logits, in float32 or wider.
 
     Returns:
         (N,), float32 or wider; with `entropy`, `Logprobs`, whose two tensors both carry gradient.
     """
-    return chunked_logprob(hidden, weight, targets, bias, rows=TorchRows, entropy=entropy, chunk=chunk)
+    return chunked_logprob(
+        hidden,
+        weight,
+        targets,
+        bias,
+        rows=TorchRows,
+        entropy=entropy,
+        chunk=chunk,
+        temperature=temperature,
+    )

@@ -38,13 +38,15 @@ def _larger(a, b):
 def _linear_logprob_fwd_kernel(
     logits, logits_row, targets, targets_step, logprobs, normalisers, entropies,
     V: tl.constexpr, WIDE: tl.constexpr, ENTROPY: tl.constexpr, DERIVATIVE: tl.constexpr, BLOCK: tl.constexpr,
+    INVERSE: tl.constexpr,
 ):  # fmt: skip
     # V is a constant: one vocabulary, one compilation, and Triton 3.6's interpreter cannot loop up to a variable.
     row = tl.program_id(0).to(tl.int64)
     pointer = logits + row * logits_row
     target = tl.load(targets + row * targets_step).to(tl.int64)
     tl.device_assert((target >= 0) & (target < V), "target outside the vocabulary")
-    target_logit = tl.load(pointer + target).to(WIDE)
+    # INVERSE is the reciprocal of the temperature, as in `reference.tempered`.
+    target_logit = tl.load(pointer + target).to(WIDE) * INVERSE
     columns = tl.arange(0, BLOCK)
     # Per lane, so that lanes are combined once, behind the loop. -1e30 stands for -inf: inf - inf is no number.
     largest = tl.full((BLOCK,), -1.0e30, WIDE)
@@ -53,7 +55,7 @@ def _linear_logprob_fwd_kernel(
     for begin in range(0, V, BLOCK):
         within = begin + columns < V
         value = tl.maximum(
-            tl.load(pointer + begin + columns, mask=within, other=-float("inf")).to(WIDE), -1.0e30
+            tl.load(pointer + begin + columns, mask=within, other=-float("inf")).to(WIDE) * INVERSE, -1.0e30
         )
         higher = tl.maximum(largest, value)
         shrink = tl.exp(largest - higher)
@@ -77,25 +79,28 @@ def _linear_logprob_fwd_kernel(
     if DERIVATIVE:
         for begin in range(0, V, BLOCK):
             within = begin + columns < V
-            value = tl.load(pointer + begin + columns, mask=within, other=-float("inf")).to(WIDE)
+            value = tl.load(pointer + begin + columns, mask=within, other=-float("inf")).to(WIDE) * INVERSE
             derivative = tl.where(begin + columns == target, 1.0, 0.0) - tl.exp(value - top) / all_total
-            tl.store(pointer + begin + columns, derivative.to(logits.dtype.element_ty), mask=within)
+            tl.store(
+                pointer + begin + columns, (derivative * INVERSE).to(logits.dtype.element_ty), mask=within
+            )
 
 
 @triton.jit
 def _linear_logprob_bwd_kernel(
-    logits, logits_row, normalisers, entropies, grads, grads_step, V, WIDE: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, logits_row, normalisers, entropies, grads, grads_step, V,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = columns < V
     pointer = logits + row * logits_row + columns
-    logit = tl.maximum(tl.load(pointer, mask=within, other=-float("inf")).to(WIDE), -1.0e30)
+    logit = tl.maximum(tl.load(pointer, mask=within, other=-float("inf")).to(WIDE) * INVERSE, -1.0e30)
     logprob = logit - tl.load(normalisers + row)
     # d entropy / d logits = -p (log p + entropy)
     slope = tl.exp(logprob) * (logprob + tl.load(entropies + row))
     grad = -tl.load(grads + row * grads_step) * slope
-    tl.store(pointer, grad.to(logits.dtype.element_ty), mask=within)
+    tl.store(pointer, (grad * INVERSE).to(logits.dtype.element_ty), mask=within)
 
 
 def _block(vocabulary: int) -> int:
@@ -108,10 +113,12 @@ def _wide(logits: Tensor) -> tuple[torch.dtype, Any]:
 
 @final
 class TritonRows:
-    """The row-wise part of `linear_logprob` in Triton. Every method overwrites the logits."""
+    """The row-wise part of `linear_logprob` in Triton. What is derived by the logits overwrites them."""
 
     @staticmethod
-    def forward(logits: Tensor, targets: Tensor, *, entropy: bool, derivative: bool) -> RowSoftmax:
+    def forward(
+        logits: Tensor, targets: Tensor, *, entropy: bool, derivative: bool, temperature: float = 1.0
+    ) -> RowSoftmax:
         """As `reference.TorchRows.forward`; the derivative takes the logits' place, in their type."""
         count, vocabulary = logits.shape
         exact, wide = _wide(logits)
@@ -122,18 +129,21 @@ class TritonRows:
         _linear_logprob_fwd_kernel[(count,)](
             logits, logits.stride(0), targets, targets.stride(0), logprobs, normalisers,
             logprobs if entropies is None else entropies,
-            V=vocabulary, WIDE=wide, ENTROPY=entropy, DERIVATIVE=derivative, BLOCK=block, num_warps=max(1, min(16, block // 256)),
+            V=vocabulary, WIDE=wide, ENTROPY=entropy, DERIVATIVE=derivative, BLOCK=block, INVERSE=1.0 / temperature,
+            num_warps=max(1, min(16, block // 256)),
         )  # fmt: skip
         return RowSoftmax(logprobs, normalisers, entropies, logits if derivative else None)
 
     @staticmethod
-    def entropy_gradient(logits: Tensor, normalisers: Tensor, entropies: Tensor, grad: Tensor) -> Tensor:
+    def entropy_gradient(
+        logits: Tensor, normalisers: Tensor, entropies: Tensor, grad: Tensor, *, temperature: float = 1.0
+    ) -> Tensor:
         """As `reference.TorchRows.entropy_gradient`; the gradient takes the logits' place, in their type."""
         count, vocabulary = logits.shape
         block = _block(vocabulary)
         _linear_logprob_bwd_kernel[(count, triton.cdiv(vocabulary, block))](
             logits, logits.stride(0), normalisers, entropies, grad, grad.stride(0), vocabulary,
-            WIDE=_wide(logits)[1], BLOCK=block, num_warps=max(1, min(16, block // 256)),
+            WIDE=_wide(logits)[1], BLOCK=block, INVERSE=1.0 / temperature, num_warps=max(1, min(16, block // 256)),
         )  # fmt: skip
         return logits
 
@@ -146,7 +156,25 @@ def linear_logprob(
     *,
     entropy: bool = False,
     chunk: int | None = None,
+    temperature: float = 1.0,
 ) -> Any:
     """As `reference.linear_logprob`."""
     require_runnable(_linear_logprob_fwd_kernel, hidden.device)
-    return chunked_logprob(hidden, weight, targets, bias, rows=TritonRows, entropy=entropy, chunk=chunk)
+    return chunked_logprob(
+        hidden,
+        weight,
+        targets,
+        bias,
+        rows=TritonRows,
+        entropy=entropy,
+        chunk=chunk,
+        temperature=temperature,
+    )
+
+
+def row_logprob(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """As `kernels.row_logprob`."""
+    require_runnable(_linear_logprob_fwd_kernel, logits.device)
+    return TritonRows.forward(
+        logits.contiguous(), targets, entropy=False, derivative=False, temperature=temperature
+    ).logprobs

@@ -67,7 +67,9 @@ def read_text(source: Path) -> str:
         )
     files = [source]
     if source.is_dir():
-        files = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES)
+        files = sorted(
+            path for path in source.iterdir() if path.suffix in SUFFIXES and not path.name.startswith(".")
+        )
         files.sort(key=lambda path: path.name != "train.jsonl")
     pieces: list[str] = []
     room = MAX_CHARACTERS
@@ -84,11 +86,11 @@ def read_text(source: Path) -> str:
 
 def _strings(path: Path) -> Iterator[str]:
     if path.suffix == ".txt":
-        yield path.read_text(encoding="utf-8")
+        yield path.read_text(encoding="utf-8-sig")
     elif path.suffix == ".json":
-        yield from _string_values(_parse(path.read_text(encoding="utf-8"), f"{path}"))
+        yield from _string_values(_parse(path.read_text(encoding="utf-8-sig"), f"{path}"))
     else:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield from _string_values(_parse(line, f"{path}, line {number}"))
@@ -103,7 +105,8 @@ def _parse(text: str, where: str) -> Any:
 
 def _string_values(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        yield value
+        # Half a surrogate pair, which JSON can hold, is no character.
+        yield value.encode("utf-8", "replace").decode("utf-8")
     elif isinstance(value, dict):
         for inner in value.values():
             yield from _string_values(inner)

@@ -62,18 +62,28 @@ class AdapterSwitch:
         """Injects a new adapter, float32, initialised so that it changes nothing (B = 0).
 
         Raises:
-            ValueError: if a target name belongs to no linear layer.
+            ValueError: if a target name belongs to no linear layer, or to the output head: adapters act on hidden states,
+                which do not pass it.
         """
+        head = getattr(self._model, "get_output_embeddings", lambda: None)()
         linear = sorted(
             {
                 path.rsplit(".", 1)[-1]
                 for path, module in self._model.named_modules()
                 # A layer that another adapter has wrapped counts; what lies inside it does not.
                 if isinstance(module, nn.Linear | LoraLayer)
+                and module is not head
                 and ".base_layer" not in path
                 and ".lora_" not in path
             }
         )
+        heads = {path.rsplit(".", 1)[-1] for path, module in self._model.named_modules() if module is head}
+        for target in settings.target_modules:
+            if target in heads:
+                raise ValueError(
+                    f"lora.target_modules has {target}, the output head, which an adapter would never learn through: it is "
+                    f"not part of the hidden states that are read; leave it out, or choose from {linear}"
+                )
         missing = [target for target in settings.target_modules if target not in linear]
         if missing:
             raise ValueError(f"lora.target_modules {missing} do not exist in this model; it has {linear}")

@@ -28,7 +28,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 
 from memgen.model.adapters import AdapterSwitch, LoraSettings
 from memgen.model.cache import View
-from memgen.model.decoder import DirectDecoder, UnlikeError, direct_decoder, hooked
+from memgen.model.decoder import Around, DirectDecoder, UnlikeError, direct_decoder, hooked
+from memgen.model.proof import Proof
 
 # T packed positions, H hidden size, h query heads, g key-value heads, d head size
 
@@ -36,6 +37,18 @@ logger = logging.getLogger(__name__)
 
 _NAMED = 8
 """Tensors that a message names."""
+_ASSUMED_CONTEXT = 2048
+"""Positions at which a model is tried out whose configuration does not say how many it has."""
+_PROBE_ERRORS = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a model raises that cannot be read the way it was tried."""
 
 _VIEW: ContextVar[View | None] = ContextVar("memgen_view", default=None)
 
@@ -80,12 +93,12 @@ def _attention(
 AttentionInterface.register("memgen", _attention)
 
 
-def _decoder_layers(decoder: nn.Module, count: int) -> nn.ModuleList:
+def _decoder_layers(decoder: nn.Module, count: int, name: str) -> nn.ModuleList:
     for child in decoder.children():
         if isinstance(child, nn.ModuleList) and len(child) == count:
             return child
     raise ValueError(
-        f"found no list of {count} decoder layers in {type(decoder).__name__}; it is not supported"
+        f"{name} has no list of {count} decoder layers in its {type(decoder).__name__}; it is not supported"
     )
 
 
@@ -126,17 +139,51 @@ class Backbone(nn.Module):
             )
         self.name = name
         self.fingerprint = fingerprint(model)
-        model.set_attn_implementation("memgen")
         model.requires_grad_(False)
         model.eval()
+        self._varying_rope, self._fixed_until = _varying_rope(config)
         self.model = model
+        try:
+            proof = Proof.of(model, self.context_length or _ASSUMED_CONTEXT)
+            model.set_attn_implementation("memgen")
+        except _PROBE_ERRORS as error:
+            raise ValueError(f"{self._called} cannot be tried out before it is read: {error}") from error
         self.adapters = AdapterSwitch(model)
         self._recompute = False
         self._direct: DirectDecoder | None = None
         self._directly: bool | None = None
-        self._layers = _decoder_layers(self._decoder, int(config.num_hidden_layers))
+        self._overwrites = False  # whether the decoder changes its input where it lies
+        self.around: Around | None = None
+        """Computes each layer in the place of the backbone, which calls it with layer, input and computation."""
+        self._layers = _decoder_layers(self._decoder, int(config.num_hidden_layers), self._called)
         for layer in self._layers:
-            layer.forward = partial(self._layer, layer.forward)
+            layer.forward = partial(self._layer, layer, layer.forward)
+        self._require_proven(proof)
+
+    @property
+    def _called(self) -> str:
+        return self.name or type(self.model).__name__
+
+    @torch.no_grad()
+    def _require_proven(self, proof: Proof) -> None:
+        """Refuses a model that says something else through memgen's attention than by itself.
+
+        Raises:
+            ValueError: naming the model, and where it differs.
+        """
+        try:
+            view = proof.view()
+            embeddings = self.embed(proof.ids)
+            before = embeddings.clone()
+            hidden = self._through_modules(embeddings, view)
+            self._overwrites = not torch.equal(embeddings, before)
+            problem = view.incomplete(len(self._layers)) or proof.problem(hidden, self.head)
+        except _PROBE_ERRORS as error:
+            raise ValueError(f"{self._called} cannot be read by memgen: {error}") from error
+        if problem is not None:
+            raise ValueError(
+                f"{self._called} ({type(self.model).__name__}) {problem}, so memgen does not support it"
+            )
 
     @property
     def _decoder(self) -> nn.Module:
@@ -149,9 +196,10 @@ class Backbone(nn.Module):
 
     @property
     def context_length(self) -> int | None:
-        """The longest stream the model was made for, or None if its configuration does not say."""
+        """The longest stream the model can be read with, or None if its configuration does not say."""
         length = getattr(self.model.config, "max_position_embeddings", None)
-        return None if length is None else int(length)
+        known = [int(limit) for limit in (length, self._fixed_until) if limit is not None]
+        return min(known, default=None)
 
     @property
     def device(self) -> torch.device:
@@ -211,21 +259,26 @@ class Backbone(nn.Module):
 
         Returns:
             Hidden states after the final norm, in the base's type, (T, H): of the positions that the pass reads.
+
+        Raises:
+            ValueError: if the stream is longer than its rotary positions can be read with.
         """
         embeddings = embeddings.to(self.embedding.dtype)
-        if self._directly is None and not hooked(self._layers[0]):
-            self._probe()
+        if self._fixed_until is not None and view.limit > self._fixed_until:
+            raise ValueError(
+                f"{self._called} has rotary positions of kind {self._varying_rope}: beyond {self._fixed_until} positions "
+                "they depend on the longest row of a pass, which memgen does not support; "
+                f"keep streams within {self._fixed_until} positions, got {view.limit}"
+            )
+        self.probe()
         if (direct := self._computed_directly()) is not None:
-            return direct(embeddings, view, adapter, recompute=self._recompute)
+            return direct(embeddings, view, adapter, recompute=self._recompute, around=self.around)
         hidden = self._through_modules(embeddings, view, adapter)
         return hidden if view.read is None else hidden.index_select(0, view.read)
 
     def _computed_directly(self) -> DirectDecoder | None:
         direct = self._direct
-        # A strategy that shards the layers replaces them or hooks into their calls: then they must be called.
-        return (
-            direct if direct is not None and self._layers[0] is direct.first and not direct.hooked else None
-        )
+        return direct if direct is not None and direct.valid else None
 
     def recordable(self) -> list[Tensor] | None:
         """What a pass reads besides the weights, if its operations may be recorded and run again without it.
@@ -237,19 +290,30 @@ class Backbone(nn.Module):
         return None if direct is None else direct.angles()
 
     def _through_modules(self, embeddings: Tensor, view: View, adapter: str | None = None) -> Tensor:
+        embeddings = embeddings.clone() if self._overwrites else embeddings
         with self._pass(view, adapter):
             output = self._decoder(
                 inputs_embeds=embeddings[None], position_ids=view.positions[None], use_cache=False
             )
         return cast(Tensor, output.last_hidden_state[0])
 
-    def _probe(self) -> None:
-        """Finds out, once, whether the decoder can be computed directly."""
-        sample = self.embedding[: min(6, self.embedding.shape[0])].detach()
+    def probe(self) -> None:
+        """Finds out, once, whether the decoder can be computed directly. Its weights must be there.
+
+        The first pass does this, unless somebody has hooked into the decoder by then.
+        """
+        if self._directly is not None or hooked(self._decoder):
+            return
         try:
-            self._direct = direct_decoder(self._decoder, sample, self._through_modules)
+            self._direct = direct_decoder(
+                self._decoder,
+                self.embedding,
+                self._through_modules,
+                self.context_length or _ASSUMED_CONTEXT,
+                self._fixed_until,
+            )
         except UnlikeError as reason:
-            logger.info("%s is read through its modules: %s", self.name or type(self.model).__name__, reason)
+            logger.info("%s is read through its modules: %s", self._called, reason)
         self._directly = self._direct is not None
 
     @contextmanager
@@ -261,7 +325,14 @@ class Backbone(nn.Module):
         finally:
             _VIEW.reset(token)
 
-    def _layer(self, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def _layer(self, layer: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """A decoder layer, called by its module."""
+        compute = partial(self._recomputed, forward, *args, **kwargs)
+        if self.around is None:
+            return compute()
+        return cast(Tensor, self.around(layer, args[0] if args else kwargs["hidden_states"], compute))
+
+    def _recomputed(self, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """A decoder layer, recomputed in the backward pass under the view and the adapter of its forward pass."""
         if not (self._recompute and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
@@ -272,6 +343,29 @@ class Backbone(nn.Module):
             return self._pass(view, adapter), self._pass(view, adapter)
 
         return cast(Tensor, checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs))
+
+
+def _varying_rope(config: Any) -> tuple[str | None, int | None]:
+    """A kind of rotary positions whose angles depend on the longest row of a pass, and up to how many they do not."""
+    found: list[tuple[str, int]] = []
+
+    def look(settings: Any) -> None:
+        if not isinstance(settings, dict):
+            return
+        kind = settings.get("rope_type", settings.get("type"))
+        most = getattr(config, "max_position_embeddings", None)
+        if kind == "longrope":
+            most = settings.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", most
+            )
+        if kind in ("longrope", "dynamic") and most is not None:
+            found.append((kind, int(most)))
+        for inner in settings.values():
+            look(inner)
+
+    look(getattr(config, "rope_parameters", None))
+    look(getattr(config, "rope_scaling", None))
+    return min(found, key=lambda pair: pair[1], default=(None, None))
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -127,6 +127,8 @@ class Boundaries:
             )
         previous = np.concatenate([ids[:, :1], ids[:, :-1]], axis=1)
         behind_delimiter = self.after(ids, previous)[:, :-1] & marks[:, :-1] & marks[:, 1:]
+        if batch.fixed is not None:
+            behind_delimiter &= ~batch.fixed.cpu().numpy()[:, :-1]
         starts = marks[:, 1:] & ~marks[:, :-1]
         turns: list[list[SupervisedTurn]] = []
         for row_starts, row_points in zip(starts, behind_delimiter, strict=True):

@@ -3,14 +3,18 @@
 For one token of a small model, calling the modules costs more than the arithmetic; in training, theirs keep more
 activations than a frozen model needs. Only architectures of one plain shape are read this way (pre-norm attention with
 rotary positions, then a gated feed-forward), and only after a probe: the modules' own forward and this one read the
-same random input, and must agree in every layer's queries, keys, values and in the result. Everything else goes
-through the modules.
+same input, at positions from the first to the context's last, and must agree in every layer's queries, keys, values
+and in the result. Everything else goes through the modules.
+
+Passes with and without gradient, and with and without recomputation, round alike: in every type they give the same
+numbers, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast, final
 
 import torch
@@ -18,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
@@ -25,8 +30,8 @@ from memgen.model.cache import View
 
 # T packed positions, H hidden size, F feed-forward size, h query heads, g key-value heads, d head size
 
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary embedding whose angles depend on the position alone, so that a table of them holds."""
+Around = Callable[[nn.Module, Tensor, Callable[[], Any]], Any]
+"""Computes a layer: called with the layer's module, its input and the computation, whose result it returns."""
 
 
 class UnlikeError(Exception):
@@ -36,22 +41,26 @@ class UnlikeError(Exception):
 # Operations of a frozen model: no gradient for weights, and no activation kept that can be computed again
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm, rounded once, in the type of x: autocast would leave it in float32."""
+    return F.rms_norm(x, weight.shape, weight, eps).to(x.dtype)
+
+
 class _FrozenNorm(torch.autograd.Function):
-    """x / rms(x) * weight; keeps x and one number per position."""
+    """`_rms_norm` with a gradient by x alone; keeps x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        with torch.autocast(x.device.type, enabled=False):
-            squares = torch.linalg.vecdot(exact, exact)
-        inverse = torch.rsqrt(squares.div_(x.shape[-1]).add_(eps))[..., None]
-        ctx.save_for_backward(x, weight, inverse)
-        return (exact * inverse).to(x.dtype).mul_(weight)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _rms_norm(x, weight, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        exact = x.to(inverse.dtype)
+        x, weight = ctx.saved_tensors
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = torch.linalg.vecdot(exact, exact)
+        inverse = torch.rsqrt(squares.div_(x.shape[-1]).add_(ctx.eps))[..., None]
         scaled = grad.to(inverse.dtype) * weight
         along = torch.linalg.vecdot(scaled, exact)[..., None].mul_(inverse.pow(3)).div_(-x.shape[-1])
         return scaled.mul_(inverse).addcmul_(exact, along).to(x.dtype), None, None
@@ -74,31 +83,32 @@ class _GatedSilu(torch.autograd.Function):
 
 @final
 class _Norm:
-    """An RMS norm. Parameters are looked up at each call, in the module's own dictionary: they may be replaced."""
+    """An RMS norm. Parameters are looked up at each call, in the module's own dictionary: both may be replaced."""
 
-    __slots__ = ("_eps", "_parameters")
+    __slots__ = ("_eps", "_module")
 
     def __init__(self, module: nn.Module) -> None:
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if not type(module).__name__.endswith("RMSNorm") or eps is None or len(module._parameters) != 1:
             raise UnlikeError(f"its norm is a {type(module).__name__}")
         self._eps = float(eps)
-        self._parameters: Any = module._parameters
+        self._module: Any = module
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight: Tensor = self._parameters["weight"]
+        weight: Tensor = self._module._parameters["weight"]
+        if x.dtype != weight.dtype:  # Autocast: the module's product of the two is of the wider type.
+            x = x.to(torch.promote_types(x.dtype, weight.dtype))
         if torch.is_grad_enabled() and x.requires_grad:
             normed: Tensor = _FrozenNorm.apply(x, weight, self._eps)
-        else:
-            normed = F.rms_norm(x, weight.shape, weight, self._eps)
-        return normed
+            return normed
+        return _rms_norm(x, weight, self._eps)
 
 
 @final
 class _Linear:
     """A linear layer with its adapters, if it has some: PEFT's LoRA layer, computed directly."""
 
-    __slots__ = ("_lora", "_parameters")
+    __slots__ = ("_base", "_lora")
 
     def __init__(self, parent: nn.Module, name: str) -> None:
         module: Any = getattr(parent, name)
@@ -106,10 +116,11 @@ class _Linear:
         base = module.base_layer if self._lora is not None else module
         if type(base) is not nn.Linear:
             raise UnlikeError(f"its {name} is a {type(base).__name__}")
-        self._parameters: Any = base._parameters
+        self._base: Any = base
 
     def __call__(self, x: Tensor, adapter: str | None) -> Tensor:
-        y: Tensor = F.linear(x, self._parameters["weight"], self._parameters["bias"])
+        parameters = self._base._parameters
+        y: Tensor = F.linear(x, parameters["weight"], parameters["bias"])
         lora = self._lora
         if adapter is None or lora is None or adapter not in lora.lora_A:
             return y
@@ -148,9 +159,20 @@ class _Layer:
     window: int | None
 
 
+def _hooks(module: nn.Module) -> tuple[list[Any], list[Any]]:
+    """The dictionaries of hooks into the calls of a module and of all that is inside it: forward, and backward too."""
+    forward: list[Any] = [_module._global_forward_pre_hooks, _module._global_forward_hooks]
+    backward: list[Any] = [_module._global_backward_pre_hooks, _module._global_backward_hooks]
+    for part in module.modules():
+        forward += [part._forward_pre_hooks, part._forward_hooks]
+        backward += [part._backward_pre_hooks, part._backward_hooks]
+    return forward, backward
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether a module or one inside it has hooks (a sharding strategy's, say), which run only if it is called."""
-    return any(part._forward_pre_hooks or part._forward_hooks for part in module.modules())
+    forward, backward = _hooks(module)
+    return any(forward) or any(backward)
 
 
 @final
@@ -160,41 +182,52 @@ class DirectDecoder:
     Args:
         decoder: the Hugging Face decoder, frozen.
         settings: (scale, window) that its modules pass to the attention of each layer.
+        most: positions that its rotary embedding may be asked for; None: any.
 
     Raises:
         UnlikeError: if the decoder is not of the plain shape.
     """
 
-    def __init__(self, decoder: nn.Module, settings: list[tuple[float, int | None]]) -> None:
+    def __init__(
+        self, decoder: nn.Module, settings: list[tuple[float, int | None]], most: int | None = None
+    ) -> None:
         children = {name for name, _ in decoder.named_children()}
         if children != {"embed_tokens", "layers", "norm", "rotary_emb"}:
             raise UnlikeError(f"{type(decoder).__name__} consists of {sorted(children)}")
         modules = cast(nn.ModuleList, decoder.layers)
-        self.first = modules[0]
+        self._of: nn.ModuleList = modules
+        self._modules = list(modules)
         self._final_norm = _Norm(cast(nn.Module, decoder.norm))
         self._rotary = cast(nn.Module, decoder.rotary_emb)
         self._layers = [_layer(m, *setting) for m, setting in zip(modules, settings, strict=True)]
         # Dictionaries of hooks live as long as their modules, so they also show hooks added later.
-        self._hooks = [
-            hooks
-            for module in (decoder, *self.first.modules(), decoder.norm)
-            for hooks in (cast(nn.Module, module)._forward_pre_hooks, cast(nn.Module, module)._forward_hooks)
-        ]
-        rope = getattr(self._rotary, "rope_type", None)
-        self._tabled = rope in _STATIC_ROPE
+        self._forward_hooks, self._backward_hooks = _hooks(decoder)
+        self._most = most
+        self.tabled = False
+        """Whether the angles depend on the position alone, so that a table of them holds."""
         self._table: tuple[Tensor, Tensor] | None = None
 
     @property
-    def hooked(self) -> bool:
-        """Whether modules that a direct computation does not call have hooks (a sharding strategy's, say)."""
-        return any(self._hooks)
+    def valid(self) -> bool:
+        """Whether it still is what the modules compute: none was replaced, and no hook waits for a call of theirs."""
+        return (
+            not any(self._forward_hooks)
+            and not (torch.is_grad_enabled() and any(self._backward_hooks))
+            and list(self._of) == self._modules
+        )
 
     def angles(self) -> list[Tensor] | None:
         """The table of rotary angles in use; a longer stream makes another. None: each pass computes its own."""
         return None if self._table is None else list(self._table)
 
     def __call__(
-        self, embeddings: Float[Tensor, "time hidden"], view: View, adapter: str | None, *, recompute: bool
+        self,
+        embeddings: Float[Tensor, "time hidden"],
+        view: View,
+        adapter: str | None,
+        *,
+        recompute: bool,
+        around: Around | None = None,
     ) -> Float[Tensor, "read hidden"]:
         """Hidden states after the final norm, at the positions that the pass reads.
 
@@ -203,6 +236,7 @@ class DirectDecoder:
             view: the pass.
             adapter: adapter to apply, or None.
             recompute: activation checkpointing.
+            around: computes each layer in the place of this.
         """
         cosine, sine = self._angles(embeddings, view)
         x = embeddings
@@ -211,15 +245,17 @@ class DirectDecoder:
         for index, layer in enumerate(self._layers):
             read = view.read if index == last else None
             inputs = (layer, index, x, cosine, sine, view, adapter, read)
-            if recompute:
-                x = cast(Tensor, checkpoint(_read_layer, *inputs, use_reentrant=False))
-            else:
-                x = _read_layer(*inputs)
+            compute: Callable[[], Tensor] = (
+                partial(checkpoint, _read_layer, *inputs, use_reentrant=False)
+                if recompute
+                else partial(_read_layer, *inputs)
+            )
+            x = compute() if around is None else cast(Tensor, around(self._modules[index], x, compute))
         return self._final_norm(x)
 
     def _angles(self, like: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """Cosine and signed sine at the positions of the pass, (T, 1, d) each."""
-        if not self._tabled:
+        if not self.tabled:
             return self._signed(like, view.positions)
         table = self._table
         if (
@@ -232,9 +268,21 @@ class DirectDecoder:
             # a model is evaluated serves training too, where inference tensors are not allowed.
             with torch.inference_mode(mode=False), torch.no_grad():
                 length = max(512, 2 * view.limit)
+                length = length if self._most is None else min(length, self._most)
                 table = self._signed(like, torch.arange(length, device=like.device))
             self._table = table
         return table[0].index_select(0, view.positions), table[1].index_select(0, view.positions)
+
+    def find_table(self, like: Tensor, positions: Tensor) -> None:
+        """Finds out whether a table holds: whether angles are the same whatever other positions are in a pass.
+
+        Args:
+            like: of the decoder's type and device.
+            positions: of a pass, ascending, from the first to the last that are ever asked for.
+        """
+        few = positions[: max(1, len(positions) // 3)]
+        pairs = zip(self._signed(like, few), self._signed(like, positions), strict=True)
+        self.tabled = all(torch.equal(alone, among[: len(few)]) for alone, among in pairs)
 
     def _signed(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         cosine, sine = self._rotary(torch.empty(0, dtype=like.dtype, device=like.device), positions[None])
@@ -368,29 +416,40 @@ PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
 """Relative error that the two computations may differ by (norms are float32 inside); lower types: 5e-2."""
 
 
+def probe_positions(end: int) -> list[int]:
+    """Positions at which computations are compared: the first, some between, the last before `end`; with jumps."""
+    wanted = [0, 1, 2, 5, 45, end // 8, end // 4, end // 2, 3 * end // 4, end - 2, end - 1]
+    return sorted({position for position in wanted if 0 <= position < end})
+
+
 @torch.no_grad()
 def direct_decoder(
-    decoder: nn.Module, embeddings: Tensor, modules: Callable[[Tensor, View], Tensor]
+    decoder: nn.Module,
+    table: Tensor,
+    modules: Callable[[Tensor, View], Tensor],
+    end: int,
+    most: int | None = None,
 ) -> DirectDecoder:
     """The direct computation of a decoder, compared with its modules' own.
 
     Args:
         decoder: the Hugging Face decoder.
-        embeddings: some of its token embeddings, (T, H): the probe's input.
+        table: its token embeddings, (V, H), some of which are the probe's input.
         modules: reads a pass through the decoder's own forward.
+        end: one more than the last position that is compared: the context's length.
+        most: see `DirectDecoder`.
 
     Raises:
         UnlikeError: if it has another shape, or the two results differ.
     """
-    # Neighbours and a jump: a decoder that takes positions from their order would differ.
-    positions = torch.arange(embeddings.shape[0], device=embeddings.device)
-    positions[-1] += 40
-    limit = embeddings.shape[0] + 40
-    theirs, ours = ProbeView(positions, limit), ProbeView(positions, limit)
+    positions = torch.tensor(probe_positions(end), device=table.device)
+    embeddings = table[torch.arange(len(positions), device=table.device) % table.shape[0]].detach()
+    theirs, ours = ProbeView(positions, end), ProbeView(positions, end)
     reference = modules(embeddings, theirs)
-    direct = DirectDecoder(decoder, theirs.settings)
+    direct = DirectDecoder(decoder, theirs.settings, most)
     try:
         result = direct(embeddings, ours, None, recompute=False)
+        direct.find_table(embeddings, positions)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UnlikeError(f"computed directly, {type(decoder).__name__} fails: {error}") from error
     tolerance = PROBE_TOLERANCE.get(embeddings.dtype, 5e-2)

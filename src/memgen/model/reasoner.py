@@ -53,18 +53,17 @@ class Reasoner(nn.Module):
         Args:
             hidden: states.
             targets: the next token of each.
-            temperature: divides the logits.
+            temperature: divides the logits, in float32, as when tokens are sampled.
             entropy: whether to return the entropy of each distribution too, in nats.
         """
         head = self.backbone.head
         bias: Tensor | None = head.bias
-        if temperature != 1.0:
-            hidden = hidden / temperature
-            bias = None if bias is None else bias / temperature
         if entropy:
-            logprobs, found = linear_logprob(hidden, head.weight, targets, bias, entropy=True)
+            logprobs, found = linear_logprob(
+                hidden, head.weight, targets, bias, entropy=True, temperature=temperature
+            )
             return logprobs, found
-        return linear_logprob(hidden, head.weight, targets, bias), None
+        return linear_logprob(hidden, head.weight, targets, bias, temperature=temperature), None
 
     @torch.no_grad()
     def predictions(self, hidden: Float[Tensor, "labels hidden"]) -> Int[Tensor, " labels"]:

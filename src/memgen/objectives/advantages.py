@@ -5,6 +5,8 @@ How the advantages differ from their sources:
 - A standard deviation is that of the population, without an epsilon (the paper's trigger procedure, and DeepSeekMath);
   TRL takes the unbiased one plus 1e-4. A group without spread has advantage 0 instead.
 - The advantage of GRPO is not divided by anything unless asked to (paper, Eq. 15).
+- REINFORCE++ normalises over the tokens of the batch, as verl and OpenRLHF do, but these subtract the KL divergence from
+  each token's reward; here it is a term of the loss (`PolicySettings.kl`), as in all other objectives.
 """
 
 # E episodes
@@ -55,6 +57,7 @@ def group_advantages(
     group: Int[Tensor, " episodes"],
     settings: PolicySettings,
     valid: Bool[Tensor, " episodes"] | None = None,
+    tokens: Int[Tensor, " episodes"] | None = None,
 ) -> Advantages:
     """How much better each episode did than its baseline.
 
@@ -66,6 +69,7 @@ def group_advantages(
         group: number of each episode's group (its prompt).
         settings: baseline, scale and leave-one-out.
         valid: False where an episode is left out of all means, with advantage 0; default: all are valid.
+        tokens: trained tokens of each episode, over which reinforce_pp normalises; default: one each.
     """
     kept = torch.ones_like(group, dtype=torch.bool) if valid is None else valid
     r = torch.where(kept, rewards.detach(), 0.0).double()
@@ -92,7 +96,10 @@ def group_advantages(
             values = torch.where(kept, r - r.sum() / kept.sum().clamp(min=1), 0.0)
         case "none":
             values = r
-    values = _scaled(values, r, kept, std, dead, settings)
+    if settings.loss == "reinforce_pp":
+        values = _whitened(values, kept, kept.long() if tokens is None else torch.where(kept, tokens, 0))
+    else:
+        values = _scaled(values, r, kept, std, dead, settings)
     present = sizes > 0
     return Advantages(
         values=torch.where(kept, values, 0.0).to(rewards.dtype),
@@ -133,8 +140,6 @@ def _scaled(
     values: Tensor, r: Tensor, kept: Tensor, std: Tensor, dead: Tensor, settings: PolicySettings
 ) -> Tensor:
     """The advantages divided as the settings say."""
-    if settings.loss == "reinforce_pp":
-        return _normalised(values, kept)
     if settings.advantage_scale == "group":
         return torch.where(dead, 0.0, values / torch.where(dead, 1.0, std))
     if settings.advantage_scale == "batch":
@@ -151,9 +156,13 @@ def _std(values: Tensor, kept: Tensor) -> Tensor:
     return chosen.std(correction=0)
 
 
-def _normalised(values: Tensor, kept: Tensor) -> Tensor:
-    """The values less the mean of the kept ones, by their standard deviation; 0 if they are equal."""
-    spread = _std(values, kept)
-    if spread == 0:
+def _whitened(values: Tensor, kept: Tensor, tokens: Tensor) -> Tensor:
+    """The values less their mean over tokens, by their standard deviation over tokens; 0 if they are equal."""
+    trained = kept & (tokens > 0)
+    if _std(values, trained) == 0:
         return torch.zeros_like(values)
-    return torch.where(kept, (values - values[kept].mean()) / spread, 0.0)
+    weight = tokens[trained].double() / tokens[trained].sum()
+    chosen = values[trained]
+    mean = (weight * chosen).sum()
+    spread = (weight * (chosen - mean).square()).sum().sqrt()
+    return torch.where(kept, (values - mean) / spread, 0.0)

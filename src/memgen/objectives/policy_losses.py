@@ -229,7 +229,7 @@ def reinforce(batch: PolicyBatch, settings: PolicySettings) -> PolicyTerms:
 
 
 def reinforce_pp(batch: PolicyBatch, settings: PolicySettings) -> PolicyTerms:
-    """REINFORCE++ (arXiv:2501.03262): clipped; its advantages are normalised over the batch."""
+    """REINFORCE++ (arXiv:2501.03262): clipped; its advantages are normalised over the batch's tokens."""
     return clipped(batch.ratio, batch, settings, mean_over_step_tokens)
 
 

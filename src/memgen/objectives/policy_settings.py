@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +21,8 @@ class PolicySettings:
     the local batch's tokens. dr_grpo: sum over tokens by episodes x token limit (arXiv:2503.20783). gspo: one ratio
     per episode (2507.18071). cispo: the ratio is a capped constant weight on the log-probability (2506.13585). sapo:
     a soft gate instead of clipping (2511.20347). reinforce: reward times log-probability. reinforce_pp: clipped, with
-    advantages normalised over the batch (2501.03262). Or the import path of a function of your own, as `my_package.my_loss`:
+    advantages normalised over the batch's tokens (2501.03262); its KL, unlike that of verl's and OpenRLHF's, is not in the
+    rewards but a term of the loss, as with all others. Or the import path of a function of your own, as `my_package.my_loss`:
     see `memgen.objectives.policy_losses`."""
     clip_low: float = 0.2
     """The ratio is clipped below at 1 - this. In [0, 1]."""
@@ -42,7 +44,7 @@ class PolicySettings:
     does (reinforce nothing, reinforce_pp the batch's mean, all others the group's)."""
     advantage_scale: Literal["group", "batch", "none"] = "none"
     """Divides the advantage by the standard deviation of its group's rewards, of the batch's, or by nothing (the
-    paper's weaver, Dr. GRPO). reinforce_pp always normalises over the batch."""
+    paper's weaver, Dr. GRPO). reinforce_pp always normalises over the batch's tokens."""
     leave_one_out: bool = False
     """The group's mean leaves out the episode itself: no bias from its own reward (RLOO)."""
     kl: float = 0.0
@@ -126,7 +128,7 @@ class PolicySettings:
         for field in ("cispo_max", "sapo_tau_positive", "sapo_tau_negative", "correction_max"):
             need(getattr(self, field) > 0.0, field, "above 0")
         for field in ("kl", "entropy_bonus", "correction_min"):
-            need(getattr(self, field) >= 0.0, field, "0 or more")
+            need(0.0 <= getattr(self, field) < math.inf, field, "0 or more")
         need(self.correction_min <= self.correction_max, "correction_min", "at most correction_max")
         need(0.0 < self.top_entropy <= 1.0, "top_entropy", "in (0, 1]")
 

@@ -19,6 +19,7 @@ The surrogate is `policy_loss` of `memgen.objectives.policy_gradient`, with deci
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,8 +43,8 @@ class TriggerSettings:
     """For an even number of episodes: the average of the middle two rewards, or the lower of them."""
 
     def __post_init__(self) -> None:
-        if self.penalty < 0:
-            raise ValueError(f"penalty must be 0 or more, got {self.penalty}")
+        if not 0 <= self.penalty < math.inf:
+            raise ValueError(f"penalty must be 0 or more, got {self.penalty}; it must be finite")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from memgen.generation.decode import Intervention, generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
 from memgen.model.trigger import ConstantTrigger
+from memgen.seeds import episode_seeds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,5 +175,4 @@ def _batches(task: Task) -> Iterator[tuple[int, list[list[int]]]]:
 
 def _seeds(task: Task, begin: int, prompts: Sequence[Sequence[int]]) -> list[int]:
     """A seed for each item, so that its samples do not depend on the batch size."""
-    seeds: list[int] = episode_seeds(task.settings.seed, range(begin, begin + len(prompts)))
-    return seeds
+    return episode_seeds(task.settings.seed, range(begin, begin + len(prompts)))

@@ -102,6 +102,8 @@ def run_settings(
         "episodes": asdict(episodes),
         "environment": dict(environment or {}),
         "chat_template": data.chat_template,
+        # Only where there are some: records that were made before there were any go on.
+        **({"template_arguments": dict(data.template.arguments)} if data.template.arguments else {}),
         "precision": precision,
     }
 
@@ -139,9 +141,9 @@ class ItemRecorder(Recorder):
         return [Measured.from_record(row) for row in rows]
 
     @override
-    def play(self, actor: Actor, batch: EvalBatch, seeds: Sequence[int], *, keep_latents: bool) -> Rollouts:
+    def play(self, actor: Actor, batch: EvalBatch, seeds: Sequence[int]) -> Rollouts:
         """Plays the items of a batch and records them."""
-        rollouts = rollout(actor, batch.examples, seeds, keep_latents=keep_latents)
+        rollouts = rollout(actor, batch.examples, seeds)
         size = actor.generation.group_size
         seconds = (rollouts.seconds + rollouts.environment_seconds) / len(rollouts.trajectories)
         single = not isinstance(actor.environment, InteractiveEnvironment)

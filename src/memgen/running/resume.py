@@ -73,11 +73,21 @@ class Saved:
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint in a run's folder, or None."""
+    """The newest checkpoint in a run's folder, or None.
+
+    Raises:
+        FileNotFoundError: if the folder's last checkpoint is gone, and there is no other.
+    """
     link = run / RESUME / LAST
     if link.exists():
         return link.resolve()
     whole = sorted((run / RESUME).glob("step_*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if link.is_symlink():
+        if not whole:
+            raise FileNotFoundError(
+                f"{link} points to {link.readlink()}, which is gone: put it back, or remove the link to start anew"
+            )
+        logger.warning("%s points to %s, which is gone; going on from %s", link, link.readlink(), whole[-1])
     return whole[-1] if whole else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -16,7 +17,7 @@ from memgen.files import hold, point_to, release, timed_path
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.run_context import run_context
 from memgen.tracking.run_logger import log_best, log_checkpoint, run_loggers
-from memgen.training.checkpoint import save_checkpoint
+from memgen.training.checkpoint import CONFIG_FILE, save_checkpoint
 from memgen.training.stage import text_settings
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ class AdapterCheckpoint(Callback):
     Args:
         root: folder of this stage's runs.
         monitor: metric that chooses the best; None keeps only the last.
-        mode: whether a larger or a smaller value is better; of equal ones the later is kept.
+        mode: whether a larger or a smaller value is better; of equal ones the later is kept. One
+            that is not finite is never the best.
         with_trigger: whether the trigger is trained too.
     """
 
@@ -70,6 +72,13 @@ class AdapterCheckpoint(Callback):
         if folder is None or problem is not None:
             raise OSError(problem)
         self.run = Path(folder)
+        for name in ("last", "best") if not trainer.fast_dev_run else ():  # type: ignore[attr-defined]
+            taken = self.run / name
+            if taken.exists() and not (taken.is_dir() and _replaceable(taken)):
+                raise FileExistsError(
+                    f"{taken} exists and is no checkpoint (it has no {CONFIG_FILE}), so this run could not write its own; "
+                    "move it away, or give the run another folder"
+                )
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.run / RESUME).absolute())
@@ -105,16 +114,28 @@ class AdapterCheckpoint(Callback):
             release(self.run)
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning keeps the last value of a metric that a validation does not have (all of its episodes failed).
+        if self.monitor is not None:
+            trainer.callback_metrics.pop(self.monitor, None)
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._save(trainer, pl_module, "last")
-        value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
-        if value is None:
+        if self.monitor is None:
             return
-        better = self.best is None or (value >= self.best if self.mode == "max" else value <= self.best)
-        if better:
-            self.best = float(value)
+        value = float(trainer.callback_metrics.get(self.monitor, math.nan))
+        if not math.isfinite(value):
+            if trainer.is_global_zero:
+                logger.warning(
+                    "%s has no finite value at step %d, so these weights cannot be the best", self.monitor,
+                    trainer.global_step,
+                )  # fmt: skip
+            return
+        if self.best is None or (value >= self.best if self.mode == "max" else value <= self.best):
+            self.best = value
             self._save(trainer, pl_module, "best")
 
     @override
@@ -139,7 +160,8 @@ class AdapterCheckpoint(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        best = state_dict["best"]
+        self.best = None if best is None or not math.isfinite(best) else best
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         model, config = pl_module.memgen, pl_module.config
@@ -153,3 +175,8 @@ class AdapterCheckpoint(Callback):
             text = text_settings(model, data) if isinstance(data, EnvironmentData) else None
             save_checkpoint(model, config, self.run / name, with_trigger=self.with_trigger, text=text)
             point_to(self.run.parent / "latest", self.run)
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether a checkpoint may take the folder's place: it is one, or empty."""
+    return (folder / CONFIG_FILE).is_file() or not any(folder.iterdir())

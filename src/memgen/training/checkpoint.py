@@ -20,7 +20,7 @@ import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,8 @@ class TextSettings:
     """The template in Jinja that conversations are rendered with."""
     end_ids: tuple[int, ...]
     """Token ids that end an answer."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Values for the template's variables."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,10 @@ def defaults_of(directory: Path, *, with_trigger: bool, with_data: bool) -> dict
         node = reduce(lambda inner, part: inner.setdefault(part, {}), parts, found["model"]["memgen"])
         node[leaf] = _value(recorded, key)
     text = read_text_settings(directory)
-    if with_data and text is not None and text.chat_template == CHATML:
-        found["data"] = {"chat_template": "chatml"}
+    if with_data and text is not None:
+        found["data"] = {"template_arguments": text.template_arguments} if text.template_arguments else {}
+        if text.chat_template == CHATML:
+            found["data"]["chat_template"] = "chatml"
     return found
 
 
@@ -282,7 +286,7 @@ def compare(
     if model.config is None:
         return
     ours = json.loads(json.dumps(asdict(model.config)))
-    fixed = FIXED_KEYS
+    fixed: tuple[str, ...] = FIXED_KEYS
     if with_trigger and parse(TriggerConfig, config["trigger"]).learned:
         fixed += FIXED_TRIGGER_KEYS if ours["trigger"]["kind"] == "tokens" else FIXED_TRIGGER_KEYS[:2]
     if wrong := _differences(config, ours, fixed):
@@ -295,6 +299,8 @@ def compare(
     if text is not None and before is not None:
         if before["chat_template"] != text.chat_template:
             chosen.append("data.chat_template is another one")
+        elif (arguments := before.get("template_arguments", {})) != text.template_arguments:
+            chosen.append(f"data.template_arguments {text.template_arguments} (trained: {arguments})")
         elif tuple(before["end_ids"]) != text.end_ids:
             chosen.append(f"answers end at tokens {list(text.end_ids)} (trained: {before['end_ids']})")
     kinds = trained_kinds(recorded)

@@ -41,7 +41,7 @@ class Recorder(ABC):
         """Measurements of the items of a batch that are recorded."""
 
     @abstractmethod
-    def play(self, actor: Actor, batch: EvalBatch, seeds: Sequence[int], *, keep_latents: bool) -> Rollouts:
+    def play(self, actor: Actor, batch: EvalBatch, seeds: Sequence[int]) -> Rollouts:
         """Plays the items of a batch and records them."""
 
 
@@ -63,21 +63,21 @@ class Evaluation(nn.Module):
         self.recorder: Recorder | None = None
         """Records a test item by item; recorded items are not played again."""
 
-    def play(self, actor: Actor, batch: EvalBatch, *, keep_latents: bool = False) -> Rollouts:
+    def play(self, actor: Actor, batch: EvalBatch) -> Rollouts:
         """Plays the items of a batch. An item's samples depend on the item alone, not on its batch."""
         settings = actor.generation
         seeds = episode_seeds(settings.seed, batch.indices, settings.group_size)
         if self.recorder is not None:
-            return self.recorder.play(actor, batch, seeds, keep_latents=keep_latents)
-        return rollout(actor, batch.examples, seeds, keep_latents=keep_latents)
+            return self.recorder.play(actor, batch, seeds)
+        return rollout(actor, batch.examples, seeds)
 
     def update(self, actor: Actor, batch: EvalBatch) -> None:
         """Plays the items of a batch and adds them to the metrics, the table and the samples."""
         if self.recorder is not None:
             self.metrics.update(self.recorder.recorded(batch))
             batch = self.recorder.remaining(batch)
-            if not batch.examples:
-                return
+        if not batch.examples:
+            return
         begin = time.time_ns()
         trajectories = self.play(actor, batch).trajectories
         self.metrics.update(trajectories)
@@ -103,6 +103,8 @@ class Evaluation(nn.Module):
 
     def records(self, actor: Actor, batch: EvalBatch) -> list[dict[str, Any]]:
         """Plays the items of a batch. One record per episode, for `memgen predict`."""
+        if not batch.examples:
+            return []
         group = actor.generation.group_size
         records = []
         for index, trajectory in enumerate(self.play(actor, batch).trajectories):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,10 +29,14 @@ class OptimizerSettings:
     """Share of all steps with a linearly rising rate."""
     final_lr_ratio: float = 0.0
     """Share of the peak rate that is left at the end of the cosine."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """What happens where a loss or a gradient is NaN or infinite: the run ends, or the optimizer step is skipped."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"optimizer.lr must be above 0, got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"optimizer.lr must be above 0, got {self.lr}; it must be finite")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optimizer.weight_decay must be 0 or more and finite, got {self.weight_decay}")
         if not 0.0 <= self.warmup_ratio < 1.0:
             raise ValueError(f"optimizer.warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
         if not 0.0 <= self.final_lr_ratio <= 1.0:

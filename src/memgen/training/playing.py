@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,6 @@ from memgen.data import Item, PromptBatch, PromptIndex
 from memgen.distributed.collectives import of_all_ranks, rank
 from memgen.environments.base import Example
 from memgen.generation.rollout import Actor, Rollouts, rollout
-from memgen.objectives.advantages import EQUAL_REWARDS
 from memgen.seeds import seed_of
 from memgen.types import Trajectory
 
@@ -69,10 +68,11 @@ def play(
     items: Sequence[Item],
     seed: int,
     dynamic_sampling: int,
+    dead: Callable[[Sequence[Trajectory]], Bool[Tensor, " episodes"]],
     *,
     keep_latents: bool,
 ) -> tuple[Rollouts, list[Example]]:
-    """Plays a group of episodes of each item, and of other items in place of groups with equal rewards.
+    """Plays a group of episodes of each item, and of other items in place of dead groups. All ranks must call it.
 
     Args:
         actor: plays the episodes.
@@ -80,6 +80,8 @@ def play(
         items: all training items, to replace some.
         seed: of the episodes.
         dynamic_sampling: most rounds of replacement; 0: none.
+        dead: given this rank's episodes, which episodes of all ranks belong to a group that teaches nothing, by the
+            rewards that training uses. It is called on all ranks together.
         keep_latents: whether to return the inserted latents.
 
     Returns:
@@ -90,19 +92,19 @@ def play(
     examples = list(batch.examples)
     size = actor.generation.group_size
     for number in range(1, dynamic_sampling + 1):
-        dead = [
-            group
-            for group in range(len(examples))
-            if _equal(rollouts.trajectories[group * size : (group + 1) * size])
-        ]
-        if not dead:
+        everywhere = dead(rollouts.trajectories)
+        if not bool(everywhere.any()):
             break
+        begin = rank() * len(rollouts.trajectories)
+        groups = [group for group in range(len(examples)) if everywhere[begin + group * size]]
+        if not groups:
+            continue
         random = np.random.default_rng((seed, place.epoch, place.rollout, rank(), number))
-        indices = random.choice(len(items), len(dead), replace=len(items) < len(dead)).tolist()
+        indices = random.choice(len(items), len(groups), replace=len(items) < len(groups)).tolist()
         fresh = [items[index].example for index in indices]
         more = _episodes(actor, fresh, indices, seed, place, number, keep_latents=keep_latents)
-        rollouts = _replaced(rollouts, more, dead, size)
-        for group, example in zip(dead, fresh, strict=True):
+        rollouts = _replaced(rollouts, more, groups, size)
+        for group, example in zip(groups, fresh, strict=True):
             examples[group] = example
     return rollouts, examples
 
@@ -123,11 +125,6 @@ def _episodes(
         for member in range(actor.generation.group_size)
     ]
     return rollout(actor, examples, seeds, keep_latents=keep_latents)
-
-
-def _equal(trajectories: Sequence[Trajectory]) -> bool:
-    rewards = [t.reward for t in trajectories if t.fault is None]
-    return len(rewards) < 2 or max(rewards) - min(rewards) <= EQUAL_REWARDS * max(map(abs, rewards))
 
 
 def _replaced(rollouts: Rollouts, more: Rollouts, groups: Sequence[int], size: int) -> Rollouts:

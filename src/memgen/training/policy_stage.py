@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from memgen.data import PromptBatch
-from memgen.distributed.collectives import objects_of_all_ranks, over_ranks, rank, world_size
+from memgen.distributed.collectives import objects_of_all_ranks, of_all_ranks, over_ranks, rank, world_size
 from memgen.distributed.zero import whole_weights
 from memgen.environments.base import Example
 from memgen.generation.rollout import Actor, EpisodeSettings, Replay
@@ -45,7 +45,7 @@ from memgen.training.micro_batches import (
 from memgen.training.optimizer import OptimizerSettings
 from memgen.training.playing import Episodes, local_groups, play
 from memgen.training.policy_signals import UpdateSpeed, gradient_norm, rollout_metrics, update_metrics
-from memgen.training.stage import Stage, zero_loss
+from memgen.training.stage import Stage, require_context, zero_loss
 from memgen.types import Trajectory
 
 # E episodes, N trained units (tokens, or decisions) of an episode
@@ -141,6 +141,12 @@ class PolicyStage(Stage):
         """The rewards to train on, of all ranks' episodes; default: the environment's."""
         return Shaping(episodes.rewards)
 
+    @override
+    def check_context(self, stage: str) -> None:
+        super().check_context(stage)
+        if stage == "fit":
+            require_context(self.memgen, self.data, "train", self.rollout.max_new_tokens, "rollout")
+
     # Training
 
     @property
@@ -180,21 +186,29 @@ class PolicyStage(Stage):
             self.data.items["train"],
             self.seed,
             self.update.dynamic_sampling,
+            lambda played: self._judge(played)[1].dead,
             keep_latents=self._is_logged(self.update.optimizer_steps),
         )
         trajectories = rollouts.trajectories
-        episodes = Episodes.gather(trajectories, self.rollout.group_size)
-        shaping = self.shape(episodes)
-        advantages = group_advantages(shaping.rewards, episodes.group, self.policy, episodes.valid)
+        shaping, advantages = self._judge(trajectories)
         micro_batches = self._with_earlier_policies(self._split(trajectories, advantages))
-        dead = group_advantages(episodes.rewards, episodes.group, PolicySettings(), episodes.valid).dead_share
-        metrics = (
-            rollout_metrics(rollouts, self.memgen) | {"rollout/dead_groups": dead} | dict(shaping.metrics)
-        )
+        metrics = rollout_metrics(rollouts, self.memgen) | dict(shaping.metrics)
+        metrics["rollout/dead_groups"] = advantages.dead_share
         self._log_rollout(metrics, teaches=bool(advantages.values.any()))
         self._log_samples(examples, trajectories)
         self.rollouts += 1
         return RolloutBuffer(batch.place, micro_batches)
+
+    def _judge(self, trajectories: Sequence[Trajectory]) -> tuple[Shaping, Advantages]:
+        """The rewards to train on and the advantages of all ranks' episodes. All ranks must call it."""
+        episodes = Episodes.gather(trajectories, self.rollout.group_size)
+        shaping = self.shape(episodes)
+        units = of_all_ranks(torch.tensor(self._units(trajectories)))
+        return shaping, group_advantages(shaping.rewards, episodes.group, self.policy, episodes.valid, units)
+
+    def _units(self, trajectories: Sequence[Trajectory]) -> list[int]:
+        """Trained units of each episode, 0 of one that is left out."""
+        return [0 if self._left_out(trajectory) else self.units(trajectory) for trajectory in trajectories]
 
     def _split(self, trajectories: Sequence[Trajectory], advantages: Advantages) -> list[MicroBatch]:
         count = len(trajectories)
@@ -203,7 +217,7 @@ class PolicyStage(Stage):
             trajectories,
             local_groups(count, self.rollout.group_size),
             advantages.values[begin : begin + count],
-            [0 if self._left_out(trajectory) else self.units(trajectory) for trajectory in trajectories],
+            self._units(trajectories),
             self.update,
             self.trainer.accumulate_grad_batches,
             self.max_units(),

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from memgen.chat import CHATML, end_of_turn_id, load_tokenizer
+from memgen.chat import end_of_turn_id, load_tokenizer, template_text
 from memgen.data import EnvironmentData, EvalBatch
+from memgen.data.items import MAX_LENGTH
 from memgen.distributed.zero import require_whole
+from memgen.environments.base import Split
 from memgen.generation.rollout import Actor, EpisodeSettings
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel
@@ -33,6 +35,7 @@ from memgen.training.checkpoint import (
     trained_kinds,
 )
 from memgen.training.evaluation import Evaluation
+from memgen.training.finite import FiniteNumbers
 from memgen.training.optimizer import OptimizerSettings
 
 logger = logging.getLogger(__name__)
@@ -95,8 +98,30 @@ class Stage(LightningModule, ABC):
             self.memgen = build_model(self.config, data, data.resolve_asset, self.init_from)
             if stage == "fit":
                 self.check_start()
+            self.check_context(stage)
         self.memgen.train_only(self.component)
         self.memgen.use_checkpointing(self.recompute)
+
+    def check_context(self, stage: str) -> None:
+        """Refuses items and answers that cannot fit into the reasoner's context.
+
+        Args:
+            stage: as in `setup`.
+
+        Raises:
+            ValueError: naming the setting to change.
+        """
+        if stage == "fit":
+            require_context(self.memgen, self.data, "train", None)
+            if self.trainer.limit_val_batches:
+                require_context(self.memgen, self.data, "val", self.generation.max_new_tokens)
+        else:
+            split: Split = "val" if stage == "validate" else "test"
+            require_context(self.memgen, self.data, split, self.generation.max_new_tokens)
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        return [FiniteNumbers(self.optimizer_settings.not_finite)]
 
     def check_start(self) -> None:
         """Called once before training, with the model built and its checkpoint loaded; may refuse to train."""
@@ -243,6 +268,54 @@ def stage_data(stage: LightningModule, learn_from: str | None = None) -> Environ
     return module
 
 
+def require_context(
+    model: MemGenModel,
+    data: EnvironmentData,
+    split: Split,
+    new_tokens: int | None,
+    setting: str = "generation",
+) -> None:
+    """Refuses a split whose conversations, or prompts with their answers, cannot fit into the reasoner's context.
+
+    Args:
+        model: the model.
+        data: set up for the split.
+        split: the split.
+        new_tokens: an answer's `max_new_tokens`; None: nothing is sampled.
+        setting: the section of that number, for the message.
+
+    Raises:
+        ValueError: naming the setting to change.
+    """
+    context = model.reasoner.backbone.context_length
+    if context is None:
+        return
+    # The default may be beyond a small model's context; its items decide then.
+    if data.item_settings.max_length > max(context, MAX_LENGTH):
+        raise ValueError(
+            f"data.max_length is {data.item_settings.max_length}, but the reasoner's context is {context}; lower it"
+        )
+    weaver, cap = model.weaver.config, model.boundaries.config.max_inference_insertions
+    items = data.items.get(split, [])
+    longest = max((len(i.conversation.ids) for i in items if i.conversation is not None), default=0)
+    latents = weaver.prompt_latents + min(cap, longest) * weaver.inference_latents
+    if longest + latents > context:
+        raise ValueError(
+            f"a {split} item of {longest} tokens with up to {latents} latents is longer than the reasoner's context of "
+            f"{context}; set data.max_length to {context - latents}"
+        )
+    if new_tokens is None:
+        return
+    prompt = max((item.prompt_tokens for item in items), default=0)
+    latents = weaver.prompt_latents + min(cap, new_tokens) * weaver.inference_latents
+    if max(1, prompt) + latents + new_tokens > context:
+        shown = f"a {split} prompt of {prompt} tokens" if prompt else f"a {split} prompt"
+        raise ValueError(
+            f"{shown} with up to {latents} latents leaves no room for {setting}.max_new_tokens {new_tokens} in the "
+            f"reasoner's context of {context}; lower it, or data.max_prompt_length"
+        )
+
+
 def build_model(
     config: MemGenConfig, data: EnvironmentData, resolve_asset: Callable[[str], str], init_from: str | None
 ) -> MemGenModel:
@@ -265,10 +338,11 @@ def build_model(
 
 def text_settings(model: MemGenModel, data: EnvironmentData) -> TextSettings:
     """How text becomes tokens around a stage's model."""
-    template = data.template or data.tokenizer_object.chat_template or CHATML
-    # Some tokenizers have several templates by name.
-    text = template if isinstance(template, str) else str(template.get("default", template))
-    return TextSettings(chat_template=text, end_ids=model.reasoner.end_ids)
+    return TextSettings(
+        chat_template=template_text(data.tokenizer_object, data.template),
+        end_ids=model.reasoner.end_ids,
+        template_arguments=dict(data.template.arguments),
+    )
 
 
 def zero_loss(parameters: Iterable[nn.Parameter]) -> Tensor:

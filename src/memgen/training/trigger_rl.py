@@ -168,5 +168,6 @@ class TriggerRL(PolicyStage):
         means = self.finish_validation()
         # What is best by rewards alone would pay any number of insertions for one item more. Training's own penalty would
         # refuse those that success needs: greedy answers do not show which these are.
-        cost = INSERTION_COST * means["insertions_per_answer"]
-        self.log("val/net_reward", means["reward"] - cost, sync_dist=True)
+        if "reward" in means:  # Not if every episode failed in the environment.
+            cost = INSERTION_COST * means["insertions_per_answer"]
+            self.log("val/net_reward", means["reward"] - cost, sync_dist=True)

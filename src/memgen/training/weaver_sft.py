@@ -8,6 +8,7 @@ by the tokens of the whole optimizer step over all micro-batches and ranks; (3) 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import Any, final
 
@@ -17,6 +18,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from memgen.data import EvalBatch, SFTBatch
+from memgen.distributed.collectives import over_ranks
 from memgen.generation.rollout import EpisodeSettings
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel, Woven
@@ -61,8 +63,8 @@ class WeaverSFT(Stage):
         super().__init__(memgen, optimizer, generation, episodes, init_from, checkpointing)
         self.curriculum = curriculum
         self.seed = seed
-        self.train_loss = MeanMetric()
-        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
+        # A NaN stays one in the mean, which otherwise leaves it out ("disable" would ignore the weights).
+        self.val_loss, self.val_accuracy = MeanMetric(nan_strategy=math.nan), MeanMetric()
         self._clock = 0.0
 
     @property
@@ -108,9 +110,7 @@ class WeaverSFT(Stage):
         return self.memgen.boundaries.plan(batch.tokens, choose)
 
     def _log_step(self, batch: SFTBatch, logprobs: Tensor, woven: Woven) -> None:
-        count = logprobs.shape[0]
-        self.train_loss(-logprobs.mean(), weight=count)
-        self.log("train/loss", self.train_loss, prog_bar=True, on_step=True, on_epoch=False)
+        self.log("train/loss", _mean_over_ranks(-logprobs), prog_bar=True)
         now = time.perf_counter()
         if self._clock:
             rate = int(batch.tokens.lengths.sum()) * self.trainer.world_size / (now - self._clock)
@@ -119,8 +119,8 @@ class WeaverSFT(Stage):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             targets = batch.tokens.ids[:, 1:][batch.tokens.supervised[:, 1:]]
-            hits = self.memgen.reasoner.predictions(woven.hidden.detach()) == targets
-            self.log("train/token_accuracy", hits.float().mean(), prog_bar=True)
+            hits = self.memgen.reasoner.predictions(woven.hidden.detach()) == targets.to(self.device)
+            self.log("train/token_accuracy", _mean_over_ranks(hits), prog_bar=True)
             self.log_dict(_latent_metrics(self.memgen, woven))
 
     @override
@@ -132,16 +132,19 @@ class WeaverSFT(Stage):
 
     @override
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        assert batch.sft is not None, "validation items come with their reference answers"
-        tokens = batch.sft.tokens
-        logprobs, woven = self.memgen.label_logprobs(tokens, self.memgen.boundaries.plan(tokens))
-        targets = tokens.ids[:, 1:][tokens.supervised[:, 1:]]
-        hits = (self.memgen.reasoner.predictions(woven.hidden) == targets).float()
-        self.val_loss.update(-logprobs.mean(), weight=len(targets))
-        self.val_accuracy.update(hits.mean(), weight=len(targets))
+        if batch.sft is not None:
+            self._score_references(batch.sft)
         self.log("val/loss", self.val_loss, prog_bar=True, on_epoch=True)
         self.log("val/token_accuracy", self.val_accuracy, on_epoch=True)
         self.evaluation.update(self.actor_with(self.generation), batch)
+
+    def _score_references(self, batch: SFTBatch) -> None:
+        tokens = batch.tokens
+        logprobs, woven = self.memgen.label_logprobs(tokens, self.memgen.boundaries.plan(tokens))
+        targets = tokens.ids[:, 1:][tokens.supervised[:, 1:]]
+        hits = (self.memgen.reasoner.predictions(woven.hidden) == targets.to(self.device)).float()
+        self.val_loss.update(-logprobs.mean(), weight=len(targets))
+        self.val_accuracy.update(hits.mean(), weight=len(targets))
 
     @override
     def on_test_start(self) -> None:
@@ -159,6 +162,13 @@ class WeaverSFT(Stage):
     def on_validation_epoch_end(self) -> None:
         self.finish_validation()
         self._clock = 0.0
+
+
+def _mean_over_ranks(values: Tensor) -> float:
+    """The mean over the tokens of all ranks. All ranks must call it."""
+    own = torch.stack([values.double().sum().cpu(), torch.tensor(float(len(values)), dtype=torch.float64)])
+    total, count = over_ranks(own, "sum").tolist()
+    return float(total / max(1.0, count))
 
 
 @torch.no_grad()

@@ -1,17 +1,19 @@
 """From an answer to code that runs, and from runs to rewards.
 
-The code of an answer is the last ```` ```python ```` block, complete or truncated (```` ```py ````, ```` ```python3 ````
-and blocks without a language count too), that defines the wanted function; if none defines it, the last block; without
-any block, the whole answer. So usage examples after a solution do no harm. The released code joins all blocks instead,
-keeps only imports and definitions (constants get lost), and renames the first `def` in the text to the wanted name,
-which may be a helper, and breaks recursion; here the code runs unchanged, and if the wanted name is not defined, the
-function that was probably meant gets it as an alias (`with_name`).
+The code of an answer is a fenced block (```` ``` ````, longer, or `~~~`; also in a list, indented, with its closing fence
+glued to the last line, or truncated) whose language is Python or not named: the last one that defines the wanted function; if
+none does, the last one with a top-level definition; if none has, the last one; without any block, the whole answer. So usage
+examples after a solution do no harm. The released code joins all blocks instead, keeps only imports and definitions
+(constants get lost), and renames the first `def` in the text to the wanted name, which may be a helper, and breaks
+recursion; here the code runs unchanged, and if the wanted name is not defined, the function that was probably meant gets it
+as an alias (`with_name`).
 """
 
 from __future__ import annotations
 
 import ast
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 
@@ -26,28 +28,127 @@ from memgen.environments.code.execution import (
 )
 from memgen.environments.code.sandbox import Bubblewrap
 
-_FENCE = re.compile(
-    r"^[ \t]*```[ \t]*(?P<language>[\w+.-]*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.M | re.S
+_LONGEST_ANSWER = 1 << 19
+"""Characters of an answer; a longer one has no code, so that reading it cannot take long."""
+
+_OPENING = re.compile(
+    r"(?P<before>[ \t]*(?:(?:[-*+]|\d{1,3}[.)])[ \t]+)*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[^\s`]*)(?P<rest>[^\n]*)"
 )
-_PYTHON = ("", "py", "python", "python3")
+_PYTHON = re.compile(r"(?:i?py(?:thon)?[\d.]*)?", re.IGNORECASE)
+_QUOTES = re.compile(r"""#[^\n]*|\\.|"{3}|'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'""")
+_IMPORT = re.compile(r"^[ \t]*(?:import|from)[ \t]", re.MULTILINE)
+_DEFINITION = re.compile(r"^(?:async[ \t]+)?(?:def|class)[ \t]+(?!test|Test|main\b)\w", re.MULTILINE)
 
 
 def extract_code(answer: str, defines: str | None = None) -> str:
     """The code of an answer; the module's docstring says which block it is.
 
     Args:
-        answer: a completion.
+        answer: a completion; of more than half a million characters it has no code.
         defines: name of the wanted function, if known.
     """
-    blocks = [m["code"] for m in _FENCE.finditer(answer) if m["language"].lower() in _PYTHON]
+    if len(answer) > _LONGEST_ANSWER:
+        return ""
+    answer = answer.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    blocks = _blocks(answer)
     if not blocks:
         return answer
+    wanted = [_DEFINITION]
     if defines is not None:
-        wanted = re.compile(
-            rf"^(?:async[ \t]+)?(?:def|class)[ \t]+{re.escape(defines)}\b|^{re.escape(defines)}[ \t]*=", re.M
-        )
-        blocks = [block for block in blocks if wanted.search(block)] or blocks
+        name = re.escape(defines)
+        wanted.insert(0, re.compile(rf"^(?:async[ \t]+)?(?:def|class)[ \t]+{name}\b|^{name}[ \t]*[:=]", re.M))
+    for pattern in wanted:
+        if defining := [block for block in blocks if pattern.search(block)]:
+            return defining[-1]
     return blocks[-1]
+
+
+def _blocks(answer: str) -> list[str]:
+    """The fenced blocks in Python, or in no language that is named.
+
+    A fence inside a string in triple quotes is a part of the code, unless that string never ends.
+    """
+    lines = answer.split("\n")
+    found = _scan(lines, strings=True)
+    return _scan(lines, strings=False) or [] if found is None else found
+
+
+def _scan(lines: Sequence[str], strings: bool) -> list[str] | None:
+    """The blocks; None if a string in triple quotes that holds a fence never ends."""
+    blocks: list[str] = []
+    block: list[str] = []
+    opening: re.Match[str] | None = None
+    quote, hidden_fence = "", False
+    for line in lines:
+        found = _OPENING.fullmatch(line)
+        if opening is None:
+            if found is not None and not _is_inline(found, blocks):
+                opening, block, quote, hidden_fence = found, [], "", False
+            continue
+        before = _before_fence(line, opening["fence"])
+        if before is not None and strings and _quote_after(before, quote):
+            hidden_fence = True
+        elif before is not None and not before.lstrip().startswith("#"):
+            _keep(blocks, opening, [*block, before] if before.strip() else block)
+            opening = None
+            continue
+        elif found is not None and not quote and found["fence"] == opening["fence"] and found["language"]:
+            _keep(blocks, opening, block)  # The last block was not closed.
+            opening, block = found, []
+            continue
+        block.append(line)
+        quote = _quote_after(line, quote) if strings else ""
+    if opening is not None:
+        if quote and hidden_fence:
+            return None
+        _keep(blocks, opening, block)
+    return blocks
+
+
+def _before_fence(line: str, fence: str) -> str | None:
+    """What stands before the closing fence at the end of a line, or None if there is none."""
+    line = line.rstrip()
+    before = line.rstrip(fence[0])
+    return before if len(line) - len(before) >= len(fence) else None
+
+
+def _is_inline(found: re.Match[str], blocks: list[str]) -> bool:
+    """Whether a line opens and closes its block, which is kept if there is code in it."""
+    if "`" not in found["rest"] and "`" not in found["language"]:
+        return False
+    code = f"{found['language']}{found['rest']}".rstrip().rstrip("`")
+    blocks.append(re.sub(r"^(?:python3?|py)\s+", "", code) + "\n")
+    return True
+
+
+def _keep(blocks: list[str], opening: re.Match[str], lines: Sequence[str]) -> None:
+    if opening["language"].lower() in ("markdown", "md"):
+        blocks += _blocks("\n".join(lines))
+    if not _PYTHON.fullmatch(opening["language"].strip("{}.,:")):
+        return
+    indent = len(opening["before"])
+    if indent:
+        lines = [line[min(indent, len(line) - len(line.lstrip())) :] for line in lines]
+    text = "\n".join(lines)
+    first = next((line for line in lines if line.strip()), "")
+    blocks.append((textwrap.dedent(text) if first[:1].isspace() else text) + ("\n" if lines else ""))
+
+
+def _quote_after(line: str, quote: str) -> str:
+    """The triple quotes of the string that is open behind a line, given what is open before it; empty: none."""
+    position = 0
+    while True:
+        if quote:
+            end = line.find(quote, position)
+            if end < 0:
+                return quote
+            position, quote = end + 3, ""
+        token = _QUOTES.search(line, position)
+        if token is None:
+            return ""
+        position = token.end()
+        if token[0] in ('"' * 3, "'" * 3):
+            quote = token[0]
 
 
 def parsed(code: str) -> ast.Module | None:
@@ -115,6 +216,22 @@ def _top_level(body: Sequence[ast.stmt]) -> list[ast.stmt]:
             node = ast.ClassDef(node.name, [], [], [ast.Pass()], [])
         kept.append(node)
     return kept
+
+
+def imported_modules(*texts: str) -> set[str]:
+    """Top-level names of the modules that code needs: imports in a `try` can fail."""
+    found: set[str] = set()
+    texts = tuple(text for text in texts if _IMPORT.search(text))
+    pending: list[ast.AST] = [tree for text in texts if (tree := parsed(text)) is not None]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+        elif not isinstance(node, ast.Try):
+            pending += ast.iter_child_nodes(node)
+    return found
 
 
 def make_executor(

@@ -4,7 +4,7 @@ The prompt is the benchmark's "instruct" form (a description and the first lines
 with a docstring, to be continued). As in the benchmark's own harness, an answer in the instruct form is run after the
 task's first lines, so a forgotten import does not count as a wrong answer (`calibrated`). The paper's split (912 for
 training, 228 for testing) is not published; it is made here by the hash of a seed and the task's id. A task is left out,
-and counted in the log, if it needs a library that is neither in the standard library nor among `packages`.
+and counted in the log, if it or its tests need a library that is neither in the standard library nor among `packages`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal, final
 from typing_extensions import override
 
 from memgen.environments.base import Example
-from memgen.environments.code.answers import extract_code, make_executor, parsed
+from memgen.environments.code.answers import extract_code, imported_modules, make_executor, parsed
 from memgen.environments.code.environment import CodeEnvironment
 from memgen.environments.code.execution import Isolation, Program, RunLimits
 from memgen.environments.questions import Questions, seeded_key
@@ -127,9 +127,13 @@ class BigCodeBench(CodeEnvironment):
         return Program(solution=code, tests=example.meta["test"], style="unittest")
 
     def _example(self, record: Record, identifier: str) -> Example | str:
-        missing = ", ".join(sorted(_libraries(record) - self._libraries))
+        missing = _libraries(record) - self._libraries
+        if not missing:  # What the list of libraries does not name: the tests' own.
+            solution = f"{record.value('code_prompt')}{record.value('canonical_solution')}"
+            missing = imported_modules(solution, record.text("test")) - self._libraries
         if missing:
-            return f"{record.where} needs libraries that the sandbox does not have ({missing}); name them in packages"
+            names = ", ".join(sorted(missing))
+            return f"{record.where} needs libraries that the sandbox does not have ({names}); name them in packages"
         texts = {key: record.text(key) for key in ("task_id", "test", "entry_point")}
         for column in ("code_prompt", "complete_prompt", "canonical_solution"):
             record.text(column)

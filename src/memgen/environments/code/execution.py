@@ -50,6 +50,8 @@ class RunLimits:
     """Seconds from start to end; then all its processes are killed."""
     memory_mb: int = 2048
     """Address space of each process."""
+    total_memory_mb: int = 4096
+    """Memory in use by all processes of the run together, looked at four times a second; a run with more is stopped."""
     processes: int = 32
     """Processes and threads at a time."""
     file_mb: int = 16
@@ -98,8 +100,8 @@ class Execution:
     """Result of running a program.
 
     Attributes:
-        outcomes: "passed", "skipped" or "failed: " with the end of a traceback, by name of the test. Empty if the run
-            gave no report.
+        outcomes: "passed", "skipped" or "failed", by name of the test. Empty if the run gave no report.
+        details: ends of tracebacks by name of the test, as the run's process wrote them.
         error: why there is no verdict although the code ran (it did not import, or exited early), or None.
         timed_out: whether it was stopped for its wall time.
         flooded: whether it was stopped because it printed too much.
@@ -107,6 +109,7 @@ class Execution:
     """
 
     outcomes: Mapping[str, str] = field(default_factory=dict)
+    details: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
     timed_out: bool = False
     flooded: bool = False
@@ -267,30 +270,28 @@ def _attempt(launch: Launch, program: Program, limits: RunLimits, last: bool = F
     """
     nonce = secrets.token_hex(16)
     task = {
-        "nonce": nonce,
         "uid": launch.uid,
         "limits": limits.rlimits(launch.processes),
         "style": program.style,
         "solution": program.solution,
         "tests": program.tests,
     }
+    text = json.dumps(task).encode()
     start = time.monotonic()
-    # A file without a name: it does not block when full as a pipe does, and no other process can open it.
-    with tempfile.TemporaryFile() as source:
-        source.write(json.dumps(task).encode())
-        source.seek(0)
-        process = subprocess.Popen(
-            list(launch.command),
-            stdin=source,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=dict(launch.environment),
-            cwd=launch.folder,
-            pass_fds=launch.inherited,
-            start_new_session=True,
-        )
+    # A pipe, so that nothing is left to read when it was read once and the solution runs.
+    process = subprocess.Popen(
+        list(launch.command),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=dict(launch.environment),
+        cwd=launch.folder,
+        pass_fds=launch.inherited,
+        start_new_session=True,
+    )
+    sent = b"%16d%s%s" % (len(text), text, nonce.encode())
     try:
-        watched = _watch(process, start + limits.wall_s, limits.output_kb << 10)
+        watched = _watch(process, sent, start + limits.wall_s, limits)
     finally:
         _kill(process)
     seconds = time.monotonic() - start
@@ -298,7 +299,7 @@ def _attempt(launch: Launch, program: Program, limits: RunLimits, last: bool = F
         raise _SignalledError
     if watched.stopped is not None and watched.report.startswith(BEGUN):
         return Execution(
-            error="stopped",
+            error=f"stopped for its {watched.stopped}",
             timed_out=watched.stopped == "time",
             flooded=watched.stopped == "output",
             seconds=seconds,
@@ -310,29 +311,46 @@ def _attempt(launch: Launch, program: Program, limits: RunLimits, last: bool = F
 class _Watched:
     report: bytes
     output: bytes
-    stopped: Literal["time", "output"] | None
+    stopped: Literal["time", "output", "memory"] | None
 
 
-def _watch(process: subprocess.Popen[bytes], deadline: float, output_limit: int) -> _Watched:
-    """Reads both pipes until the report is complete, the process has ended, or a limit is reached."""
+def _watch(process: subprocess.Popen[bytes], sent: bytes, deadline: float, limits: RunLimits) -> _Watched:
+    """Sends the task and reads both pipes until the report is complete, the process has ended, or a limit is reached."""
+    assert process.stdin is not None, "stdin is a pipe"
     assert process.stdout is not None, "stdout is a pipe"
     assert process.stderr is not None, "stderr is a pipe"
+    output_limit = limits.output_kb << 10
     texts: dict[int, bytearray] = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
     report, output = texts.values()
     with selectors.DefaultSelector() as selector:
-        for pipe in (process.stdout, process.stderr):
+        for pipe in (process.stdin, process.stdout, process.stderr):
             os.set_blocking(pipe.fileno(), False)
+        task = process.stdin.fileno()
+        selector.register(task, selectors.EVENT_WRITE)
+        for pipe in (process.stdout, process.stderr):
             selector.register(pipe.fileno(), selectors.EVENT_READ)
-        stopped: Literal["time", "output"] | None = None
+        stopped: Literal["time", "output", "memory"] | None = None
+        looked = time.monotonic()
         while stopped is None and selector.get_map() and report.count(b"\n") < 2:
-            left = deadline - time.monotonic()
+            now = time.monotonic()
+            left = deadline - now
             if left <= 0:
                 stopped = "time"
+            if now - looked > 0.25:
+                looked = now
+                if _memory_of(process.pid) > limits.total_memory_mb << 20:
+                    stopped = "memory"
             # A process that outlives the harness may keep the pipes open, so this does not wait for end-of-file.
             ready = selector.select(timeout=max(0.0, min(left, 0.25)))
             if not ready and process.poll() is not None:
                 break
             for key, _ in ready:
+                if key.fd == task and not process.stdin.closed:
+                    sent = _send(process.stdin, sent)
+                    if not sent:
+                        selector.unregister(key.fd)
+                        process.stdin.close()
+                    continue
                 chunk = os.read(key.fd, 1 << 16)
                 if not chunk:
                     selector.unregister(key.fd)
@@ -345,6 +363,28 @@ def _watch(process: subprocess.Popen[bytes], deadline: float, output_limit: int)
         if len(output) > output_limit:
             stopped = "output"
     return _Watched(bytes(report), bytes(output), stopped)
+
+
+def _send(pipe: IO[bytes], data: bytes) -> bytes:
+    """Writes what fits; returns the rest, none if nobody reads any more."""
+    try:
+        return data[os.write(pipe.fileno(), data) :]
+    except BlockingIOError:
+        return data
+    except BrokenPipeError:
+        return b""
+
+
+def _memory_of(root: int) -> int:
+    """Bytes of memory that a process and its descendants have in use; shared pages count for each."""
+    total, pending = 0, [root]
+    while pending:
+        folder = Path("/proc", str(pending.pop()))
+        with contextlib.suppress(OSError, ValueError):  # It ended meanwhile.
+            for children in folder.glob("task/*/children"):
+                pending += map(int, children.read_text().split())
+            total += int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return total
 
 
 def _more(pipe: IO[bytes], text: bytearray) -> bool:
@@ -362,9 +402,10 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.wait()
-    for pipe in (process.stdout, process.stderr):
-        assert pipe is not None, "both are pipes"
-        pipe.close()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        assert pipe is not None, "all are pipes"
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
 
 
 def _verdict(watched: _Watched, nonce: str, returncode: int, seconds: float) -> Execution:
@@ -379,4 +420,6 @@ def _verdict(watched: _Watched, nonce: str, returncode: int, seconds: float) -> 
     if not isinstance(report, dict) or report.get("nonce") != nonce:
         last = watched.output.decode(errors="replace").strip()[-500:]
         return Execution(error=f"no report (status {returncode}): {last}", seconds=seconds)
-    return Execution(outcomes=report["outcomes"], error=report["error"], seconds=seconds)
+    return Execution(
+        outcomes=report["outcomes"], details=report["details"], error=report["error"], seconds=seconds
+    )

@@ -1,11 +1,17 @@
 """Runs a solution and its tests inside the sandbox. Standard library only: this package is not installed there.
 
-Reads one JSON object (the task) from standard input, applies the resource limits, runs the tests, and writes one JSON
-object (the report) to the file descriptor that was standard output; what the solution prints goes to standard error.
-The report carries a nonce that the caller made for this run. It is written only after the last test has ended, and
-only by the process that was started: a solution that exits early, forks or never returns produces no report. The
-solution and its tests share a process, as they do in the benchmarks' own harnesses, so a solution that searches the
-interpreter's frames could forge a report; patched assertions and changed files are detected.
+Two processes. The first reads the task from standard input, a pipe that is at its end before the solution runs, applies the
+resource limits, and forks the second, which runs the solution and its tests and says which tests passed. The first adds the
+nonce that the caller made for this run, which the second never had, and writes the report to the file descriptor that was
+standard output; what the solution prints goes to standard error. So a solution that exits early, forks, never returns or
+writes into every open file produces no report that counts.
+
+The solution and its tests share a process, as they do in the benchmarks' own harnesses. What judges was bound before the
+solution is loaded: this module's functions have builtins of their own and are not reachable as `__main__`, the tests are
+compiled and listed first, and unittest, contextlib and this module are compared with what they were after every test. A
+verdict is one of three constants. In a test's comparison with a builtin value, an object whose class compares by a method of
+the solution's is its builtin value, or unequal to everything. What remains: a solution written against this harness that
+walks the interpreter's frames or memory, or that changes unittest and changes it back within one test.
 
 Tests in pytest's style run on the subset of pytest in this file. pytest itself was tried and rejected: on 45
 BigCodeBench items the verdicts agree, but an item takes 0.69 s instead of 0.26 s (import and configuration of pytest),
@@ -15,6 +21,9 @@ and the solution can forge a verdict through any of pytest's modules, hooks and 
 
 from __future__ import annotations
 
+import _weakref
+import ast
+import builtins
 import collections
 import contextlib
 import inspect
@@ -23,20 +32,37 @@ import itertools
 import json
 import linecache
 import math
+import operator
 import os
 import re
+import select
+import signal
 import sys
 import tempfile
 import traceback
 import types
 import unittest
+import unittest.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+# The functions below see these builtins, whatever a solution does to the others.
+globals()["__builtins__"] = dict(vars(builtins))
+
+PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 SOLUTION = "solution"
 TESTS = "test_solution"
+_REPORT_BYTES = 4 << 20
 _ABSENT = object()
+_signature, _product, _search, _format_exc = (
+    inspect.signature,
+    itertools.product,
+    re.search,
+    traceback.format_exc,
+)
+_getframe = sys._getframe
+_quoted = json.encoder.encode_basestring_ascii
 
 
 class Skipped(Exception):
@@ -65,7 +91,7 @@ class _Raises:
         if not issubclass(kind, self.expected):
             return False
         self.type, self.value, self.tb = kind, value, tb
-        if self.match is not None and not re.search(self.match, str(value)):
+        if self.match is not None and not _search(self.match, str(value)):
             raise Failed(f"{value} does not match {self.match}")
         return True
 
@@ -80,17 +106,26 @@ def raises(expected: Any, *call: Any, match: str | None = None, **keywords: Any)
     return context
 
 
-@contextlib.contextmanager
-def warns(expected: Any = Warning, *, match: str | None = None) -> Iterator[Any]:
-    """Fails if the block does not warn; yields the warnings."""
-    with warnings.catch_warnings(record=True) as records:
+class warns:
+    """Fails if the block does not warn; the context is the list of warnings."""
+
+    def __init__(self, expected: Any = Warning, *, match: str | None = None) -> None:
+        self.expected, self.match = expected, match
+        self.context = warnings.catch_warnings(record=True)
+
+    def __enter__(self) -> Any:
+        self.records = self.context.__enter__()
         warnings.simplefilter("always")
-        yield records
-    if not any(
-        issubclass(r.category, expected) and (match is None or re.search(match, str(r.message)))
-        for r in records
-    ):
-        raise Failed(f"did not warn {expected}")
+        return self.records
+
+    def __exit__(self, kind: Any, value: Any, tb: Any) -> None:
+        self.context.__exit__(kind, value, tb)
+        if kind is None and not any(
+            issubclass(r.category, self.expected)
+            and (self.match is None or _search(self.match, str(r.message)))
+            for r in self.records or ()
+        ):
+            raise Failed(f"did not warn {self.expected}")
 
 
 class Approx:
@@ -102,6 +137,7 @@ class Approx:
 
     def __init__(self, expected: Any, rel: Any = None, abs: Any = None, nan_ok: bool = False) -> None:
         self.expected, self.nan_ok = expected, nan_ok
+        self.made_in = _getframe(1).f_code.co_filename
         self.relative = rel if rel is not None else 1e-6 if abs is None else 0.0
         self.absolute = abs if abs is not None else 1e-12
 
@@ -349,12 +385,12 @@ def pytest_subset() -> types.ModuleType:
 def _call(function: Any, *arguments: Any) -> Any:
     """Calls a hook, if there is one, with as many of the arguments as it takes."""
     if callable(function):
-        return function(*arguments[: len(inspect.signature(function).parameters)])
+        return function(*arguments[: len(_signature(function).parameters)])
     return None
 
 
 def _fixtures_in(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    functions = [v for v in namespace.values() if inspect.isfunction(v) and hasattr(v, "_fixture")]
+    functions = [v for v in namespace.values() if type(v) is types.FunctionType and hasattr(v, "_fixture")]
     return {f._fixture["name"]: f for f in functions}
 
 
@@ -366,9 +402,10 @@ class _Fixtures:
         known: Mapping[str, Any],
         parameters: Mapping[str, Any],
         instance: Any,
-        stack: contextlib.ExitStack,
+        finalizers: list[Callable[[], Any]],
     ) -> None:
-        self.known, self.parameters, self.instance, self.stack = known, parameters, instance, stack
+        self.known, self.parameters, self.instance = known, parameters, instance
+        self.finalizers = finalizers
         self.made: dict[str, Any] = {}
 
     def value(self, name: str) -> Any:
@@ -384,14 +421,14 @@ class _Fixtures:
             param=self.parameters.get(name),
             instance=self.instance,
             getfixturevalue=self.value,
-            addfinalizer=self.stack.callback,
+            addfinalizer=self.finalizers.append,
         )
         special = {"self": self.instance, "request": request}
-        names = inspect.signature(function).parameters
+        names = _signature(function).parameters
         result = function(**{n: special[n] if n in special else self.value(n) for n in names})
-        if not inspect.isgenerator(result):
+        if type(result) is not types.GeneratorType:
             return result
-        self.stack.callback(next, result, None)
+        self.finalizers.append(lambda: next(result, None))
         return next(result)
 
 
@@ -406,9 +443,13 @@ def _cases(marks: Sequence[Any], known: Mapping[str, Any], wanted: Sequence[str]
         for name in wanted
         if name in known and known[name]._fixture.get("params")
     ]
-    for arguments in itertools.product(*argument_axes):
-        for parameters in itertools.product(*fixture_axes):
-            yield dict(collections.ChainMap(*arguments)), dict(collections.ChainMap(*parameters))
+    for arguments in _product(*argument_axes):
+        for parameters in _product(*fixture_axes):
+            yield _merged(arguments), _merged(parameters)
+
+
+def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for part in reversed(parts) for name, value in part.items()}
 
 
 def _run_case(
@@ -418,34 +459,49 @@ def _run_case(
     arguments: dict[str, Any],
     parameters: Mapping[str, Any],
 ) -> None:
-    with contextlib.ExitStack() as stack:
-        fixtures = _Fixtures(known, parameters, instance, stack)
+    finalizers: list[Callable[[], Any]] = []
+    try:
+        fixtures = _Fixtures(known, parameters, instance, finalizers)
         for name, made in known.items():
             if made._fixture.get("autouse"):
                 fixtures.value(name)
         if instance is not None:
             _call(getattr(instance, "setup_method", None), function)
             _call(getattr(instance, "setup", None), function)
-            stack.callback(_call, getattr(instance, "teardown_method", None), function)
-        for name, parameter in inspect.signature(function).parameters.items():
+            finalizers.append(lambda: _call(getattr(instance, "teardown_method", None), function))
+        for name, parameter in _signature(function).parameters.items():
             given = name in arguments or parameter.default is not parameter.empty
             if not given and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 arguments[name] = fixtures.value(name)
         result = function(**arguments)
-        if inspect.iscoroutine(result):
-            import asyncio
+        if type(result) is types.CoroutineType:
+            _await(result)
+    finally:
+        while finalizers:
+            finalizers.pop()()
 
-            asyncio.run(result)
+
+def _await(coroutine: Any) -> None:
+    import asyncio
+
+    ended = []
+
+    async def whole() -> None:
+        await coroutine
+        ended.append(True)
+
+    asyncio.run(whole())
+    if not ended:
+        raise Failed("the coroutine was not run")
 
 
-def _run_function(
-    name: str, function: Any, owner: Any, known: Mapping[str, Any], outcomes: dict[str, str]
-) -> None:
+def _run_function(name: str, function: Any, owner: Any, known: Mapping[str, Any], verdicts: Verdicts) -> None:
+    verdicts.ran.add(name)
     marks = [*getattr(function, "_marks", []), *getattr(owner, "_marks", [])]
     if any(mark[0] == "skip" for mark in marks):
-        outcomes[name] = "skipped"
+        verdicts.note(name, SKIPPED)
         return
-    wanted = list(inspect.signature(function).parameters)
+    wanted = list(_signature(function).parameters)
     for number, (arguments, parameters) in enumerate(_cases(marks, known, wanted)):
         case = f"{name}[{number}]"
         try:
@@ -453,59 +509,89 @@ def _run_function(
             bound = getattr(instance, function.__name__) if owner is not None else function
             _run_case(bound, instance, known, arguments, parameters)
         except BaseException:  # noqa: BLE001 - SystemExit and KeyboardInterrupt of a solution are failures too
-            outcomes[case] = f"failed: {traceback.format_exc(limit=-3)[-500:]}"
+            verdicts.note(case, FAILED, _format_exc)
         else:
-            outcomes[case] = "passed"
+            verdicts.note(case, PASSED)
 
 
-def run_pytest_style(module: types.ModuleType) -> dict[str, str]:
-    """Outcome of every `test*` function, `Test*` class and unittest.TestCase of a module, by the name of the case."""
-    outcomes: dict[str, str] = {}
+class Verdicts:
+    """What came of each test: a constant by the name of its case. The details are for people and decide nothing."""
+
+    def __init__(self, intact: Callable[[], bool]) -> None:
+        self.outcomes: dict[str, str] = {}
+        self.details: dict[str, str] = {}
+        self.ran: set[str] = set()
+        self.intact = intact
+        self.error: str | None = None
+
+    def note(self, case: str, verdict: str, detail: Callable[[], str] | None = None) -> None:
+        """Notes a verdict; the first failure of a case stays."""
+        if not self.intact():
+            self.error = "the solution changed how tests are judged"
+        if self.outcomes.get(case, PASSED) != FAILED:
+            self.outcomes[case] = verdict
+            if detail is not None:
+                with contextlib.suppress(BaseException):
+                    self.details[case] = str(detail())[-500:]
+
+
+def run_pytest_style(module: types.ModuleType, verdicts: Verdicts) -> None:
+    """Runs every `test*` function, `Test*` class and unittest.TestCase of a module."""
     contents = dict(vars(module))
     known = {**_BUILT_IN_FIXTURES, **_fixtures_in(contents)}
     _call(contents.get("setup_module") or contents.get("setUpModule"), module)
     for name, value in contents.items():
         if getattr(value, "__module__", None) != module.__name__:
             continue  # Imported, from the solution perhaps.
-        if inspect.isclass(value) and issubclass(value, unittest.TestCase):
-            outcomes.update(run_unittest(value))
-        elif inspect.isclass(value) and name.startswith("Test") and "__init__" not in vars(value):
+        if isinstance(value, type) and issubclass(value, unittest.TestCase):
+            run_unittest(value, verdicts)
+        elif isinstance(value, type) and name.startswith("Test") and "__init__" not in vars(value):
             methods = {k: v for base in reversed(value.__mro__) for k, v in vars(base).items()}
             _call(getattr(value, "setup_class", None))
             for method_name, method in methods.items():
-                if method_name.startswith("test") and inspect.isfunction(method):
+                if method_name.startswith("test") and type(method) is types.FunctionType:
                     known_there = {**known, **_fixtures_in(methods)}
-                    _run_function(f"{name}.{method_name}", method, value, known_there, outcomes)
-        elif inspect.isfunction(value) and name.startswith("test"):
-            _run_function(name, value, None, known, outcomes)
-    return outcomes
+                    _run_function(f"{name}.{method_name}", method, value, known_there, verdicts)
+        elif type(value) is types.FunctionType and name.startswith("test"):
+            _run_function(name, value, None, known, verdicts)
 
 
 # --- running unittest -------------------------------------------------------------------------------------------
 
 
 class _Result(unittest.TestResult):
-    def __init__(self) -> None:
+    def __init__(self, verdicts: Verdicts) -> None:
         super().__init__()
-        self.outcomes: dict[str, str] = {}
+        self.verdicts = verdicts
+
+    @staticmethod
+    def _name(test: Any) -> str:
+        return f"{type(test).__name__}.{getattr(test, '_testMethodName', 'setUpClass')}"
+
+    def _fail(self, test: Any, error: Any) -> None:
+        self.verdicts.note(
+            self._name(test), FAILED, lambda: "".join(traceback.format_exception(*error, limit=-3))
+        )
 
     def startTest(self, test: Any) -> None:
         super().startTest(test)
-        self.outcomes[str(test)] = "passed"
+        self.verdicts.ran.add(self._name(test))
 
-    def _note(self, test: Any, error: Any) -> None:
-        text = "".join(traceback.format_exception(*error, limit=-3))
-        self.outcomes[str(test)] = f"failed: {text[-500:]}"
+    def addSuccess(self, test: Any) -> None:
+        self.verdicts.note(self._name(test), PASSED)
+
+    def addExpectedFailure(self, test: Any, err: Any) -> None:
+        self.verdicts.note(self._name(test), PASSED)
 
     def addError(self, test: Any, err: Any) -> None:
-        self._note(test, err)
+        self._fail(test, err)
 
     def addFailure(self, test: Any, err: Any) -> None:
-        self._note(test, err)
+        self._fail(test, err)
 
     def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
         if err is not None:
-            self._note(test, err)
+            self._fail(test, err)
 
     def addSkip(self, test: Any, reason: str) -> None:
         # A decorator's skip is the test author's; a raised one may be the solution's.
@@ -513,17 +599,222 @@ class _Result(unittest.TestResult):
         marked = getattr(type(test), "__unittest_skip__", False) or getattr(
             method, "__unittest_skip__", False
         )
-        self.outcomes[str(test)] = "skipped" if marked else f"skipped while it ran: {reason}"
+        self.verdicts.note(
+            self._name(test), SKIPPED if marked else FAILED, lambda: f"skipped while it ran: {reason}"
+        )
 
     def addUnexpectedSuccess(self, test: Any) -> None:
-        self.outcomes[str(test)] = "unexpected success"
+        self.verdicts.note(self._name(test), FAILED, lambda: "unexpected success")
 
 
-def run_unittest(case: type[unittest.TestCase]) -> dict[str, str]:
-    """Outcome of every test of a class, by name."""
-    result = _Result()
-    unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
-    return result.outcomes
+_TestSuite = unittest.TestSuite
+
+
+def run_unittest(case: type[unittest.TestCase], verdicts: Verdicts) -> None:
+    """Runs every test of a class."""
+    attributes = {name: value for base in reversed(case.__mro__) for name, value in vars(base).items()}
+    names = sorted(name for name, value in attributes.items() if name.startswith("test") and callable(value))
+    _TestSuite(case(name) for name in names).run(_Result(verdicts))
+
+
+# --- comparisons in tests ---------------------------------------------------------------------------------------
+
+_ATOMS = frozenset({int, float, complex, bool, str, bytes, bytearray, range, type(None)})
+_BASES: dict[type, Callable[[Any], Any]] = {
+    int: lambda value: int.__add__(value, 0),
+    float: lambda value: float.__add__(value, 0.0),
+    complex: lambda value: complex.__add__(value, 0j),
+    str: lambda value: str.__add__(value, ""),
+    bytes: lambda value: bytes.__getitem__(value, slice(None)),
+    bytearray: lambda value: bytearray.__getitem__(value, slice(None)),
+    list: lambda value: list.__getitem__(value, slice(None)),
+    tuple: lambda value: tuple.__getitem__(value, slice(None)),
+    set: lambda value: set(set.__iter__(value)),
+    frozenset: lambda value: frozenset(frozenset.__iter__(value)),
+    dict: lambda value: dict(dict.items(value)),
+}
+"""Builtin types, and how to get the builtin value of an object of a class derived from one."""
+_BUILTINS = _ATOMS | frozenset(_BASES)
+_COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
+_OPERATORS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+    ast.GtE: operator.ge, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
+}  # fmt: skip
+_ASSERTIONS = frozenset(
+    f"assert{name}"
+    for name in (
+        "Equal", "Equals", "NotEqual", "AlmostEqual", "NotAlmostEqual", "Greater", "GreaterEqual", "Less", "LessEqual",
+        "In", "NotIn", "ListEqual", "TupleEqual", "DictEqual", "SetEqual", "CountEqual", "SequenceEqual", "MultiLineEqual",
+    )
+)  # fmt: skip
+_mro = vars(type)["__mro__"].__get__
+_attributes = vars(type)["__dict__"].__get__
+_PROXIES = (_weakref.ProxyType, _weakref.CallableProxyType)
+
+
+class _Unequal:
+    """Stands for an object that decides itself what it is equal to: only another such object can be."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is _Unequal and bool(self.value == other.value)
+
+
+class Comparisons:
+    """Comparisons of tests, in which no method of the solution's takes part if the other side is a builtin value."""
+
+    def __init__(self, trusted: Sequence[str], any_is_meant: bool) -> None:
+        """Takes the folders and files whose classes may compare as they like, and whether tests use `mock.ANY`."""
+        self.trusted = tuple(trusted)
+        self.any_is_meant = any_is_meant
+
+    def pair(self, first: Any, second: Any) -> tuple[Any, Any]:
+        """Both as they are to be compared."""
+        if type(first) in _BUILTINS or type(second) in _BUILTINS or Approx in (type(first), type(second)):
+            return self._plain(first, frozenset()), self._plain(second, frozenset())
+        return first, second
+
+    def comparing(self, operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """The operator on such a pair."""
+        return lambda first, second: operation(*self.pair(first, second))
+
+    def _plain(self, value: Any, within: frozenset[int]) -> Any:
+        kind = type(value)
+        if kind is Approx and not value.made_in.startswith(self.trusted):
+            return _Unequal(value)
+        if kind in _ATOMS or kind is Approx or id(value) in within or len(within) > 100:
+            return value
+        base = next((base for base in _mro(kind) if base in _BASES), None)
+        if self._decides_itself(kind):
+            if base is None:
+                return _Unequal(value)
+            value, kind = _BASES[base](value), base
+        if base in (list, tuple, set, frozenset):
+            return self._children(value, base, within | {id(value)})
+        if base is dict:
+            within |= {id(value)}
+            items = [(self._plain(k, within), self._plain(v, within)) for k, v in dict.items(value)]
+            same = all(k is a and v is b for (k, v), (a, b) in zip(items, dict.items(value), strict=True))
+            return value if same else dict(items)
+        return value
+
+    def _children(self, value: Any, base: Any, within: frozenset[int]) -> Any:
+        items = list(base.__iter__(value))
+        if all(type(item) in _ATOMS for item in items):
+            return value
+        plain = [self._plain(item, within) for item in items]
+        if all(new is old for new, old in zip(plain, items, strict=True)):
+            return value
+        return base(plain)
+
+    def _decides_itself(self, kind: type) -> bool:
+        if kind in _PROXIES or (kind.__name__ == "_ANY" and not self.any_is_meant):
+            return True
+        for name in _COMPARISONS:
+            method = next((_attributes(base)[name] for base in _mro(kind) if name in _attributes(base)), None)
+            if type(method) is types.FunctionType:
+                if not method.__code__.co_filename.startswith(self.trusted):
+                    return True
+            elif type(method) is types.WrapperDescriptorType:
+                if method.__name__ != name:
+                    return True
+            elif method is not None and type(method).__name__ not in (
+                "method_descriptor",
+                "cython_function_or_method",
+            ):
+                return True
+        return False
+
+
+class _Rewriter(ast.NodeTransformer):
+    """Puts marks, as constants, where comparisons are to be called."""
+
+    def __init__(self) -> None:
+        self.marks: dict[str, Any] = {}
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        if len(node.ops) != 1 or type(node.ops[0]) not in _OPERATORS:
+            return node
+        arguments = [node.left, node.comparators[0]]
+        return ast.copy_location(ast.Call(_mark(type(node.ops[0]).__name__), arguments, []), node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        simple = len(node.args) >= 2 and not any(isinstance(a, ast.Starred) for a in node.args[:2])
+        if simple and isinstance(node.func, ast.Attribute) and node.func.attr in _ASSERTIONS:
+            node.args[:2] = [ast.Starred(ast.Call(_mark("pair"), node.args[:2], []), ast.Load())]
+        return node
+
+
+_MARK = "\0memgen:"
+
+
+def _mark(name: str) -> ast.Constant:
+    return ast.Constant(_MARK + name)
+
+
+def _compiled(text: str, path: str, comparisons: Comparisons) -> types.CodeType:
+    """A test file's code, whose comparisons are those of `comparisons`; no name leads to them."""
+    marks: dict[str, Any] = {
+        _MARK + kind.__name__: comparisons.comparing(operation) for kind, operation in _OPERATORS.items()
+    }
+    marks[_MARK + "pair"] = comparisons.pair
+
+    def replaced(code: types.CodeType) -> types.CodeType:
+        constants = [
+            replaced(c) if isinstance(c, types.CodeType) else marks.get(c, c) if type(c) is str else c
+            for c in code.co_consts
+        ]
+        return code.replace(co_consts=tuple(constants))
+
+    tree = ast.fix_missing_locations(_Rewriter().visit(ast.parse(text, path)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # A constant is called.
+        return replaced(compile(tree, path, "exec", dont_inherit=True))
+
+
+def _declared(text: str, style: str) -> set[str]:
+    """The tests that the text of a test file declares at its top level."""
+    found: set[str] = set()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef):
+            methods = [m for m in node.body if isinstance(m, (ast.FunctionDef, ast.AsyncFunctionDef))]
+            is_case = any(ast.unparse(base).endswith("TestCase") for base in node.bases)
+            plain = style == "pytest" and node.name.startswith("Test") and not node.bases
+            if is_case or (plain and "__init__" not in {method.name for method in methods}):
+                found |= {f"{node.name}.{m.name}" for m in methods if m.name.startswith("test")}
+        elif (
+            style == "pytest"
+            and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            and node.name.startswith("test")
+            and not node.decorator_list
+        ):
+            found.add(node.name)
+    return found
+
+
+def _names_not_imported(text: str) -> set[str]:
+    """Names that a test file uses and neither binds nor imports, builtins aside."""
+    used: set[str] = set()
+    bound = set(dir(builtins))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            bound.add(node.name)
+    return used - bound
 
 
 # --- the run ----------------------------------------------------------------------------------------------------
@@ -547,98 +838,222 @@ def _limit(limits: Mapping[str, int], uid: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _assertions() -> dict[str, Any]:
-    """The functions and classes that decide whether a test passes, to detect afterwards that one was replaced."""
-    seen: dict[str, Any] = {}
-    for owner in (
-        unittest.TestCase,
-        unittest.TestResult,
-        unittest.TestSuite,
-        _Result,
-        Approx,
-        _Raises,
-    ):
-        seen.update({f"{owner.__module__}.{owner.__qualname__}.{k}": v for k, v in vars(owner).items()})
-    for name in ("run_unittest", "run_pytest_style", "_run_function", "_run_case", "warns"):
-        seen[name] = globals()[name]
-    return {k: v for k, v in seen.items() if not k.rpartition(".")[2].startswith("__") or callable(v)}
+class Judges:
+    """The functions and classes that decide whether a test passes, to detect later that one was replaced or changed."""
+
+    def __init__(self) -> None:
+        """Takes them as they are now."""
+        self._functions: list[tuple[Mapping[str, Any], str, Any, Any, Any, Any, Any]] = []
+        self._sizes: list[tuple[Mapping[str, Any], int]] = []
+        for contents in [*(vars(module) for module in _JUDGING), _GLOBALS]:
+            self._see(contents)
+            for value in list(contents.values()):
+                if type(value) is type and value.__module__ == contents["__name__"]:
+                    attributes = _attributes(value)
+                    self._see(attributes)
+                    self._sizes.append((attributes, len(attributes)))
+
+    def _see(self, contents: Mapping[str, Any]) -> None:
+        for name, value in list(contents.items()):
+            inner = value.__func__ if type(value) in (staticmethod, classmethod) else value
+            if type(inner) is types.FunctionType:
+                own = (inner, inner.__code__, inner.__defaults__, inner.__kwdefaults__)
+                self._functions.append((contents, name, value, *own))
+            elif callable(value) or type(value) is property:
+                self._functions.append((contents, name, value, None, None, None, None))
+
+    def intact(self) -> bool:
+        """Whether all of them are what they were."""
+        for contents, name, value, inner, code, defaults, keywords in self._functions:
+            if contents.get(name) is not value or (
+                inner is not None
+                and not (
+                    inner.__code__ is code
+                    and inner.__defaults__ is defaults
+                    and inner.__kwdefaults__ is keywords
+                )
+            ):
+                return False
+        return all(len(contents) == size for contents, size in self._sizes)
 
 
-def _execute(module: types.ModuleType, path: str, text: str) -> types.ModuleType:
-    """Runs a module's text; tracebacks show its lines."""
+_JUDGING = (
+    contextlib, unittest, unittest.case, unittest.result, unittest.suite, unittest.util,
+)  # fmt: skip
+_GLOBALS = globals()
+
+
+def _execute(module: types.ModuleType, path: str, text: str, code: types.CodeType) -> types.ModuleType:
+    """Runs a module's code; tracebacks show the lines of its text."""
     module.__file__ = path
     sys.modules[module.__name__] = module
     linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
-    exec(compile(text, path, "exec", dont_inherit=True), module.__dict__)
+    vars(module)["__builtins__"] = builtins
+    exec(code, module.__dict__)
     return module
 
 
-def _run(style: str, solution: str, tests: str) -> dict[str, str]:
+def _run(style: str, solution: str, tests: str, verdicts: Verdicts) -> None:
     folder = os.getcwd()
-    path = os.path.join(folder, f"{SOLUTION}.py")
+    path, test_path = (os.path.join(folder, f"{name}.py") for name in (SOLUTION, TESTS))
     with open(path, "w", encoding="utf-8") as file:
         file.write(solution)
+    folders = [entry for entry in sys.path if entry and entry != folder]
+    comparisons = Comparisons([*folders, "<frozen ", test_path], any_is_meant="ANY" in tests)
+    declared, missing = _declared(tests, style), _names_not_imported(tests)
+    test_code = _compiled(tests, test_path, comparisons)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        solution_code = compile(solution, path, "exec", dont_inherit=True)
     if style == "pytest":
         subset = pytest_subset()
         sys.path.insert(0, folder)
         sys.modules["pytest"] = subset
-        _execute(types.ModuleType(SOLUTION), path, solution)
+        made = _execute(types.ModuleType(SOLUTION), path, solution, solution_code)
         if sys.modules.get("pytest") is not subset:
             raise RuntimeError("the solution replaced the test framework")
-        test_path = os.path.join(folder, f"{TESTS}.py")
-        outcomes = run_pytest_style(_execute(types.ModuleType(TESTS), test_path, tests))
+        module = types.ModuleType(TESTS)
+        # KodCode's own harness imports the solution before every test.
+        vars(module).update({name: vars(made)[name] for name in missing if name in vars(made)})
+        if "pytest" in missing:
+            vars(module)["pytest"] = subset
+        run_pytest_style(_execute(module, test_path, tests, test_code), verdicts)
     else:
         # One module, as in BigCodeBench's own harness. It also answers to __main__, for patches of `__main__.name`.
         program = types.ModuleType("__test__")
         program.__dict__.update({"sys": sys, "os": os, "environ": os.environ})
         sys.modules["__main__"] = program
-        contents = vars(_execute(program, path, f"{solution}\n{tests}"))
+        _execute(program, path, solution, solution_code)
+        contents = vars(_execute(program, test_path, tests, test_code))
         cases = [
             v
             for v in contents.values()
-            if inspect.isclass(v) and issubclass(v, unittest.TestCase) and v is not unittest.TestCase
+            if isinstance(v, type) and issubclass(v, unittest.TestCase) and v is not unittest.TestCase
         ]
-        outcomes = {}
         for case in dict.fromkeys(cases):
-            outcomes.update(run_unittest(case))
+            run_unittest(case, verdicts)
+    if left := declared - verdicts.ran:
+        raise RuntimeError(f"not all tests ran: {sorted(left)[:3]}")
     with open(path, encoding="utf-8") as file:
         if file.read() != solution:
             raise RuntimeError("the solution's file was changed")
-    return outcomes
+
+
+def _sender(report: int, key: str) -> Callable[[str], None]:
+    """A function that writes one line to the first process, which takes only lines that begin with the key."""
+    write = os.write
+
+    def send(line: str) -> None:
+        data = f"{key}{line}\n".encode()
+        while data:
+            data = data[write(report, data) :]
+
+    return send
+
+
+def _answer(task: Mapping[str, Any], send: Callable[[str], None]) -> None:
+    """Runs the solution and its tests, and sends what came of them. Does not return."""
+    leave, getpid, flushes = os._exit, os.getpid, (sys.stdout.flush, sys.stderr.flush)
+    started, intact = getpid(), Judges().intact
+    verdicts = Verdicts(intact)
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        _run(task["style"], task["solution"], task["tests"], verdicts)
+        if not intact():
+            verdicts.error = "the solution changed how tests are judged"
+    except BaseException:  # noqa: BLE001 - a solution may raise anything, SystemExit too
+        verdicts.error = "the code failed"
+        with contextlib.suppress(BaseException):
+            verdicts.error = str(_format_exc(limit=-3))[-1000:]
+    if getpid() != started:
+        leave(1)
+    for flush in flushes:
+        with contextlib.suppress(BaseException):
+            flush()
+    error = "null" if verdicts.error is None else _quoted(verdicts.error)
+    outcomes, details = _object(verdicts.outcomes), _object(verdicts.details)
+    send(f'{{"error": {error}, "outcomes": {outcomes}, "details": {details}}}')
+    leave(0)
+
+
+def _object(items: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{_quoted(name)}: {_quoted(value)}" for name, value in items.items()) + "}"
+
+
+def _read(file: int, size: int) -> bytes:
+    """So many bytes, or less at the end."""
+    data = b""
+    while len(data) < size and (chunk := os.read(file, size - len(data))):
+        data += chunk
+    return data
+
+
+def _wait(child: int, report: int) -> tuple[int, bytes]:
+    """The exit status of the second process, and what it has written until then."""
+    data = b""
+    process = os.pidfd_open(child)
+    poll = select.poll()
+    poll.register(report, select.POLLIN)
+    poll.register(process, select.POLLIN)
+    os.set_blocking(report, False)
+    ended = False
+    while not ended and len(data) <= _REPORT_BYTES:
+        # Other processes of the solution may keep the pipe open, so its end is not waited for.
+        ended = any(file == process for file, _ in poll.poll())
+        with contextlib.suppress(BlockingIOError):
+            while len(data) <= _REPORT_BYTES:
+                chunk = os.read(report, 1 << 16)
+                data += chunk
+                if not chunk:  # All have closed it, the process is about to end.
+                    ended = True
+                    break
+    if ended:
+        return os.waitpid(child, 0)[1], data
+    return 1, b""
 
 
 def main() -> None:
     """One run."""
-    task = json.loads(sys.stdin.buffer.read().decode("utf-8"))
+    size = int(_read(0, 16))
+    task = json.loads(_read(0, size).decode("utf-8"))
     report = os.dup(1)
     os.dup2(2, 1)  # What the solution prints must not reach the report.
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    started = os.getpid()
-    nonce = task.pop("nonce")
     _limit(task["limits"], task["uid"])
-    before = _assertions()
-    write, getpid, leave, dumps = os.write, os.getpid, os._exit, json.dumps
-    outcomes: dict[str, str] = {}
-    error = None
-    write(report, b"begun\n")  # From here on, what goes wrong is the solution's doing.
-    try:
-        outcomes = _run(task["style"], task["solution"], task["tests"])
-        after = _assertions()
-        if before.keys() != after.keys() or any(after[k] is not v for k, v in before.items()):
-            error = "the solution changed how tests are judged"
-    except BaseException:  # noqa: BLE001 - a solution may raise anything, SystemExit too
-        error = traceback.format_exc(limit=-3)[-1000:]
-    if getpid() != started:
-        leave(1)
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    text = dumps({"nonce": nonce, "outcomes": outcomes, "error": error}).encode() + b"\n"
-    while text:
-        text = text[write(report, text) :]
-    leave(0)
+    results, result = os.pipe()
+    wait, go = os.pipe()
+    key = os.urandom(16).hex()
+    send = _sender(result, key)
+    child = os.fork()
+    if child == 0:
+        for file in (0, report, results, go):
+            os.close(file)
+        os.read(wait, 1)
+        os.close(wait)
+        os.open(os.devnull, os.O_RDONLY)  # Becomes standard input.
+        del key
+        _answer(task, send)
+    nonce = _read(0, 1024).decode()  # Up to the end: the caller has closed its side.
+    for file in (0, result, wait):
+        os.close(file)
+    if task["uid"] is None:
+        _hide()
+    os.write(report, b"begun\n")  # From here on, what goes wrong is the solution's doing.
+    os.close(go)
+    status, text = _wait(child, results)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(os.getpid(), os.WTERMSIG(status))  # As if there were one process.
+    answer: dict[str, Any] = {"outcomes": {}, "details": {}, "error": f"no report (status {status})"}
+    if status == 0 and text.count(b"\n") == 1 and text.startswith(key.encode()):
+        answer = json.loads(text[len(key) :])
+    os.write(report, json.dumps({**answer, "nonce": nonce}).encode() + b"\n")
+    os._exit(0)
+
+
+def _hide() -> None:
+    """Keeps other processes of the same user from reading this one's memory."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 The prompt is the released code's. Its random 70/10/20 split is made here by the hash of a seed and the question; a folder
 with files named after the splits is taken as it is split. Tests run without pytest (see `harness`), in a sandbox.
-An item whose test text holds no test is left out and counted in the log.
+The solution's names that a test uses without importing them are there, as in KodCode's own harness. An item is left out, and
+counted in the log, if its test text holds no test, if nothing says which function it calls, or if it needs a library that is
+neither in the standard library nor among `packages`.
 """
 
 from __future__ import annotations
@@ -10,13 +12,20 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
 from typing_extensions import override
 
 from memgen.environments.base import Example, Message
-from memgen.environments.code.answers import extract_code, make_executor, parsed, with_name
+from memgen.environments.code.answers import (
+    extract_code,
+    imported_modules,
+    make_executor,
+    parsed,
+    with_name,
+)
 from memgen.environments.code.environment import CodeEnvironment
 from memgen.environments.code.execution import Isolation, Program, RunLimits
 from memgen.environments.questions import Questions
@@ -82,6 +91,7 @@ class KodCode(CodeEnvironment):
         if target_style not in ("raw", "fenced"):
             raise ValueError(f"target_style must be raw or fenced, got {target_style!r}")
         self.target_style = target_style
+        self._libraries = {*sys.stdlib_module_names, *packages, "pytest", "solution"}
         source = Source(
             task="KodCode",
             path=path,
@@ -122,9 +132,14 @@ class KodCode(CodeEnvironment):
         test = record.text("test")
         solution = record.text("solution")
         question = record.text("question")
-        info = _wanted(record)
+        info = _wanted(record) or _imported(test)
         if not _TEST.search(test):
             return f"{record.where} holds no test"
+        if info is None:
+            return f"{record.where} does not say which function its tests call"
+        missing = ", ".join(sorted(imported_modules(f"{solution}\n", test) - self._libraries))
+        if missing:
+            return f"{record.where} needs libraries that the sandbox does not have ({missing}); name them in packages"
         target = solution if self.target_style == "raw" else f"```python\n{solution}\n```"
         return Example(
             id=identifier,
@@ -140,10 +155,10 @@ class KodCode(CodeEnvironment):
         )
 
 
-def _wanted(record: Record) -> Mapping[str, Any]:
-    """The function that the tests call: the first of the column, which CSV files hold as JSON."""
-    given = record.value("test_info")
-    if isinstance(given, str):
+def _wanted(record: Record) -> Mapping[str, Any] | None:
+    """The function that the tests call: the first of the column, which CSV files hold as JSON; None if it is empty."""
+    given = record.fields.get("test_info")
+    if isinstance(given, str) and given.strip():
         try:
             given = json.loads(given)
         except ValueError:
@@ -154,9 +169,19 @@ def _wanted(record: Record) -> Mapping[str, Any]:
                     "test_info", f"is neither JSON nor a Python list: {given!r:.80}"
                 ) from error
     first = given[0] if isinstance(given, Sequence) and not isinstance(given, str) and given else given
-    if not isinstance(first, Mapping) or not isinstance(first.get("function_name"), str):
+    if not first or (isinstance(first, Mapping) and first.get("function_name") is None):
+        return None
+    if not isinstance(first, Mapping) or not isinstance(first["function_name"], str):
         raise record.error("test_info", f"must be a list of objects with function_name, got {given!r:.80}")
     return first
+
+
+def _imported(test: str) -> Mapping[str, Any] | None:
+    """The first name that the tests import from the solution."""
+    for node in ast.walk(parsed(test) or ast.Module(body=[], type_ignores=[])):
+        if isinstance(node, ast.ImportFrom) and node.module == "solution" and node.names[0].name != "*":
+            return {"function_name": node.names[0].name}
+    return None
 
 
 def _count(parameters: Any) -> int | None:

@@ -19,6 +19,7 @@ import os
 import re
 import select
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,9 @@ class Bubblewrap(Executor):
                 f"bubblewrap (bwrap) is not installed, and code is not run without it; {INSTALL}"
             )
         self.bwrap = found
+        # Of bubblewrap 0.8 and later; it needs a user namespace, which is not made for root.
+        usage = subprocess.run([found, "--help"], capture_output=True, text=True, check=False).stdout
+        self._no_more_namespaces = ["--disable-userns"] if "--disable-userns" in usage else []
         self.packages = tuple(packages)
         self.programs = tuple(programs)
         self._mounts = [
@@ -112,7 +116,7 @@ class Bubblewrap(Executor):
         probe = Program(solution="", tests="def test_probe():\n    import json, socket\n", style="pytest")
         try:
             execution = self.run(probe)
-            problem = None if execution.passed else f"{execution.error or dict(execution.outcomes)}"
+            problem = None if execution.passed else f"{execution.error or dict(execution.details)}"
         except RuntimeError as error:
             problem = str(error)
         if problem is not None:
@@ -130,7 +134,7 @@ class Bubblewrap(Executor):
         if root:
             apart += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
         else:
-            apart += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+            apart += ["--unshare-user", "--uid", "65534", "--gid", "65534", *self._no_more_namespaces]
         size = str(self.limits.folder_mb << 20)
         path = f"{_PYTHON}/bin:{_PROGRAMS}"
         command = [

@@ -35,6 +35,7 @@ from typing import Any, final
 from typing_extensions import override
 
 from memgen.environments.base import Example, Reward
+from memgen.environments.qa import notation
 from memgen.environments.questions import QuestionEnvironment, Questions
 from memgen.environments.signals import stay
 
@@ -45,67 +46,72 @@ PROMPT = (
 """The released code's user message for mathematics."""
 
 _READY = b"ready"
+_DEGREES = r"^\circ"
 _START_LIMIT_S = 120.0
 """Importing math-verify on a busy machine; not the time of an answer."""
 _MEMORY_LIMIT_BYTES = 4 << 30
 """Address space of a worker: `9^{9^{9}}` has to fail in the worker, not in the machine."""
 
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{|\\boxed[ \t]+(?P<bare>[^\s${}\\][^\s$]*)")
+_LONGEST_TEXT = 1 << 20
+"""Characters at the end of a solution that are searched for a final answer."""
+_LONGEST_ANSWER = 4096
+"""Characters of an answer; a longer one is wrong."""
+
+_BRACES = re.compile(
+    r"\\(?:boxed|fbox)\s*\{|\\boxed[ \t]+(?P<bare>[^\s${}\\][^\s$]*)"
+    r"|\\\\(?!boxed|fbox)|\\[{}]|(?P<brace>[{}])"
+)
 _HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S.*)$", re.MULTILINE)
 
 
 def final_answer(text: str) -> str | None:
     r"""The answer a solution marks as final.
 
-    The last complete `\boxed{...}` (see `boxed_answer`); in a text without one, what follows `####` on the last line
-    that begins so. A full stop behind the answer is not part of it.
+    The last complete `\boxed{...}` that is not empty (see `boxed_answer`); in a text without one, what follows `####` on
+    the last line that begins so. A full stop behind the answer is not part of it.
 
     Args:
-        text: a solution.
+        text: a solution; of more than a million characters only the end counts.
 
     Returns:
-        The answer as it is written, or None if none is marked or the marked one is empty.
+        The answer as it is written, or None if none is marked.
     """
-    boxes = _boxes(text)
-    marked = boxes or _HASHES.findall(text)
-    if not marked:
-        return None
-    return str(marked[-1]).strip().removesuffix(".").rstrip() or None
+    boxed = boxed_answer(text)
+    if boxed is not None:
+        return boxed
+    marked = _HASHES.findall(text[-_LONGEST_TEXT:])
+    return _stripped(marked[-1]) or None if marked else None
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""What the last complete `\boxed{...}` of a solution holds, or None if there is none or it is empty.
+    r"""What the last complete `\boxed{...}` of a solution holds that is not empty, or None if there is none.
 
     `\fbox{...}` counts too, and `\boxed 5` up to the next white space: some solutions of MATH are written so.
     """
-    boxes = _boxes(text)
-    return (boxes[-1].strip().removesuffix(".").rstrip() or None) if boxes else None
-
-
-def _boxes(text: str) -> list[str]:
-    found = []
-    for match in _BOXED.finditer(text):
-        content = match["bare"] if match["bare"] is not None else _braced(text, match.end())
-        if content is not None:
-            found.append(content)
-    return found
-
-
-def _braced(text: str, start: int) -> str | None:
-    """The text from `start` to the brace that closes the one before it; None if none does."""
-    depth, position = 1, start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1  # An escaped brace is a character of the answer.
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start:position]
-        position += 1
+    text = text[-_LONGEST_TEXT:]
+    boxes: list[tuple[int, int]] = []
+    open_braces: list[int | None] = []  # Where the content of a box begins; None: another brace.
+    for match in _BRACES.finditer(text):
+        if match["bare"] is not None:
+            boxes.append(match.span("bare"))
+        elif match["brace"] == "}":
+            start = open_braces.pop() if open_braces else None
+            if start is not None:
+                boxes.append((start, match.start()))
+        elif match["brace"] == "{":
+            open_braces.append(None)
+        elif match[0].endswith("{") and match[0] != r"\{":
+            open_braces.append(match.end())
+    # The last to begin, so of nested boxes the innermost.
+    for start, end in sorted(boxes, reverse=True):
+        content = text[start:end]
+        if not content.isspace() and (answer := _stripped(content)):
+            return answer
     return None
+
+
+def _stripped(answer: str) -> str:
+    return answer.strip().removesuffix(".").rstrip()
 
 
 @final
@@ -156,6 +162,8 @@ class MathsVerifier:
         Raises:
             RuntimeError: if a worker cannot be started (math-verify is not installed, for instance).
         """
+        if len(answer) > _LONGEST_ANSWER:
+            return False
         if os.getpid() != self._owner:  # A forked child must not write into its parent's pipes.
             self._open_pool()
         free = self._free
@@ -300,19 +308,58 @@ class MathsEnvironment(QuestionEnvironment, ABC):
 
 
 def _matches(gold: str, answer: str) -> bool:
+    if "".join(gold.split()) == "".join(answer.split()):
+        return True  # The reference to the letter is right whether math-verify can read it or not (`\\frac \\pi4`).
+    reference, given = notation.comparable(gold), notation.comparable(answer)
+    if reference == given:
+        return True
+    wanted = notation.words(reference)
+    if wanted is not None:
+        return wanted == notation.words(given)
+    reference, reference_unit = notation.without_units(reference)
+    if notation.is_number(reference):
+        given, unit = notation.without_units(given)
+        if notation.units_differ(reference_unit, unit):
+            return False
+    elif reference_unit:
+        reference = f"{reference} {reference_unit}"
+    if notation.has_words(given) and not notation.has_words(reference):
+        return False
+    if not notation.same_kind(reference, given):
+        return False
+    numbers = notation.decimal(reference), notation.decimal(given)
+    if None not in numbers:
+        return numbers[0] == numbers[1] or notation.close(*numbers)
+    return _equal(reference, given) or _equal_angles(reference, given)
+
+
+def _equal_angles(gold: str, answer: str) -> bool:
+    """Whether one is in degrees and the other the same angle in radians."""
+    degrees = [value for value in (gold, answer) if _DEGREES in value]
+    if len(degrees) != 1:
+        return False
+
+    def radians(value: str) -> str:
+        return rf"\frac{{\pi}}{{180}} \cdot ({value.replace(_DEGREES, '')})" if value in degrees else value
+
+    return _equal(radians(gold), radians(answer))
+
+
+def _equal(gold: str, answer: str) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
 
     as_latex = [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)]
 
     def parsed(value: str) -> list[Any]:
         boxed = "\\boxed{" + value + "}"
+        # The time limit is the parent's; math-verify's own would need signals.
         return list(parse(boxed, as_latex, fallback_mode="no_fallback", parsing_timeout=None))
 
-    # The time limit is the parent's; math-verify's own would need signals. It does not read every LaTeX that occurs in
-    # references (`\frac \pi4`), and the reference to the letter is right whether it is read or not.
-    return "".join(gold.split()) == "".join(answer.split()) or bool(
-        verify(parsed(gold), parsed(answer), timeout_seconds=None)
-    )
+    golds, answers = parsed(gold), parsed(answer)
+    if not verify(golds, answers, timeout_seconds=None):
+        return False
+    # The first of each is the expression, the other its text.
+    return not (golds and answers) or notation.same_size(golds[0], answers[0])
 
 
 def _limit(kind: int, soft: int) -> None:
@@ -334,7 +381,7 @@ def _serve(connection: Connection, timeout_s: float) -> None:
     """Reads `[gold, answer]`, writes `true` or `false`, until the parent is gone."""
     logging.disable(logging.WARNING)  # math-verify warns that its own time limit is off.
     _limit(resource.RLIMIT_AS, _MEMORY_LIMIT_BYTES)
-    _matches("1", "1")  # Loads the grammar, so that the first answer's time is its own.
+    _equal("1", "x")  # Loads the grammar, so that the first answer's time is its own.
     connection.send_bytes(_READY)
     silence = os.open(os.devnull, os.O_WRONLY)  # Output so far tells why a worker did not start.
     os.dup2(silence, 1)

@@ -1,9 +1,9 @@
 r"""Questions with lettered options: how they are asked, and which letter an answer chose.
 
-Only the last complete `\boxed{...}` counts, and only if it holds one letter of the options and nothing else: `C`,
-`(C)`, `C)`, `C.`, in `\text{}`, `\textbf{}`, `\mathrm{}` or `\mathbf{}` or between dollar signs, in capitals or not.
-A box with the option's text, with two letters or with a letter that is no option is a wrong answer; a letter outside
-a box is none. Prompt and target are the released code's for GPQA.
+Only the last `\boxed{...}` that is complete and not empty counts: one letter (`C`, `(C)`, `C)`, `C.`, `**C**`, `\text{C}`,
+`Option C`), or a letter with its option's text (`C. 21`, `C) 21`); in capitals or not. A box with two letters, with the
+option's text alone, or with a letter that is no option is a wrong answer; a letter outside a box is none, since the prompt
+asks for the box. Prompt and target are the released code's for GPQA.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from memgen.environments.base import Example, Reward
 from memgen.environments.qa.maths import boxed_answer
+from memgen.environments.qa.notation import unwrapped
 from memgen.environments.questions import QuestionEnvironment
 
 PROMPT = (
@@ -26,8 +27,10 @@ PROMPT = (
 )
 """The released code's user message for GPQA."""
 
-_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|bf|rm)\s*\{(.*)\}", re.DOTALL)
-_LETTER = re.compile(r"\(?\s*([A-Za-z])\s*[.):]?")
+_LETTER = re.compile(r"(?:(?:option|choice|answer)\b[\s:]*(?:is\s*)?)?\(?([A-Za-z])\)?[.:]?", re.IGNORECASE)
+_LETTER_AND_TEXT = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])\s*[.):])[.:]?\s*(.+)", re.DOTALL)
+_SECOND_LETTER = re.compile(r"(?:(?:[,;/&]|\band|\bor)\s*|^)\(?[A-Z](?:[.):]|$)", re.IGNORECASE)
+_LONGEST = 4096
 
 
 class ChoiceEnvironment(QuestionEnvironment, ABC):
@@ -64,13 +67,25 @@ def choice_example(
 def chosen_letter(answer: str) -> str | None:
     """The letter an answer chose, in capitals; None if it marks none, or something that is not one letter."""
     content = boxed_answer(answer)
-    if content is None:
+    if content is None or len(content) > _LONGEST:
         return None
-    content = content.strip().strip("$").strip()
-    while wrapped := _WRAPPED.fullmatch(content):
-        content = wrapped[1].strip()
-    letter = _LETTER.fullmatch(content)
-    return letter[1].upper() if letter else None
+    content = _plain(content)
+    if letter := _LETTER.fullmatch(content):
+        return letter[1].upper()
+    with_text = _LETTER_AND_TEXT.fullmatch(content)
+    if with_text is None or _SECOND_LETTER.search(with_text[3].strip()):
+        return None
+    return (with_text[1] or with_text[2]).upper()
+
+
+def _plain(content: str) -> str:
+    """Without Markdown, dollar signs and text commands around the content or around its letter."""
+    content = unwrapped(content)
+    if inner := re.fullmatch(r"\((.*)\)", content, re.DOTALL):  # `(\text{C})`
+        return f"({unwrapped(inner[1])})"
+    # `\text{C. } 21` and `**C.** 21`
+    content = re.sub(r"^\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1 ", content)
+    return re.sub(r"^\*\*([^*]*)\*\*", r"\1 ", content).strip()
 
 
 def choice_reward(correct: str, options: int, answer: str) -> Reward:
