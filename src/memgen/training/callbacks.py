@@ -66,7 +66,7 @@ class AdapterCheckpoint(Callback):
                 if not trainer.fast_dev_run:  # type: ignore[attr-defined]
                     hold(Path(folder))
             except OSError as error:
-                problem = f"{error} (the run's folder)"
+                problem = str(error) if error.errno is None else f"the run's folder cannot be used: {error}"
         # All ranks stop if the first cannot write.
         folder, problem = trainer.strategy.broadcast((folder, problem))
         if folder is None or problem is not None:

@@ -314,7 +314,7 @@ def compare(
         logger.warning("%s was trained under other settings: %s", source, "; ".join(chosen))
 
 
-FIXED_KEYS = (
+FIXED_KEYS: tuple[str, ...] = (
     "weaver.reads",
     "weaver.prompt_latents",
     "weaver.inference_latents",
