@@ -801,7 +801,8 @@ def _declared(text: str, style: str) -> set[str]:
 
 def _names_not_imported(text: str) -> set[str]:
     """Names that a test file uses and neither binds nor imports, builtins aside."""
-    used, bound = set(), set(dir(builtins))
+    used: set[str] = set()
+    bound = set(dir(builtins))
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Name):
             (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
