@@ -432,7 +432,7 @@ def test_validation_and_test_run_in_a_trainer(make, tmp_path):
     assert recorder.validated == [f"test-{i}" for i in range(5)]
 
 
-@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero")
+@pytest.mark.filterwarnings("ignore:Total length of `Loader` across ranks is zero")
 def test_a_split_without_validation_items_trains_all_the_same(make, tmp_path):
     recorder = Recorder()
     trainer_for(tmp_path, max_epochs=1).fit(recorder, datamodule=make(Echo({"train": 8, "val": 0})))

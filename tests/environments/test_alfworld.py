@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,44 @@ def test_settings_that_cannot_work_are_refused():
 )
 def test_the_first_action_line_of_a_turn_counts(turn, action):
     assert parse_action(turn) == action
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "**ACTION:** go to desk 1",
+        "**ACTION**: go to desk 1",
+        "- ACTION: `go to desk 1`.",
+        "ACTION: **go to desk 1**",
+        '### Action: "go to desk 1"',
+        "> ACTION: [go to desk 1]",
+        "`ACTION: go to desk 1`",
+        "ACTION:\n\n`go to desk 1`",
+        "THOUGHT: I look around. ACTION: go to desk 1",
+        "Thought: I look around. **Action:** go to desk 1\nObservation: a desk",
+        "THOUGHT: an ACTION: go away\nACTION: go to desk 1",
+    ],
+)
+def test_an_action_is_found_in_the_forms_in_which_models_write_it(turn):
+    assert parse_action(turn) == "go to desk 1"
+
+
+@pytest.mark.parametrize(
+    "turn", ["my next action: go", "ACTION: **", "ACTION:\nTHOUGHT: go to desk 1", "REACTION: go"]
+)
+def test_what_is_no_action_is_none(turn):
+    assert parse_action(turn) is None
+
+
+@pytest.mark.parametrize("block", [" ", "ACTION", "ACTION: ", "ACTION:\n", "*", "\n", "- "])
+def test_finding_an_action_takes_time_in_proportion_to_the_turns_length(block):
+    def seconds(number):
+        start = time.process_time()
+        parse_action(block * number)
+        return time.process_time() - start
+
+    short = min(seconds(20_000) for _ in range(2))
+    assert min(seconds(40_000) for _ in range(2)) < 3 * short + 0.05
 
 
 @pytest.mark.parametrize("admissible", ["put mug 1 in/on shelf 1", "move mug 1 to shelf 1"])

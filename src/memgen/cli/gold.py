@@ -23,7 +23,7 @@ def test_gold(request: Request) -> int:
         request: the command line of `memgen test`.
 
     Returns:
-        0 if every reference answer has a reward of 1, else 1.
+        0 if there are items and every reference answer has a reward of 1, else 1.
 
     Raises:
         UsageError: if the configuration cannot be used.
@@ -34,13 +34,14 @@ def test_gold(request: Request) -> int:
     data = built(request).datamodule
     if not isinstance(data, EnvironmentData):
         raise UsageError("memgen test --gold needs memgen.data.EnvironmentData")
-    wrong = 0
+    wrong, found = 0, False
     for split in _SPLITS:
         try:
             examples = data.environment.examples(split)
         except FileNotFoundError as error:
             print(f"{split}: {error}")
             continue
+        found = True
         failing = failing_references(data.environment, examples)
         wrong += len(failing)
         named = ", ".join(example.id for example in failing[:_NAMED])
@@ -49,7 +50,7 @@ def test_gold(request: Request) -> int:
             f"{split}: {len(examples) - len(failing)} of {len(examples)} reference answers are right"
             + (f"; not {named}{more}" if failing else "")
         )
-    return int(wrong > 0)
+    return int(wrong > 0 or not found)
 
 
 def failing_references(environment: Environment, examples: Sequence[Example]) -> list[Example]:

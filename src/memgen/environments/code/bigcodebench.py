@@ -129,8 +129,9 @@ class BigCodeBench(CodeEnvironment):
     def _example(self, record: Record, identifier: str) -> Example | str:
         missing = _libraries(record) - self._libraries
         if not missing:  # What the list of libraries does not name: the tests' own.
+            test = record.text("test")
             solution = f"{record.value('code_prompt')}{record.value('canonical_solution')}"
-            missing = imported_modules(solution, record.text("test")) - self._libraries
+            missing = imported_modules(solution, test) - self._libraries
         if missing:
             names = ", ".join(sorted(missing))
             return f"{record.where} needs libraries that the sandbox does not have ({names}); name them in packages"
