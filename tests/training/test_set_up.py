@@ -87,6 +87,8 @@ def test_a_last_checkpoint_that_is_gone_is_told(tmp_path, caplog):
 def test_the_output_head_is_no_target_of_an_adapter(base, tmp_path):
     stage = make_stage(base)
     lora = dataclasses.replace(stage.config.weaver.lora, target_modules=("q_proj", "lm_head"))
-    stage.config = dataclasses.replace(stage.config, weaver=dataclasses.replace(stage.config.weaver, lora=lora))
+    stage.config = dataclasses.replace(
+        stage.config, weaver=dataclasses.replace(stage.config.weaver, lora=lora)
+    )
     with pytest.raises(ValueError, match=r"lora.target_modules has lm_head, the output head"):
         make_trainer(tmp_path).fit(stage, answers(base))
