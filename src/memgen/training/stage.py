@@ -103,7 +103,7 @@ class Stage(LightningModule, ABC):
         """
         if stage == "fit":
             require_context(self.memgen, self.data, "train", None)
-            if self.trainer.limit_val_batches:  # type: ignore[attr-defined]
+            if self.trainer.limit_val_batches:
                 require_context(self.memgen, self.data, "val", self.generation.max_new_tokens)
         else:
             split: Split = "val" if stage == "validate" else "test"
