@@ -143,6 +143,14 @@ def test_a_value_of_the_wrong_type_names_key_value_and_type(folder, capsys, key,
     assert line == f"memgen fit: {key} (the command line) {WRONG[key, value]}"
 
 
+@pytest.mark.parametrize("value", ["007", "0x10", "1e3", "1_000", "yes", "True"])
+def test_the_text_that_a_hint_quotes_is_the_one_that_was_written(folder, capsys, value):
+    (folder / "overlay.yaml").write_text(f"data:\n  batch_size: 7\n  path: {value}  # a folder\n")
+    for arguments in (("--data.path", value), (f"--data.path={value}",), ("--config", "overlay.yaml")):
+        line = refusal(capsys, "fit", *CONFIG, *arguments)
+        assert line.endswith(f"to mean the text, quote it: '\"{value}\"'")
+
+
 REFUSED = {
     "a value out of range": (
         ("--model.memgen.weaver.inference_latents", "-3"),

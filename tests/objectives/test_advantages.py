@@ -171,3 +171,20 @@ def test_the_overlong_punishment_grows_over_its_buffer():
     lengths = torch.tensor([0, 60, 70, 80, 95, 100, 101, 500])
     expected = torch.tensor([0.0, 0.0, 0.0, -1 / 3, -25 / 30, -1.0, -1.0, -1.0])
     assert_close("penalty", overlong_penalty(lengths, 100, 30), expected)
+
+
+def test_reinforce_pp_whitens_over_tokens_as_verl_and_openrlhf_do():
+    """Their `masked_whiten` of the rewards spread over (E, N) tokens, written out; an episode left out has no token."""
+    rewards, lengths = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.5]), torch.tensor([7, 2, 1, 4, 0])
+    mask = torch.arange(7) < lengths[:, None]
+    returns = (rewards[:, None] * mask).double()
+    mean = returns.sum() / mask.sum()
+    variance = ((returns - mean).square() * mask).sum() / mask.sum()
+    expected = ((returns - mean) / variance.sqrt())[:4, 0].float()
+    for baseline in (None, "batch", "none"):
+        result = group_advantages(
+            rewards, torch.zeros(5, dtype=torch.int64), PolicySettings(loss="reinforce_pp", baseline=baseline),
+            valid=torch.tensor([True, True, True, True, False]), tokens=lengths,
+        )  # fmt: skip
+        torch.testing.assert_close(result.values[:4], expected)
+        assert result.values[4] == 0

@@ -9,6 +9,7 @@ references in that form are read as well, and rewritten here.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -231,6 +232,18 @@ def source_of(key: str, layers: Sequence[Layer]) -> str | None:
         else:
             return layer.name
     return None
+
+
+def written(key: str, value: Any, layers: Sequence[Layer]) -> str:
+    """A value as its source writes it: 007 is the number 7, and another text."""
+    name = re.escape(key.rpartition(".")[2])
+    source = source_of(key, layers)
+    text = next((layer.text for layer in reversed(layers) if layer.name == source), "")
+    for token in re.findall(rf"(?<!\w){name}(?:=|:\s*|\s+)([^\s#,}}\]]+)", text):
+        with contextlib.suppress(UsageError):
+            if parse_value(token) == value:
+                return str(token)
+    return str(value)
 
 
 def parse_value(text: str) -> Any:

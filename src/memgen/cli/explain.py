@@ -41,10 +41,12 @@ class Problem:
     Attributes:
         key: the full key.
         message: what is wrong with it; follows the key in the printed line.
+        unquoted: the value, if it would be right as a text.
     """
 
     key: str
     message: str
+    unquoted: bool | float | None = None
 
 
 def find_problem(
@@ -207,13 +209,11 @@ def _check(value: Any, annotation: Any, key: str) -> Problem | None:
     # jsonargparse lets a number through to the constructor where a record belongs.
     misplaced = dataclasses.is_dataclass(members[0]) and not isinstance(value, dict) and value is not None
     if problem is None and (misplaced or not _fits(value, annotation)):
-        hint = ""
-        if str in members and isinstance(value, bool | int | float):
-            hint = f"; to mean the text, quote it: '\"{value}\"'"
+        unquoted = value if str in members and isinstance(value, bool | int | float) else None
         wanted = describe(annotation)
         if misplaced:
             wanted = f"a mapping ({wanted})"
-        return Problem(key, f"must be {wanted}, got {value!r} ({type(value).__name__}){hint}")
+        return Problem(key, f"must be {wanted}, got {value!r} ({type(value).__name__})", unquoted)
     return problem
 
 

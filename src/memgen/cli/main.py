@@ -11,6 +11,7 @@ from typing import cast
 
 import memgen
 from memgen.cli.errors import UsageError, file_system_error, nearest, refuses_input
+from memgen.cli.output import escape_what_cannot_be_shown, outlive_readers
 from memgen.running.interrupt import LISTENER
 
 INTERRUPTED = 130
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 for input that cannot be used, 130 after Ctrl-C, or what the command returns.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    escape_what_cannot_be_shown()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         listing = "\n".join(f"  {name:<14}{command.summary}" for name, command in COMMANDS.items())
         print(HELP.format(commands=listing), end="")
@@ -102,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(name: str, rest: list[str]) -> int:
     """Runs a command; refused input becomes a message and an exit status."""
     command = COMMANDS[name]
+    if command.trainer:
+        outlive_readers()
     if name == "fit":
         # Before slow imports: a signal during them would end the process.
         LISTENER.listen()

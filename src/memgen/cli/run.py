@@ -513,7 +513,11 @@ def _root_cause(error: Exception) -> Exception:
 
 def _locate(problem: explain.Problem, layers: Sequence[Layer]) -> str:
     source = config.source_of(problem.key, layers)
-    return f"{problem.key}{f' ({source})' if source else ''} {problem.message}"
+    hint = ""
+    if problem.unquoted is not None:
+        written = config.written(problem.key, problem.unquoted, layers)
+        hint = f"; to mean the text, quote it: '\"{written}\"'"
+    return f"{problem.key}{f' ({source})' if source else ''} {problem.message}{hint}"
 
 
 def _as_list(value: Any) -> list[Any]:

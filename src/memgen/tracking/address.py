@@ -28,6 +28,12 @@ def absolute_uri(uri: str) -> str:
     return f"{SQLITE}{path.absolute()}"
 
 
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a sqlite store; None for another store, or one in memory."""
+    path = uri.removeprefix(SQLITE)
+    return Path(path) if uri.startswith(SQLITE) and path not in {"", ":memory:"} else None
+
+
 def is_missing(uri: str) -> bool:
     """Whether a URI names a sqlite file that does not exist. MLflow would create an empty one."""
     return uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file()

@@ -107,7 +107,8 @@ class Outbox:
         """Whether the recipient is open, after waiting for the first attempt to open it, but not longer than `seconds`."""
         with self._change:
             self._start()
-            self._change.wait_for(lambda: self._opened is not None, timeout=seconds)
+            if not self._change.wait_for(lambda: self._opened is not None, timeout=seconds):
+                self._opened = False  # So that nothing waits a second time.
             return bool(self._opened)
 
     def flush(self, seconds: float) -> int:

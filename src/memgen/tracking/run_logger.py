@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from memgen.lightning_internals import no_experiment
 from memgen.tracking.address import DEFAULT_ROOT, SQLITE, STORE_VARIABLE
 from memgen.tracking.datasets import DatasetRecord
 from memgen.tracking.delivery import Outbox, new_outbox_path, read_outbox
@@ -228,11 +229,12 @@ class RunLogger(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> MlflowClient:
-        """An MLflow client for the store; on other ranks than the first, an object that does nothing.
+        """An MLflow client for the store; an object that does nothing on other ranks than the first, and without a store.
 
         Lightning asks every rank for it, and two ranks must not create a new sqlite store at the same time.
         """
-        self.outbox.opened(START_SECONDS)
+        if not self.outbox.opened(START_SECONDS):
+            return no_experiment()
         return self.store.client
 
     @property

@@ -10,12 +10,13 @@ import contextlib
 import itertools
 import json
 import os
+import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from memgen.tracking.address import absolute_uri
+from memgen.tracking.address import absolute_uri, sqlite_file
 from memgen.tracking.delivery import Record, RefusedError
 from memgen.tracking.family import summarise_children
 from memgen.tracking.traces import Trace, write_trace
@@ -23,6 +24,8 @@ from memgen.tracking.traces import Trace, write_trace
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+LOCK_SECONDS = 5.0
+"""How long another writer may keep a sqlite store locked."""
 PARAMETERS = 100
 """Most parameters that MLflow accepts in one call."""
 METRICS = 1000
@@ -85,7 +88,7 @@ class RunStore:
         for name, value in QUICK.items():
             os.environ.setdefault(name, value)
         self.address = address
-        self.run_id = address.run_id
+        self.run_id = address.run_id or None
         self.experiment_id: str | None = None
         self.started: int | None = None
         """Start of the run, in milliseconds since 1970."""
@@ -107,6 +110,7 @@ class RunStore:
         from mlflow.exceptions import MlflowException
         from mlflow.tracking.context.registry import resolve_tags
 
+        self._require_answer()
         client, address = self.client, self.address
         if self.run_id is not None:
             try:
@@ -123,9 +127,35 @@ class RunStore:
             # Adds user and program, as MLflow's own API does.
             tags = resolve_tags(dict(address.tags))
             run = client.create_run(self._experiment(), tags=tags, run_name=address.name)
+            if not run.info.run_id:
+                raise ConnectionError("it answers without the id of a run: is it a server of MLflow?")
             self.run_id = run.info.run_id
         self.experiment_id = run.info.experiment_id
         self.started = run.info.start_time
+
+    def _require_answer(self) -> None:
+        """Fails at once, and in one line, where MLflow would try for a minute or write to a file that is gone.
+
+        Raises:
+            ConnectionError: if the sqlite file was there and is gone, cannot be read, stays locked, or has tables that this
+                MLflow does not know.
+        """
+        path = sqlite_file(self.address.uri)
+        if path is None:
+            return
+        if not path.exists():
+            if self.run_id is not None:
+                raise ConnectionError(f"{path} is gone")
+            return
+        try:
+            with contextlib.closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as database:
+                database.execute("BEGIN IMMEDIATE")
+                version = _schema(database)
+                database.rollback()
+        except sqlite3.Error as error:
+            raise ConnectionError(f"{path}: {error}") from error
+        if version is not None and not any(_migrations().glob(f"{version}_*.py")):
+            raise ConnectionError(f"{path} has tables of version {version}, which this MLflow does not know")
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -157,6 +187,7 @@ class RunStore:
         method = getattr(self, f"_send_{kind}", None)
         if method is None:
             raise RefusedError(f"records of kind {kind} are not supported")
+        self._require_answer()
         try:
             method(records)
         except MlflowException as error:
@@ -169,6 +200,7 @@ class RunStore:
     def answers(self) -> bool:
         """Whether the store answers a simple request."""
         try:
+            self._require_answer()
             self.client.get_run(self.run_id)
         except Exception:  # noqa: BLE001 - any failure means no
             return False
@@ -295,6 +327,21 @@ class RunStore:
             self.client.update_run(self.run_id, status=status)
         else:
             self.client.set_terminated(self.run_id, status)
+
+
+def _schema(database: sqlite3.Connection) -> str | None:
+    """Version of MLflow's tables in a database; None if it has none."""
+    if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone():
+        return None
+    row = database.execute("SELECT version_num FROM alembic_version").fetchone()
+    return None if row is None else str(row[0])
+
+
+def _migrations() -> Path:
+    """The folder of MLflow's migrations, a file for each version of its tables."""
+    import mlflow
+
+    return Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
 
 
 def client_of(uri: str) -> MlflowClient:

@@ -1,0 +1,48 @@
+"""Standard output and error that do not end a command: characters they lack are escaped, a reader may leave."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+
+@final
+class _UntilItsReaderLeaves(io.FileIO):
+    """A file descriptor that becomes /dev/null once nothing reads it any more (`2>&1 | head`)."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), self.fileno())
+            return super().write(data)
+
+
+def escape_what_cannot_be_shown() -> None:
+    """Writes a character that the terminal's encoding lacks as its escape, as standard error does anyway."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def outlive_readers() -> None:
+    """Goes on when the reader of standard output or error leaves. To be called before anything else holds them."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream is not getattr(sys, f"__{name}__"):  # None, or another's: left as it is.
+            continue
+        stream.flush()
+        raw = _UntilItsReaderLeaves(stream.fileno(), "w", closefd=False)
+        lasting = io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, lasting)
