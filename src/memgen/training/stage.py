@@ -311,8 +311,8 @@ def require_context(
     if max(1, prompt) + latents + new_tokens > context:
         shown = f"a {split} prompt of {prompt} tokens" if prompt else f"a {split} prompt"
         raise ValueError(
-            f"{shown} with up to {latents} latents leaves no room for {setting}.max_new_tokens {new_tokens} in the "
-            f"reasoner's context of {context}; lower it, or data.max_prompt_length"
+            f"{shown} with up to {latents} latents leaves no room for {setting}.max_new_tokens {new_tokens}: the reasoner's "
+            f"context is {context}; lower max_new_tokens or data.max_prompt_length"
         )
 
 
