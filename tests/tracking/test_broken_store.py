@@ -138,3 +138,26 @@ def test_a_store_that_is_deleted_meanwhile_is_told_in_a_line(tmp_path, empty_sto
     assert "is gone" in "".join(said)
     assert not path.exists(), "MLflow would make an empty one"
     assert len(read_outbox(logger.outbox.path)[1]) > 20
+
+
+def test_a_store_that_breaks_within_a_call_is_told_in_a_line(tmp_path, empty_store, capfd, caplog):
+    path = tmp_path / "store.db"
+    shutil.copy(empty_store, path)
+    logger = run_logger(
+        root=str(tmp_path / "root"), tracking_uri=f"sqlite:///{path}", flush_seconds=3.0, system_seconds=0
+    )
+    assert logger.run_id is not None
+    assert logger.outbox.flush(30.0) == 0
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("drop table metrics")
+        database.commit()
+    capfd.readouterr()
+    caplog.clear()
+    logger.log_metrics({"train/loss": 1.0}, step=3)
+    logger.finalize("success")
+    logger.outbox.stop()
+    said = told(capfd, caplog)
+    assert len(said) <= 5, said
+    assert "Traceback" not in "".join(said)
+    assert "does not take records" in "".join(said)
+    assert any("train/loss" in kept.read_text() for kept in logger.outbox.path.parent.iterdir())

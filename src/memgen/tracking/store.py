@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,10 @@ class RunAddress:
         object.__setattr__(self, "uri", absolute_uri(self.uri))
 
 
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
+
+
 @final
 class RunStore:
     """A run in MLflow, as recipient of an outbox (see `delivery.Recipient`)."""
@@ -102,6 +107,8 @@ class RunStore:
         if self._client is None:
             from mlflow import MlflowClient
 
+            # MLflow prints the traceback of an error of the database that it raises as well; the outbox names it in a line.
+            logging.getLogger("mlflow.store.db.utils").addFilter(_has_no_traceback)
             self._client = MlflowClient(self.address.uri)
         return self._client
 
