@@ -216,8 +216,9 @@ MEMBERS = {
     "bigcodebench": (
         lambda folder: BigCodeBench(str(DATA / "bigcodebench"), isolation="limits"),
         "test",
-        71,
-        "4a0b9a774d634bc4",
+        # 71 before items whose tests need a missing library were left out: train-273, train-314 and train-630.
+        68,
+        "6fac8997701eb890",
     ),
     "triviaqa": (triviaqa, "val", 94, "488f79025fe0d8bb"),
 }
