@@ -216,6 +216,23 @@ class Backbone(nn.Module):
         """The language-model head."""
         return cast(nn.Linear, self.model.get_output_embeddings())
 
+    @torch.no_grad()
+    def embedding_scale(self) -> float:
+        """What scales hidden states behind the final norm to about the mean norm of token embeddings.
+
+        Raises:
+            ValueError: if the decoder has no norm of its own behind its layers.
+        """
+        norms = [m for m in self._decoder.children() if getattr(getattr(m, "weight", None), "ndim", 0) == 1]
+        if not norms:
+            raise ValueError(
+                f"{self._called} has no norm behind its layers, so latents cannot be scaled to its embeddings; set "
+                "weaver.map_init to random"
+            )
+        rows = self.embedding[:: max(1, self.embedding.shape[0] // 1024)]
+        hidden = norms[-1](rows).float().norm(dim=-1).mean()
+        return float(rows.float().norm(dim=-1).mean() / hidden)
+
     def add_adapter(self, name: str, settings: LoraSettings) -> None:
         """Adds a LoRA adapter that a pass may name.
 
