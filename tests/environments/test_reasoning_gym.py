@@ -22,7 +22,7 @@ from tiny import byte_tokenizer, tiny_causal_lm
 ROOT = Path(__file__).resolve().parents[2]
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 """100 different questions with each operator."""
-EASY = {"knight_swap": {"max_nodes": 6, "max_pieces": 2}}
+EASY = {"knight_swap": {"max_nodes": 6, "max_attempts": 2}}
 """Parameters of tasks that take seconds an item without them."""
 NO_REFERENCE = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 ISOLATIONS = ["limits", "bubblewrap"] if shutil.which("bwrap") else ["limits"]

@@ -266,14 +266,23 @@ class ReasoningGym(Environment):
         example, answer = pair
         task = self.tasks[example.meta["place"]]
         request = ["score", task.task, dict(task.parameters), example.meta["entry"], answer, *self._limits]
-        for _ in range(2):
-            try:
-                return dict(self._pool.ask(request, self._limits[1] + _OVERHEAD_S))
-            except WorkerLostError as lost:
-                if lost.timed_out:
-                    return {"stopped": "time"}
-                # A scheduler's signal may have ended the sandbox; an answer ends it again.
-        return {"error": "died"}
+        try:
+            return dict(self._ask(request, self._limits[1] + _OVERHEAD_S))
+        except WorkerLostError as lost:
+            return {"stopped": "time"} if lost.timed_out else {"error": "died"}
+
+    def _ask(self, request: list[Any], timeout_s: float) -> Any:
+        """A worker's answer; asks again if it died, for a scheduler's signal may have ended the sandbox.
+
+        Raises:
+            WorkerLostError: if it took too long, or died twice.
+        """
+        try:
+            return self._pool.ask(request, timeout_s)
+        except WorkerLostError as lost:
+            if lost.timed_out:
+                raise
+        return self._pool.ask(request, timeout_s)
 
     def _reward(self, example: Example, result: Mapping[str, Any] | None) -> Reward:
         scored = result or {}
@@ -348,7 +357,7 @@ class ReasoningGym(Environment):
         else:
             start = time.monotonic()
             try:
-                items = self._pool.ask(request, _DRAW_LIMIT_S)
+                items = self._ask(request, _DRAW_LIMIT_S)
             except WorkerLostError as lost:
                 raise ValueError(
                     f"{task.task}: {BLOCK} items could not be drawn with these parameters ({lost}): {dict(task.parameters)}"

@@ -125,13 +125,14 @@ def _draw(task: str, parameters: Mapping[str, Any], seed: int) -> list[Any]:
 def _item(dataset: Any, task: str, index: int) -> list[Any] | str:
     try:
         entry = dataset[index]
+        pickled = base64.b64encode(pickle.dumps(entry)).decode()
     except Exception as error:  # noqa: BLE001 - some generators fail now and then
         return f"{type(error).__name__}: {error}"
     answer = entry["answer"]
     if answer is not None:
         answer = str(answer).strip()
     score = None if answer is None else _score(dataset, task, entry, answer).get("score", 0.0)
-    return [str(entry["question"]), answer, score, base64.b64encode(pickle.dumps(entry)).decode()]
+    return [str(entry["question"]), answer, score, pickled]
 
 
 @functools.lru_cache(maxsize=8)
