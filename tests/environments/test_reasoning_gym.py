@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import time
@@ -224,9 +225,11 @@ def test_partial_credit_is_a_part_of_the_reward_and_no_reward_unless_asked_for(m
 def test_a_hostile_answer_scores_nothing_and_costs_no_other_answer_anything(make, isolation, tmp_path):
     environment = make(
         "countdown", "spiral_matrix", "polynomial_multiplication", "prime_factorization", "complex_arithmetic",
-        isolation=isolation, timeout_s=1.0, train_size=5,
+        "simple_integration", isolation=isolation, timeout_s=1.0, train_size=6,
     )  # fmt: skip
     examples = {example.meta["task"]: example for example in environment.examples("train")}
+    integrand = re.search("∫ (.*) dx", examples["simple_integration"].question)[1]
+    variable = re.search("[A-Za-z]", integrand)[0]
     touched = tmp_path / "touched"
     write = f"__import__('pathlib').Path({str(touched)!r}).touch()"
     attacks = [
@@ -240,6 +243,7 @@ def test_a_hostile_answer_scores_nothing_and_costs_no_other_answer_anything(make
         ("polynomial_multiplication", "x.__class__", None),
         ("prime_factorization", "a lot", "scorer_failed"),
         ("complex_arithmetic", "nan", None),
+        ("simple_integration", f"Integral({integrand}, {variable})", None),
     ]
     before = environment.worker_pids
     rewards = environment.rewards(
@@ -253,7 +257,7 @@ def test_a_hostile_answer_scores_nothing_and_costs_no_other_answer_anything(make
     assert not touched.exists()
     assert environment.worker_pids == before, "the answers' own processes were killed, not the worker"
     right = environment.rewards(list(examples.values()), [example.answer for example in examples.values()])
-    assert [reward.total for reward in right] == [1.0] * 5
+    assert [reward.total for reward in right] == [1.0] * 6
 
 
 @marked

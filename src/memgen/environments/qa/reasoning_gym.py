@@ -195,7 +195,7 @@ class ReasoningGym(Environment):
         wanted = Counter(turns[index % len(turns)] for index in range(size))
         supply = {place: self._questions(place, split, wanted[place]) for place in wanted}
         seen: set[str] = set()  # Two entries may be the same task.
-        examples = []
+        examples: list[Example] = []
         for index in range(size):
             place = turns[index % len(turns)]
             drawn = next((item for item in supply[place] if normalised(item.question) not in seen), None)

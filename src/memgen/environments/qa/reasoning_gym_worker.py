@@ -5,7 +5,7 @@ own, with limits of time and memory, so an answer can neither stop the worker no
 
 Differs from calling the library: (1) text of an answer is never run as code: four scorers get a list by `eval`, which sees
 their own variables, and five an expression by sympy's `parse_expr`, which runs any Python; here the four read literals and the
-five expressions of numbers, variables and functions; (2) `nan` is no complex number (`complex_arithmetic` gives it full marks);
+five expressions of numbers, variables and functions, so that the question as an `Integral` is no answer to it; (2) `nan` is no complex number (`complex_arithmetic` gives it full marks);
 (3) items come from blocks of `BLOCK` that are drawn from their first to their last with all random generators seeded, since
 some generators draw from shared ones.
 """
@@ -64,7 +64,9 @@ def ask(request: list[Any], connection: int, alone: bool) -> Any:
         return _check(task, parameters)
     if kind == "draw":
         return _draw(task, parameters, *rest)
-    return _score_in_child(_scorer(task, json.dumps(parameters)), task, *rest, connection, alone)
+    return _score_in_child(
+        _scorer(task, json.dumps(parameters)), task, *rest, connection=connection, alone=alone
+    )
 
 
 def _check(task: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
