@@ -64,9 +64,7 @@ def ask(request: list[Any], connection: int, alone: bool) -> Any:
         return _check(task, parameters)
     if kind == "draw":
         return _draw(task, parameters, *rest)
-    return _score_in_child(
-        _scorer(task, json.dumps(parameters)), task, *rest, connection=connection, alone=alone
-    )
+    return _score_in_child(_scorer(task, json.dumps(parameters)), task, rest, connection, alone)
 
 
 def _check(task: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,15 +154,12 @@ def _score(dataset: Any, task: str, entry: Any, answer: str) -> dict[str, Any]:
 def _score_in_child(
     dataset: Any,
     task: str,
-    pickled: str,
-    answer: str,
-    cpu_s: float,
-    wall_s: float,
-    memory_mb: int,
+    request: list[Any],
     connection: int,
     alone: bool,
 ) -> dict[str, Any]:
     """As `_score`; or {"stopped": "time"}, or the error "died" of a scorer that ended its process."""
+    pickled, answer, cpu_s, wall_s, memory_mb = request
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
