@@ -3,8 +3,9 @@
 # make test    every test that needs no GPU
 # make test-slow  what takes minutes: two processes, the whole pipeline on the lab; a skipped test fails
 # make test-with MARKS="sandbox or slurm"  tests that need more than Python (bubblewrap, SLURM, a browser, ...); a skipped
-#              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld
+#              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld, reasoning_gym
 # make setup-worlds  adds ALFWorld and ScienceWorld to the environment (g++, cmake, Java), for their tests
+# make setup-reasoning-gym  adds Reasoning Gym (a C compiler, Python's headers), for its tests
 # make bench-lab  every stage on the lab with its controls, over several seeds; docs/results/lab.md
 # make bench-performance  every figure of docs/performance.md, about 20 minutes
 # make bench-scale  every stage under every strategy on two CPU processes, killed and resumed; the tables of docs/scale.md
@@ -26,7 +27,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= true
 
-.PHONY: setup setup-worlds demo test test-slow test-with check test-gpu bench-lab bench-performance bench-scale format
+.PHONY: setup setup-worlds setup-reasoning-gym demo test test-slow test-with check test-gpu bench-lab bench-performance bench-scale format
 
 setup: $(STAMP)
 
@@ -44,14 +45,17 @@ $(STAMP): pyproject.toml constraints.txt
 setup-worlds: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,alfworld,scienceworld]"
 
+setup-reasoning-gym: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,reasoning-gym]"
+
 demo: setup
 	$(BIN)/memgen demo $(DEMO_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not sandbox" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: setup
-	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not sandbox" $(PYTEST_ARGS)
+	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" $(PYTEST_ARGS)
 
 test-with: setup
 	@test -n "$(MARKS)" || { echo 'make test-with: name the tests: make test-with MARKS="sandbox or slurm"' >&2; exit 1; }
