@@ -126,7 +126,8 @@ def _from_hub(directory: Path) -> None:
     Raises:
         NotHadError: if they are not in its cache and it is not reached or breaks off.
     """
-    from huggingface_hub.errors import HTTPError
+    # Of whichever HTTP client the hub's uses.
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
         snapshot = _snapshot()
