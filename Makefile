@@ -1,5 +1,6 @@
 # make setup   create .venv with the pinned dependencies (repeating it is cheap)
 # make demo    the whole pipeline on the embedded default, ending in a table of results
+# make demo-real  the same on SmolLM2-135M, a real language model, with the lab's shop in plain English; about 90 CPU minutes
 # make test    every test that needs no GPU
 # make test-slow  what takes minutes: two processes, the whole pipeline on the lab; a skipped test fails
 # make test-with MARKS="sandbox or slurm"  tests that need more than Python (bubblewrap, SLURM, a browser, ...); a skipped
@@ -26,7 +27,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= true
 
-.PHONY: setup setup-worlds demo test test-slow test-with check test-gpu bench-lab bench-performance bench-scale format
+.PHONY: setup setup-worlds demo demo-real test test-slow test-with check test-gpu bench-lab bench-performance bench-scale format
 
 setup: $(STAMP)
 
@@ -46,6 +47,9 @@ setup-worlds: setup
 
 demo: setup
 	$(BIN)/memgen demo $(DEMO_ARGS)
+
+demo-real: setup
+	$(BIN)/memgen demo --backbone lab:smollm2 $(DEMO_ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not sandbox" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
