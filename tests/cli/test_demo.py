@@ -6,23 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from memgen.cli import demo
 from memgen.cli import main as front_end
 from memgen.lab import assets, trained
 from memgen.lab.english import EnglishLab
 from memgen.lab.report import Questions
-from memgen.lab.saving import save_backbone
-from memgen.lab.tiny import tiny_tokenizer
-from memgen.model.adapters import LoraSettings
-from memgen.model.backbone import BackboneConfig
-from memgen.model.boundary import BoundaryConfig
-from memgen.model.memgen import MemGenConfig, MemGenModel
-from memgen.model.trigger import TriggerConfig
-from memgen.model.weaver import WeaverConfig
-from memgen.training.checkpoint import save_checkpoint
+from tiny_english import save_english_base, save_english_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = (
@@ -41,34 +31,10 @@ ROWS = (
 def models(tmp_path_factory):
     """Where the names of SmolLM2's assets lead: a random base, weavers and a trigger."""
     folder = tmp_path_factory.mktemp("models")
-    text = "\n".join(f"{e.question}\n{e.target}" for e in EnglishLab().examples("train")[:50])
-    tokenizer = tiny_tokenizer(text, vocab_size=400, max_length=512)
-    torch.manual_seed(0)
-    settings = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=32,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    (folder / "base").mkdir()
-    save_backbone(Qwen2ForCausalLM(settings), tokenizer, folder / "base")
-    lora = LoraSettings(r=2, alpha=4, dropout=0.0, target_modules=("q_proj", "v_proj"))
+    save_english_base(folder / "base")
     found = {demo.SMOLLM2: folder / "base"}
     for name in demo.SMOLLM2_STAGES.values():
-        kind = "tokens" if name.endswith("trigger_rl") else "always"
-        config = MemGenConfig(
-            backbone=BackboneConfig(name=str(folder / "base"), dtype="bfloat16"),
-            weaver=WeaverConfig(prompt_latents=2, inference_latents=2, lora=lora),
-            trigger=TriggerConfig(kind=kind, lora=lora, initial_invoke_bias=-60.0),
-            boundaries=BoundaryConfig(delimiters=(",",), max_inference_insertions=0),
-        )
-        model = MemGenModel.build(config, tokenizer, str)
-        save_checkpoint(model, config, folder / name, with_trigger=kind == "tokens")
+        save_english_checkpoint(folder / "base", folder / name, trigger=name.endswith("trigger_rl"))
         found[f"lab:{name}"] = folder / name
     return found
 

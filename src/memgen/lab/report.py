@@ -294,11 +294,12 @@ def _kept(path: Path, make: Callable[[], Condition]) -> Condition:
         found = make()
         write_whole(path, json.dumps(dataclasses.asdict(found)))
         return found
-    outcomes = {
-        name: None if values is None else Outcome(**{**values, "rewards": tuple(values["rewards"])})
-        for name, values in json.loads(path.read_text(encoding="utf-8")).items()
-    }
-    return Condition(**outcomes)
+    outcome, others = (
+        None if values is None else Outcome(**{**values, "rewards": tuple(values["rewards"])})
+        for values in map(json.loads(path.read_text(encoding="utf-8")).get, ("outcome", "others"))
+    )
+    assert outcome is not None, "only the other tasks' scores may be missing"
+    return Condition(outcome, others)
 
 
 def _as_dict(outcome: Outcome) -> dict[str, Any]:
