@@ -4,8 +4,9 @@
 # make test    every test that needs no GPU
 # make test-slow  what takes minutes: two processes, the whole pipeline on the lab; a skipped test fails
 # make test-with MARKS="sandbox or slurm"  tests that need more than Python (bubblewrap, SLURM, a browser, ...); a skipped
-#              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld
+#              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld, reasoning_gym
 # make setup-worlds  adds ALFWorld and ScienceWorld to the environment (g++, cmake, Java), for their tests
+# make setup-reasoning-gym  adds Reasoning Gym (a C compiler, Python's headers), for its tests
 # make bench-lab  every stage on the lab with its controls, over several seeds; docs/results/lab.md
 # make bench-real  the same on SmolLM2-135M, a real language model; docs/results/real.md. Days of CPU time, kept cell by cell:
 #              REAL_ARGS="--only shop --seeds 0 --text FOLDER_OF_GSM8K" makes a part
@@ -30,7 +31,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= true
 
-.PHONY: setup setup-worlds demo demo-real test test-slow test-with check test-gpu bench-lab bench-real bench-performance bench-scale format
+.PHONY: setup setup-worlds setup-reasoning-gym demo demo-real test test-slow test-with check test-gpu bench-lab bench-real bench-performance bench-scale format
 
 setup: $(STAMP)
 
@@ -48,6 +49,9 @@ $(STAMP): pyproject.toml constraints.txt
 setup-worlds: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,alfworld,scienceworld]"
 
+setup-reasoning-gym: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,reasoning-gym]"
+
 demo: setup
 	$(BIN)/memgen demo $(DEMO_ARGS)
 
@@ -55,10 +59,10 @@ demo-real: setup
 	$(BIN)/memgen demo --backbone lab:smollm2 $(DEMO_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not sandbox" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: setup
-	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not sandbox" $(PYTEST_ARGS)
+	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" $(PYTEST_ARGS)
 
 test-with: setup
 	@test -n "$(MARKS)" || { echo 'make test-with: name the tests: make test-with MARKS="sandbox or slurm"' >&2; exit 1; }

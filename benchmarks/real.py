@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import json
 import logging
 import shutil
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
 from omegaconf import OmegaConf
 
 from benchmarks.kept import children_cpu, kept
@@ -417,10 +417,12 @@ def decided_plan(model: MemGenModel, batch: TokenBatch) -> InsertionPlan:
 
 
 def environment(values: Mapping[str, Any]) -> Environment:
-    """The environment of a class path and arguments."""
-    arguments = dict(values)
-    module, _, name = str(arguments.pop("class_path")).rpartition(".")
-    found: Environment = getattr(importlib.import_module(module), name)(**arguments)
+    """The environment of a class path and arguments, as a configuration file gives them."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--environment", type=Environment)
+    arguments = {name: value for name, value in values.items() if name != "class_path"}
+    given = {"class_path": values["class_path"], "init_args": arguments}
+    found: Environment = parser.instantiate_classes(parser.parse_object({"environment": given})).environment
     return found
 
 
