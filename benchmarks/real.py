@@ -247,10 +247,11 @@ class Bench:
     def train(self, name: str) -> Path:
         """The checkpoint of a training (half, weaver, grpo or trigger), made first if it is missing."""
         checkpoint = self.folder / "checkpoints" / name
+        earlier = None if name == "half" else self.train("weaver" if name == "trigger" else "half")
 
         def make() -> dict[str, Any]:
             clock, begin = children_cpu(), time.perf_counter()
-            run = self._fit(name)
+            run = self._fit(name, earlier)
             best = run / "best" if (run / "best").is_dir() else run / "last"
             with new_folder(checkpoint) as folder:
                 shutil.copytree(best, folder, dirs_exist_ok=True)
@@ -261,22 +262,21 @@ class Bench:
         kept(self.folder / f"fit_{name}.json", make)
         return checkpoint
 
-    def _fit(self, name: str) -> Path:
+    def _fit(self, name: str, earlier: Path | None) -> Path:
         """Runs a training in its folder. The weaver's goes on in the run of the half-trained one."""
         subject, overrides = self.subject, dict(self.overrides)
-        if name in ("half", "weaver"):
-            if name == "weaver":
-                self.train("half")
+        stages = {
+            "half": "weaver_sft",
+            "weaver": "weaver_sft",
+            "grpo": "weaver_grpo",
+            "trigger": "trigger_rl",
+        }
+        stage, mixed = stages[name], name == "trigger"
+        if stage == "weaver_sft":
             stop = subject.half if name == "half" else subject.stop
             overrides |= stopping_at(stop, check_every=subject.check_every)
-            stage = "weaver_sft"
-        elif name == "grpo":
-            overrides["model.init_from"] = self.train("half")
-            stage = "weaver_grpo"
         else:
-            overrides["model.init_from"] = self.train("weaver")
-            stage = "trigger_rl"
-        mixed = name == "trigger"
+            overrides["model.init_from"] = earlier
         values = {key: json.dumps(value) for key, value in self._values(mixed=mixed).items()}
         run = self.folder / "runs" / stage
         fit(self.files(stage, mixed=mixed), {**values, **overrides}, run)

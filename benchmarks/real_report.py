@@ -146,7 +146,6 @@ def _cost(found: Report, task: str, title: str) -> list[str]:
     """What answers and trainings cost, over the seeds."""
     table = []
     for condition, label in found.data["conditions"].items():
-        # With latents of another item, each item is answered twice.
         cells = [found.cell(task, seed, condition) for seed in found.seeds_of(condition)]
         there = [cell for cell in cells if cell is not None]
         trained = [found.cell(task, seed, f"fit_{condition}") for seed in found.seeds]
@@ -171,11 +170,12 @@ def _cost(found: Report, task: str, title: str) -> list[str]:
         "steps",
     ]
     lines = section(f"{title}: what it costs", header, table)
-    note = (
-        "One figure for each seed that was measured. Positions are all that reasoner, weaver and trigger read, the prompt "
-        "included. The weaver's training goes on from the half-trained one's, whose minutes come on top."
-    )
-    return [*lines, "", note] if lines else []
+    note = [
+        "One figure for each seed that was measured. Positions are all that reasoner, weaver and trigger read, the prompt",
+        "included. With latents of another item every item is answered twice. The weaver's training goes on from the",
+        "half-trained one's, whose minutes come on top; its steps are those of both.",
+    ]
+    return [*lines, "", *note] if lines else []
 
 
 def _harm(found: Report, task: str, title: str) -> list[str]:
@@ -199,9 +199,7 @@ def _harm(found: Report, task: str, title: str) -> list[str]:
                 else:
                     low, high = interval(ours, bare)
                     mark = "" if low <= 0 <= high else ", changed"
-                    row.append(
-                        f"{ours.mean:.1f} ({difference(ours, bare)}){mark}, {ours.insertions:.2f} ins."
-                    )
+                    row.append(f"{ours.mean:.1f}, {difference(ours, bare)}{mark}, {ours.insertions:.2f} ins.")
             if text:
                 row.append(
                     _perplexity(
@@ -215,8 +213,9 @@ def _harm(found: Report, task: str, title: str) -> list[str]:
     return [
         *section(f"{title}: what it does to other tasks", header, table),
         "",
-        f'{found.data["other_items"]} held-out items of each. In brackets the paired difference to the bare model; "changed" where its '
-        "interval leaves 0 out; ins.: insertions per answer.",
+        f"{found.data['other_items']} held-out items of each: exact match, the paired difference to the bare model (`changed` where",
+        "its interval leaves 0 out), and insertions per answer (ins.). Of the text: the perplexity of reference answers, and",
+        "likewise the difference of the loss per token, in nats.",
     ]
 
 
@@ -230,9 +229,9 @@ def _perplexity(cell: Mapping[str, Any] | None, bare: Mapping[str, Any] | None) 
     losses = [(a - b) / n for a, b, n in zip(cell["nll"], bare["nll"], cell["tokens"], strict=True)]
     found = mean_interval(losses)
     if found.low is None or found.high is None:
-        return f"{shown} (loss {found.mean:+.3f})"
+        return f"{shown}, loss {found.mean:+.3f}"
     mark = "" if found.low <= 0 <= found.high else ", changed"
-    return f"{shown} (loss {found.mean:+.3f}, {found.low:+.3f} to {found.high:+.3f}{mark})"
+    return f"{shown}, loss {found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f}){mark}"
 
 
 def _with_interval(exact: str) -> str:

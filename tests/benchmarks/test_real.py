@@ -244,8 +244,8 @@ def test_differences_are_paired_and_a_change_is_marked():
     }  # fmt: skip
     text = report(data)
     assert "| weaver SFT less bare model | +100.0 (+100.0 to +100.0) |" in text
-    assert "| weaver SFT, seed 0 | 0.0 (-100.0 (-100.0 to -100.0)), changed, 1.00 ins. |" in text
-    assert "| weaver SFT, then trigger RL, seed 0 | 100.0 (+0.0 (+0.0 to +0.0)), 1.00 ins. |" in text
+    assert "| weaver SFT, seed 0 | 0.0, -100.0 (-100.0 to -100.0), changed, 1.00 ins. |" in text
+    assert "| weaver SFT, then trigger RL, seed 0 | 100.0, +0.0 (+0.0 to +0.0), 1.00 ins. |" in text
     assert "| weaver SFT | 9 | 3.75 | 1.0 | 2.0 | 40 |" in text
     assert "2026-01-02: m." in text
     assert "Every cell was measured." in text
