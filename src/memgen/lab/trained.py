@@ -56,7 +56,7 @@ TRAINED = {
     "weaver_grpo": TrainedAsset("weaver_grpo", start="weaver_sft_half", minutes=3),
     "trigger_rl": TrainedAsset("trigger_rl", start="weaver_sft", minutes=2),
     "smollm2_weaver_sft_half": TrainedAsset(
-        "weaver_sft", (*SMOLLM2_SHOP, "smollm2/weaver_sft.yaml"), stop_at=0.3, check_every=25, minutes=25
+        "weaver_sft", (*SMOLLM2_SHOP, "smollm2/weaver_sft.yaml"), stop_at=0.3, check_every=25, minutes=11
     ),
     "smollm2_weaver_sft": TrainedAsset(
         "weaver_sft",
@@ -64,7 +64,7 @@ TRAINED = {
         goes_on="smollm2_weaver_sft_half",
         stop_at=0.98,
         check_every=25,
-        minutes=15,
+        minutes=11,
     ),
     "smollm2_weaver_grpo": TrainedAsset(
         "weaver_grpo",
