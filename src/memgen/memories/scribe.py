@@ -190,6 +190,17 @@ def count_words(text: str) -> int:
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
+def some_text(answer: str) -> str:
+    """An answer that may be any text but an empty one.
+
+    Raises:
+        Nonsense: if it is empty.
+    """
+    if not answer.strip():
+        raise Nonsense("the answer is empty")
+    return answer.strip()
+
+
 def json_in(text: str) -> Any:
     """The first JSON object or list in an answer, whatever stands around it.
 
