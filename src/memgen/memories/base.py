@@ -106,6 +106,7 @@ class TextMemory(ABC, Generic[Settings]):
         scribe: the language model that writes; None: the deterministic fallback.
         seed: of random decisions.
         retrievals: searches so far.
+        fallbacks: questions so far that the fallback answered in the place of a scribe that failed, those of reads included.
     """
 
     method: ClassVar[str]
@@ -159,7 +160,7 @@ class TextMemory(ABC, Generic[Settings]):
         self.seed = seed
         self.count_tokens = count_tokens
         self.retrievals = 0
-        self._fallbacks = 0
+        self.fallbacks = 0
         constants = dataclasses.asdict(self.settings)  # type: ignore[call-overload]
         identity = Identity(self.method, constants, embedder.id if embedder else "bm25", seed)
         self.store = MemoryStore(Path(path), identity, embedder)
@@ -256,7 +257,7 @@ class TextMemory(ABC, Generic[Settings]):
         except ScribeError as error:
             if self.on_scribe_failure == "stop":
                 raise ScribeError(f"{error} (on_scribe_failure: fallback goes on without it)") from error
-            self._fallbacks += 1
+            self.fallbacks += 1
             logger.warning("%s: %s; the deterministic fallback answers", self.method, error)
             return None
 
@@ -287,13 +288,13 @@ class TextMemory(ABC, Generic[Settings]):
         return kept
 
     def _written(self, cause: dict[str, Any], learn: Callable[[], None]) -> WriteReport:
-        before, self._fallbacks = self.usage, 0
+        before, failed = self.usage, self.fallbacks
         with self.store.transaction({"method": self.name, **cause}):
             if "write" in cause:
                 self.store.advance()
             learn()
             changes: Changes = self.store.pending()
-        fallbacks = self._fallbacks
+        fallbacks = self.fallbacks - failed
         return WriteReport(
             method=f"{self.method}/df" if fallbacks else self.name,
             tick=self.store.tick,
