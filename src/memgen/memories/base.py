@@ -117,8 +117,8 @@ class TextMemory(ABC, Generic[Settings]):
     """Type of the settings, a frozen dataclass whose defaults are the paper's."""
     asks: ClassVar[bool] = True
     """Whether the method asks a scribe at all."""
-    needs_vectors: ClassVar[bool] = False
-    """Whether it compares cosines with constants, which BM25's scores do not allow."""
+    recalls: ClassVar[bool] = False
+    """Whether reading changes items."""
 
     def __init__(
         self,
@@ -147,14 +147,14 @@ class TextMemory(ABC, Generic[Settings]):
             ValueError: if the file is another memory's, or the method needs an embedder and has none.
             OSError: if the file cannot be used.
         """
-        if self.needs_vectors and embedder is None:
+        self.settings: Settings = self.constants() if settings is None else settings
+        if self.needs_vectors() and embedder is None:
             raise ValueError(
                 f"{self.method} compares cosines with constants, which BM25's scores do not allow; give an embedder "
                 "(memgen.memories.embedders.MiniLM)"
             )
         if on_scribe_failure not in ("fallback", "stop"):
             raise ValueError(f"on_scribe_failure must be fallback or stop, got {on_scribe_failure!r}")
-        self.settings: Settings = self.constants() if settings is None else settings
         self.scribe = scribe
         self.on_scribe_failure = on_scribe_failure
         self.seed = seed
@@ -209,8 +209,9 @@ class TextMemory(ABC, Generic[Settings]):
 
     # What a method says
 
-    recalls: ClassVar[bool] = False
-    """Whether reading changes items."""
+    def needs_vectors(self) -> bool:
+        """Whether it compares cosines with constants, which BM25's scores do not allow."""
+        return False
 
     @abstractmethod
     def learn(self, experience: Experience) -> None:

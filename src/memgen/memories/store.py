@@ -353,6 +353,13 @@ class MemoryStore:
         )
         return self._select(chosen, (source, relation))
 
+    def links(self, relation: str = "") -> list[tuple[int, int]]:
+        """All links of a relation, (source, target)."""
+        rows = self._connection.execute(
+            "SELECT source, target FROM links WHERE relation = ? ORDER BY source, target", (relation,)
+        )
+        return [(int(source), int(target)) for source, target in rows]
+
     def search(
         self, query: str, k: int, kind: str, group: str | None = None, leave_out: Collection[int] = ()
     ) -> list[Found]:
@@ -387,14 +394,6 @@ class MemoryStore:
             return dict(self._cosines(query, kind))
         numbers = self._connection.execute("SELECT number FROM items WHERE kind = ?", (kind,))
         return dict.fromkeys((n for (n,) in numbers), 0.0) | dict(self._bm25(query, kind, -1, None))
-
-    def cosine(self, text: str, number: int) -> float:
-        """The cosine of a text and an item's key."""
-        assert self.embedder is not None, "only a memory with vectors has cosines"
-        (blob,) = self._connection.execute(
-            "SELECT vector FROM vectors WHERE number = ?", (number,)
-        ).fetchone()
-        return float(np.frombuffer(blob, dtype="<f4") @ self.embedder.encode([storable(text)])[0])
 
     def _bm25(self, query: str, kind: str, k: int, group: str | None) -> list[tuple[int, float]]:
         match = match_expression(query)
