@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, final
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast, final
 
 from memgen.environments.base import Message
 from memgen.environments.search.retrieval import Passage
@@ -161,7 +161,7 @@ class TextMemory(ABC, Generic[Settings]):
         self.count_tokens = count_tokens
         self.retrievals = 0
         self.fallbacks = 0
-        constants = dataclasses.asdict(self.settings)  # type: ignore[call-overload]
+        constants = dataclasses.asdict(cast(Any, self.settings))
         identity = Identity(self.method, constants, embedder.id if embedder else "bm25", seed)
         self.store = MemoryStore(Path(path), identity, embedder)
 

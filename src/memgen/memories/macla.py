@@ -20,13 +20,13 @@ task's template.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from scipy.special import betaln, digamma
 from typing_extensions import override
 
 from memgen.environments.search.retrieval import Passage
@@ -70,13 +70,10 @@ class MACLASettings:
 
 def entropy(alpha: float, beta: float) -> float:
     """Differential entropy of Beta(alpha, beta): 0 for the uniform distribution, negative for what is known better."""
-    total = alpha + beta
-    return float(
-        betaln(alpha, beta)
-        - (alpha - 1) * digamma(alpha)
-        - (beta - 1) * digamma(beta)
-        + (total - 2) * digamma(total)
-    )
+    special = importlib.import_module("scipy.special")
+    psi, total = special.digamma, alpha + beta
+    parts = (alpha - 1) * psi(alpha) + (beta - 1) * psi(beta) - (total - 2) * psi(total)
+    return float(special.betaln(alpha, beta) - parts)
 
 
 def expected_utility(

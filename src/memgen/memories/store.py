@@ -280,7 +280,7 @@ class MemoryStore:
         same = {"text": item.text, "key": item.key, "strength": item.strength, "accessed": item.accessed}
         given = {name: value for name, value in given.items() if name == "data" or value != same[name]}
         if given:
-            self._do("set", item.number, given, self._vector(given.get("key")))
+            self._do("set", item.number, given, self._vector(key if "key" in given else None))
 
     def remove(self, item: Item) -> None:
         """Removes an item and its links."""
@@ -301,7 +301,7 @@ class MemoryStore:
     def _vector(self, key: str | None) -> str | None:
         if self.embedder is None or key is None:
             return None
-        vector = np.asarray(self.embedder.encode([key])[0], dtype="<f4")
+        vector = np.asarray(self.embedder.encode([storable(key)])[0], dtype="<f4")
         if vector.shape != (self.embedder.dim,):
             raise ValueError(
                 f"embedder {self.embedder.id} gave a vector of shape {vector.shape}, not ({self.embedder.dim},)"
@@ -432,7 +432,7 @@ class MemoryStore:
 
     def _select(self, where: str, values: Sequence[Any]) -> list[Item]:
         rows = self._connection.execute(f"SELECT {_COLUMNS} FROM items {where}", tuple(values))
-        return [Item(*row[:8], data=json.loads(row[8])) for row in rows]
+        return [Item(*row[:8], json.loads(row[8])) for row in rows]
 
     # The file as a whole
 
