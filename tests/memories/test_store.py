@@ -248,6 +248,18 @@ def test_two_writers_of_one_file_see_each_other(tmp_path):
     second.close()
 
 
+def test_a_memory_is_read_while_another_process_writes_and_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("memgen.memories.store.BUSY_SECONDS", 0.05)
+    path = tmp_path / "memory.sqlite"
+    with ExpRAG(path) as first:
+        first.write(experience("buy figs"))
+        with first.store.transaction({"slow": True}), ExpRAG(path) as second:
+            first.store.add("task", "half", key="figs")
+            assert len(second.read("figs")) == 1
+            with pytest.raises(OSError, match="another process is writing the memory"):
+                second.write(experience("buy nuts"))
+
+
 def test_a_copy_goes_its_own_way(tmp_path):
     memory = ExpRAG(tmp_path / "memory.sqlite")
     memory.write(experience("one"))

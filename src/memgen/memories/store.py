@@ -141,20 +141,18 @@ class MemoryStore:
             raise
 
     def _open(self, identity: Identity) -> None:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            if not self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-                for statement in _TABLES:
-                    self._connection.execute(statement)
-                about = {"format": FORMAT, **_plain(identity)}
-                rows = [(name, json.dumps(value, sort_keys=True)) for name, value in about.items()]
-                self._connection.executemany("INSERT INTO about VALUES (?, ?)", rows)
-            else:
-                _require_same(self.path, _about(self._connection, self.path), identity)
-            self._connection.execute("COMMIT")
-        except BaseException:
-            self._roll_back()
-            raise
+        if self._is_new():
+            with self._exclusively():
+                if self._is_new():  # no other process was faster
+                    for statement in _TABLES:
+                        self._connection.execute(statement)
+                    about = {"format": FORMAT, **_plain(identity)}
+                    rows = [(name, json.dumps(value, sort_keys=True)) for name, value in about.items()]
+                    self._connection.executemany("INSERT INTO about VALUES (?, ?)", rows)
+        _require_same(self.path, _about(self._connection, self.path), identity)
+
+    def _is_new(self) -> bool:
+        return self._connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None
 
     # Transactions
 
@@ -169,20 +167,26 @@ class MemoryStore:
             OSError: if they cannot be written (a full disk, another writer); the file is then as it was.
         """
         assert self._changes is None, "transactions do not nest"
-        with self._named_errors():
+        with self._named_errors(), self._exclusively():
+            self._changes = []
             try:
-                self._connection.execute("BEGIN IMMEDIATE")
-                self._changes = []
                 yield
                 if self._changes:
                     row = (json.dumps(cause), json.dumps(self._changes))
                     self._connection.execute("INSERT INTO log (cause, changes) VALUES (?, ?)", row)
-                self._connection.execute("COMMIT")
-            except BaseException:
-                self._roll_back()
-                raise
             finally:
                 self._changes = None
+
+    @contextlib.contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """Begins and commits, or rolls back; other processes can read meanwhile, and none can write."""
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            self._roll_back()
+            raise
 
     def _roll_back(self) -> None:
         self._vectors.clear()
@@ -432,7 +436,7 @@ class MemoryStore:
 
     def _select(self, where: str, values: Sequence[Any]) -> list[Item]:
         rows = self._connection.execute(f"SELECT {_COLUMNS} FROM items {where}", tuple(values))
-        return [Item(*row[:8], json.loads(row[8])) for row in rows]
+        return [Item(*(*row[:8], json.loads(row[8]))) for row in rows]
 
     # The file as a whole
 
