@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -223,9 +224,45 @@ def test_what_is_no_memory_is_refused(tmp_path):
         rebuild(tmp_path / "absent.sqlite", path)
 
 
-def test_a_database_of_something_else_is_refused_and_left_alone(tmp_path):
-    import sqlite3
+def test_a_damaged_file_is_named_and_its_log_makes_it_again(tmp_path):
+    path = tmp_path / "memory.sqlite"
+    with ExpRAG(path) as memory:
+        for number in range(40):
+            memory.write(experience(f"task {number} " + "word " * 500))
+        contents = memory.store.contents()
+        (page,) = memory.store._connection.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'items'"
+        ).fetchone()
+        (size,) = memory.store._connection.execute("PRAGMA page_size").fetchone()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    with (
+        ExpRAG(path) as memory,
+        pytest.raises(ValueError, match=r"memory\.sqlite is .*damaged.*rebuild it from its log"),
+    ):
+        memory.read("task 3")
+    assert rebuild(path, tmp_path / "again.sqlite") == 40
+    with ExpRAG(tmp_path / "again.sqlite") as memory:
+        assert memory.store.contents() == contents
 
+
+def test_a_copy_that_cannot_be_written_is_named_and_absent(tmp_path, monkeypatch):
+    def on_a_full_disk(path):
+        connection = sqlite3.connect(path, isolation_level=None)
+        connection.execute("PRAGMA max_page_count = 2")
+        return connection
+
+    with ExpRAG(tmp_path / "memory.sqlite") as memory:
+        monkeypatch.setattr("memgen.memories.store._connect", on_a_full_disk)
+        with pytest.raises(OSError, match=r"copy\.sqlite could not be written .*make room"):
+            memory.store.copy_to(tmp_path / "copy.sqlite")
+        with pytest.raises(OSError, match=r"again\.sqlite could not be written .*make room"):
+            rebuild(tmp_path / "memory.sqlite", tmp_path / "again.sqlite")
+    assert {file.name for file in tmp_path.iterdir()} == {"memory.sqlite"}
+
+
+def test_a_database_of_something_else_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "other.sqlite"
     other = sqlite3.connect(path)
     other.execute("CREATE TABLE mine (x)")

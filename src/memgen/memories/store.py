@@ -134,7 +134,7 @@ class MemoryStore:
             )
         self._connection = _connect(path)
         try:
-            with self._named_errors():
+            with _named_errors(self.path):
                 self._open(identity)
         except BaseException:
             self.close()
@@ -144,11 +144,7 @@ class MemoryStore:
         if self._is_new():
             with self._exclusively():
                 if self._is_new():  # no other process was faster
-                    for statement in _TABLES:
-                        self._connection.execute(statement)
-                    about = {"format": FORMAT, **_plain(identity)}
-                    rows = [(name, json.dumps(value, sort_keys=True)) for name, value in about.items()]
-                    self._connection.executemany("INSERT INTO about VALUES (?, ?)", rows)
+                    _begin(self._connection, {"format": FORMAT, **_plain(identity)})
         _require_same(self.path, _about(self._connection, self.path), identity)
 
     def _is_new(self) -> bool:
@@ -167,7 +163,7 @@ class MemoryStore:
             OSError: if they cannot be written (a full disk, another writer); the file is then as it was.
         """
         assert self._changes is None, "transactions do not nest"
-        with self._named_errors(), self._exclusively():
+        with _named_errors(self.path), self._exclusively():
             self._changes = []
             try:
                 yield
@@ -194,28 +190,6 @@ class MemoryStore:
         if self._connection.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 self._connection.execute("ROLLBACK")
-
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            told = str(error)
-            if "full" in told or "disk I/O" in told:
-                raise OSError(
-                    errno.ENOSPC,
-                    f"the memory {self.path} could not be written ({told}) and is as it was; make room",
-                ) from error
-            if "locked" in told:
-                raise OSError(
-                    errno.EBUSY,
-                    f"another process is writing the memory {self.path}; wait for it, or use a copy",
-                ) from error
-            raise OSError(errno.EIO, f"the memory {self.path} cannot be used: {told}") from error
-        except sqlite3.DatabaseError as error:
-            raise ValueError(
-                f"{self.path} is no memory file, or a damaged one: {error}; choose another file"
-            ) from error
 
     def _do(self, *change: Any) -> None:
         """Makes a change, and remembers it for the log."""
@@ -314,6 +288,10 @@ class MemoryStore:
 
     # Reading
 
+    def _rows(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with _named_errors(self.path):
+            return self._connection.execute(statement, tuple(values)).fetchall()
+
     @property
     def tick(self) -> int:
         """Writes so far, the one under way included."""
@@ -321,8 +299,8 @@ class MemoryStore:
 
     def state(self, name: str, default: Any = None) -> Any:
         """A value that `set_state` has kept."""
-        row = self._connection.execute("SELECT value FROM state WHERE name = ?", (name,)).fetchone()
-        return default if row is None else json.loads(row[0])
+        rows = self._rows("SELECT value FROM state WHERE name = ?", (name,))
+        return json.loads(rows[0][0]) if rows else default
 
     def item(self, number: int) -> Item | None:
         """An item by its number; None if there is none."""
@@ -359,7 +337,7 @@ class MemoryStore:
 
     def links(self, relation: str = "") -> list[tuple[int, int]]:
         """All links of a relation, (source, target)."""
-        rows = self._connection.execute(
+        rows = self._rows(
             "SELECT source, target FROM links WHERE relation = ? ORDER BY source, target", (relation,)
         )
         return [(int(source), int(target)) for source, target in rows]
@@ -396,7 +374,7 @@ class MemoryStore:
         """The score of every item of a kind by its number; with BM25, 0 where no word is shared."""
         if self.embedder:
             return dict(self._cosines(query, kind))
-        numbers = self._connection.execute("SELECT number FROM items WHERE kind = ?", (kind,))
+        numbers = self._rows("SELECT number FROM items WHERE kind = ?", (kind,))
         return dict.fromkeys((n for (n,) in numbers), 0.0) | dict(self._bm25(query, kind, -1, None))
 
     def _bm25(self, query: str, kind: str, k: int, group: str | None) -> list[tuple[int, float]]:
@@ -408,7 +386,7 @@ class MemoryStore:
             where="AND items.kind = ?" + ("" if group is None else " AND items.grp = ?"),
         )
         values = (match, kind, *(() if group is None else (group,)), k)
-        return [(int(number), -score) for number, score in self._connection.execute(statement, values)]
+        return [(int(number), -score) for number, score in self._rows(statement, values)]
 
     def _cosines(self, query: str, kind: str) -> list[tuple[int, float]]:
         assert self.embedder is not None, "only a memory with vectors has cosines"
@@ -420,22 +398,22 @@ class MemoryStore:
 
     def _matrix(self, kind: str) -> tuple[list[int], np.ndarray]:
         """Numbers and vectors of the items of a kind, kept until something changes."""
-        seen = self._connection.execute("PRAGMA data_version").fetchone()[0]
+        seen = self._rows("PRAGMA data_version")[0][0]
         if seen != self._seen:  # another process has written
             self._vectors.clear()
             self._seen = seen
         if kind not in self._vectors:
-            rows = self._connection.execute(
+            rows = self._rows(
                 "SELECT items.number, vector FROM items JOIN vectors ON vectors.number = items.number "
                 "WHERE kind = ? ORDER BY items.number",
                 (kind,),
-            ).fetchall()
+            )
             flat = np.frombuffer(b"".join(blob for _, blob in rows), dtype="<f4")
             self._vectors[kind] = [n for n, _ in rows], flat.reshape(len(rows), -1) if rows else flat
         return self._vectors[kind]
 
     def _select(self, where: str, values: Sequence[Any]) -> list[Item]:
-        rows = self._connection.execute(f"SELECT {_COLUMNS} FROM items {where}", tuple(values))
+        rows = self._rows(f"SELECT {_COLUMNS} FROM items {where}", values)
         return [Item(*(*row[:8], json.loads(row[8]))) for row in rows]
 
     # The file as a whole
@@ -446,17 +424,21 @@ class MemoryStore:
         Raises:
             ValueError: if the search index does not fit the items.
         """
-        with self._named_errors():
-            self._connection.execute("INSERT INTO words (words, rank) VALUES ('integrity-check', 1)")
-            tables = ("about", "items", "vectors", "links", "state", "log")
-            return {
-                name: self._connection.execute(f"SELECT * FROM {name} ORDER BY 1, 2").fetchall()
-                for name in tables
-            }
+        self._rows("INSERT INTO words (words, rank) VALUES ('integrity-check', 1)")
+        tables = ("about", "items", "vectors", "links", "state", "log")
+        return {name: self._rows(f"SELECT * FROM {name} ORDER BY 1, 2") for name in tables}
 
     def copy_to(self, path: Path) -> None:
-        """Copies the file, whole or not at all; a frozen evaluation reads a copy, so that its recalls change nothing."""
-        with new_file(path) as temporary, contextlib.closing(sqlite3.connect(temporary)) as copy:
+        """Copies the file, whole or not at all; a frozen evaluation reads a copy, so that its recalls change nothing.
+
+        Raises:
+            OSError: if the copy cannot be written.
+        """
+        with (
+            _named_errors(path),
+            new_file(path) as temporary,
+            contextlib.closing(_connect(temporary)) as copy,
+        ):
             self._connection.backup(copy)
 
     def close(self) -> None:
@@ -481,24 +463,42 @@ def rebuild(source: Path, target: Path, until: int | None = None) -> int:
     """
     if not source.is_file():
         raise FileNotFoundError(f"there is no memory file {source}")
-    with contextlib.closing(_connect(source)) as old:
+    with _named_errors(source), contextlib.closing(_connect(source)) as old:
         about = _about(old, source)
-        with new_file(target) as temporary, contextlib.closing(_connect(temporary)) as new:
-            new.execute("BEGIN")
-            for statement in _TABLES:
-                new.execute(statement)
-            rows = [(name, json.dumps(value, sort_keys=True)) for name, value in about.items()]
-            new.executemany("INSERT INTO about VALUES (?, ?)", rows)
-            count = 0
-            for row in old.execute("SELECT number, cause, changes FROM log ORDER BY number"):
-                if until is not None and row[0] > until:
-                    break
-                for change in json.loads(row[2]):
-                    _apply(new, change)
-                new.execute("INSERT INTO log VALUES (?, ?, ?)", row)
-                count += 1
-            new.execute("COMMIT")
-    return count
+        entries = old.execute("SELECT number, cause, changes FROM log ORDER BY number").fetchall()
+    followed = [entry for entry in entries if until is None or entry[0] <= until]
+    with _named_errors(target), new_file(target) as temporary, contextlib.closing(_connect(temporary)) as new:
+        new.execute("BEGIN")
+        _begin(new, about)
+        for entry in followed:
+            for change in json.loads(entry[2]):
+                _apply(new, change)
+            new.execute("INSERT INTO log VALUES (?, ?, ?)", entry)
+        new.execute("COMMIT")
+    return len(followed)
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """SQLite's errors in words that say what to do."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        told = str(error)
+        if "full" in told or "disk I/O" in told:
+            raise OSError(
+                errno.ENOSPC, f"the memory {path} could not be written ({told}) and is as it was; make room"
+            ) from error
+        if "locked" in told:
+            raise OSError(
+                errno.EBUSY, f"another process is writing the memory {path}; wait for it, or use a copy"
+            ) from error
+        raise OSError(errno.EIO, f"the memory {path} cannot be used: {told}") from error
+    except sqlite3.DatabaseError as error:
+        raise ValueError(
+            f"{path} is no memory file, or a damaged one: {error}; choose another file, or rebuild it from its log "
+            "(memgen.memories.store.rebuild)"
+        ) from error
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -506,6 +506,14 @@ def _connect(path: Path) -> sqlite3.Connection:
         return sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
     except sqlite3.Error as error:
         raise OSError(errno.EIO, f"the memory {path} cannot be opened: {error}") from error
+
+
+def _begin(connection: sqlite3.Connection, about: Mapping[str, Any]) -> None:
+    """Makes the tables of an empty file."""
+    for statement in _TABLES:
+        connection.execute(statement)
+    rows = [(name, json.dumps(value, sort_keys=True)) for name, value in about.items()]
+    connection.executemany("INSERT INTO about VALUES (?, ?)", rows)
 
 
 def _apply(connection: sqlite3.Connection, change: Sequence[Any]) -> None:
