@@ -9,9 +9,7 @@ another index.
 `{"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}`, one list per query, where `contents` is the
 quoted title, a line break and the text. Differs from Search-R1's client, which waits without limit and accepts any
 answer: a request has a time limit as a whole, is repeated with growing pauses, and an answer that does not fit the
-request is a failure. `requests` and urllib3's `Retry` do neither: their timeout limits each read (a server that sends a
-byte every 0.1 s holds a request with a timeout of 0.3 s for as long as it likes), and they do not repeat a request whose
-answer is unusable. `memgen serve-search` offers a `PassageIndex` under the same protocol.
+request is a failure (`memgen.http_post`). `memgen serve-search` offers a `PassageIndex` under the same protocol.
 
 A failure raises `SearchError` and never gives an empty result: the agent is not to blame for a server's error.
 """
@@ -22,13 +20,11 @@ import contextlib
 import csv
 import gzip
 import hashlib
-import http.client
 import json
 import logging
 import os
 import queue
 import re
-import socket
 import sqlite3
 import sys
 import threading
@@ -43,6 +39,7 @@ from typing import IO, Any, final
 import platformdirs
 
 from memgen.files import lock, new_file, write_whole
+from memgen.http_post import HttpFailure, HttpServer, split_address
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +47,14 @@ INDEX_FORMAT = 1
 """Version of the tables, part of an index's name."""
 MAX_QUERY_TOKENS = 64
 """Distinct words of a query that are searched for at most, so that a model's endless query does not take minutes."""
-MAX_RESPONSE_BYTES = 256 << 20
-"""A longer answer of a server is a failure."""
-LONGEST_PAUSE_S = 30.0
-"""Between two attempts."""
+
+WORDS_TABLE = "tokenize='porter unicode61 remove_diacritics 2'"
+"""Setting of an FTS5 table: stems, blind to accents and case."""
+BEST_WORDS = (
+    "SELECT words.rowid AS number, bm25(words) AS score FROM words {join} WHERE words MATCH ? {where} "
+    "ORDER BY bm25(words), words.rowid LIMIT ?"
+)
+"""BM25's ranking of a table `words`; SQLite's score is negative, the best is the lowest."""
 
 _WORD = re.compile(r"[^\W_]+")
 _CLITIC = re.compile(r"(?<=\w)['\u2019](?:d|ll|m|re|s|t|ve)\b", re.IGNORECASE)
@@ -65,8 +66,6 @@ _STOP_WORDS = frozenset(
         "she that the their there they this to was were what when where which who whom whose why will with",
     )
 )
-_ALWAYS_REPEATED = (408, 425, 429)
-"""HTTP statuses below 500 after which a request is repeated."""
 _SETTLED_S = 2.0
 """Age below which a file may still change without a change of its time stamp."""
 
@@ -199,15 +198,14 @@ class PassageIndex(Searcher):
         Raises:
             SearchError: if the index cannot be read.
         """
-        match = _match_expression(query)
+        match = match_expression(query)
         if match is None:
             return []
         with self._connection() as connection:
             try:
                 rows = connection.execute(
                     # The inner query sorts numbers alone; the texts of all that match need not be read.
-                    "SELECT p.id, p.title, p.text, -best.score FROM (SELECT rowid AS number, bm25(words) AS score "
-                    "FROM words WHERE words MATCH ? ORDER BY bm25(words), rowid LIMIT ?) AS best "
+                    f"SELECT p.id, p.title, p.text, -best.score FROM ({BEST_WORDS.format(join='', where='')}) AS best "
                     "JOIN passages AS p ON p.number = best.number ORDER BY best.score, best.number",
                     (match, self.topk if topk is None else topk),
                 ).fetchall()
@@ -253,7 +251,7 @@ def _default_index_dir() -> Path:
     return (Path(home) if home else Path(platformdirs.user_cache_dir("memgen"))) / "search"
 
 
-def _match_expression(query: str) -> str | None:
+def match_expression(query: str) -> str | None:
     """The words of a query, any of which may occur; None if it has none.
 
     Each is quoted, so that AND, NEAR, *, : or a quote is a word or nothing, never an operator. Stop words are left
@@ -301,11 +299,11 @@ def _write_index(connection: sqlite3.Connection, source: Path) -> int:
     )
     connection.execute(
         "CREATE VIRTUAL TABLE words USING fts5(title, text, content='passages', content_rowid='number', "
-        "tokenize='porter unicode61 remove_diacritics 2')"
+        f"{WORDS_TABLE})"
     )
     count = 0
     for count, passage in enumerate(read_passages(source), start=1):
-        identifier, title, text = (_storable(part) for part in (passage.id, passage.title, passage.text))
+        identifier, title, text = (storable(part) for part in (passage.id, passage.title, passage.text))
         connection.execute("INSERT INTO passages VALUES (?, ?, ?, ?)", (count, identifier, title, text))
         connection.execute("INSERT INTO words (rowid, title, text) VALUES (?, ?, ?)", (count, title, text))
     if count == 0:
@@ -368,7 +366,7 @@ def _fingerprint(source: Path, directory: Path) -> str:
     return fingerprint
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
     """Text that UTF-8 can hold: a lone surrogate, which JSON can hold, becomes a question mark."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
@@ -498,34 +496,19 @@ class SearchServer(Searcher):
         Raises:
             ValueError: if a setting is not usable.
         """
-        address = urllib.parse.urlsplit(url)
-        try:
-            port = address.port
-        except ValueError as error:
-            raise ValueError(f"url has no usable port: {url!r}") from error
-        if (
-            address.scheme not in ("http", "https")
-            or not address.hostname
-            or address.query
-            or address.fragment
-        ):
-            raise ValueError(f"url must look like http://HOST:PORT/retrieve, got {url!r}")
-        for name, value, least in (("topk", topk, 1), ("retries", retries, 0), ("batch_size", batch_size, 1)):
+        address = split_address(url, "http://HOST:PORT/retrieve")
+        for name, value, least in (("topk", topk, 1), ("batch_size", batch_size, 1)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not timeout_s > 0 or not backoff_s >= 0:
-            raise ValueError(
-                f"timeout_s must be positive and backoff_s not negative, got {timeout_s}, {backoff_s}"
-            )
         self.url = url
         self.topk = topk
         self.timeout_s = timeout_s
         self.retries = retries
         self.backoff_s = backoff_s
         self.batch_size = batch_size
-        self._https = address.scheme == "https"
-        self._host, self._port = address.hostname, port
-        self._path = address.path if address.path not in ("", "/") else "/retrieve"
+        path = address.path if address.path not in ("", "/") else "/retrieve"
+        place = urllib.parse.urlunsplit((address.scheme, address.netloc, path, "", ""))
+        self._server = HttpServer(place, "search server", timeout_s, retries, backoff_s)
 
     def search(self, queries: Sequence[str]) -> list[list[Passage]]:
         """The best passages for each query, best first; one request for up to `batch_size` queries.
@@ -537,95 +520,31 @@ class SearchServer(Searcher):
         found: list[list[Passage]] = []
         for start in range(0, len(queries), self.batch_size):
             found += self._search_batch(
-                [_storable(query) for query in queries[start : start + self.batch_size]]
+                [storable(query) for query in queries[start : start + self.batch_size]]
             )
         return found
 
     def _search_batch(self, queries: Sequence[str]) -> list[list[Passage]]:
         body = json.dumps({"queries": queries, "topk": self.topk, "return_scores": True}).encode()
-        pause = self.backoff_s
-        for attempt in range(1, self.retries + 2):
-            try:
-                return _read_result(self._post(body), len(queries), self.topk)
-            except _Failure as failure:
-                attempts = f"{attempt} attempt{'s' if attempt > 1 else ''}"
-                if not failure.temporary or attempt > self.retries:
-                    raise SearchError(f"search server {self.url}: {failure} ({attempts})") from failure
-                logger.warning("search server %s: %s; next attempt in %g s", self.url, failure, pause)
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
-        raise AssertionError("the last attempt returns or raises")
-
-    def _post(self, body: bytes) -> bytes:
-        """The body of the answer to one request, within the time limit."""
-        kind = http.client.HTTPSConnection if self._https else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=self.timeout_s)
-        deadline = time.monotonic() + self.timeout_s
-        guard: threading.Timer | None = None
-        response: http.client.HTTPResponse | None = None
         try:
-            connection.connect()
-            # A socket's timeout limits one read; a server that sends a byte now and then would never reach it.
-            guard = threading.Timer(max(0.0, deadline - time.monotonic()), _shut_down, [connection.sock])
-            guard.daemon = True
-            guard.start()
-            connection.request("POST", self._path, body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            content = response.read(MAX_RESPONSE_BYTES + 1)
-            # `length` counts down: the bytes that were announced and have not come.
-            if response.length and len(content) <= MAX_RESPONSE_BYTES:
-                raise http.client.IncompleteRead(content, response.length)
-        except (OSError, http.client.HTTPException) as error:
-            if time.monotonic() >= deadline or isinstance(error, TimeoutError):
-                raise _Failure(f"no complete answer within {self.timeout_s:g} s") from error
-            reason = str(error) or type(error).__name__
-            raise _Failure(f"no complete answer: {reason:.200}") from error
-        finally:
-            if guard is not None:
-                guard.cancel()
-            if response is not None:  # It may have taken the socket over.
-                response.close()
-            connection.close()
-        if time.monotonic() >= deadline:  # A read without a length takes the guard's shutdown for the end.
-            raise _Failure(f"no complete answer within {self.timeout_s:g} s")
-        if len(content) > MAX_RESPONSE_BYTES:
-            raise _Failure(f"the answer is longer than {MAX_RESPONSE_BYTES} bytes")
-        if response.status != 200:
-            told = " ".join(content[:200].decode("utf-8", "replace").split())
-            raise _Failure(
-                f"HTTP status {response.status} {response.reason}: {told}",
-                temporary=response.status >= 500 or response.status in _ALWAYS_REPEATED,
-            )
-        return content
-
-
-class _Failure(Exception):
-    """Why an attempt failed; `temporary` if another one may succeed."""
-
-    def __init__(self, reason: str, *, temporary: bool = True) -> None:
-        super().__init__(reason)
-        self.temporary = temporary
-
-
-def _shut_down(connection: socket.socket) -> None:
-    """Ends another thread's wait for this connection."""
-    with contextlib.suppress(OSError):  # It may be closed already.
-        connection.shutdown(socket.SHUT_RDWR)
+            return self._server.ask(body, lambda content: _read_result(content, len(queries), self.topk))
+        except HttpFailure as failure:
+            raise SearchError(f"search server {self.url}: {failure}") from failure
 
 
 def _read_result(content: bytes, queries: int, topk: int) -> list[list[Passage]]:
     try:
         answer = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise _Failure(f"the answer is no JSON: {content[:80]!r}") from error
+        raise HttpFailure(f"the answer is no JSON: {content[:80]!r}") from error
     found = answer.get("result") if isinstance(answer, dict) else None
     if not isinstance(found, list):
-        raise _Failure(f'the answer has no list "result": {content[:80]!r}')
+        raise HttpFailure(f'the answer has no list "result": {content[:80]!r}')
     if len(found) != queries:
-        raise _Failure(f"{queries} queries were asked, {len(found)} results came back")
+        raise HttpFailure(f"{queries} queries were asked, {len(found)} results came back")
     for documents in found:
         if not isinstance(documents, list):
-            raise _Failure(f"the result of a query is no list: {documents!r:.80}")
+            raise HttpFailure(f"the result of a query is no list: {documents!r:.80}")
     return [[_read_document(document) for document in documents[:topk]] for documents in found]
 
 
@@ -637,4 +556,4 @@ def _read_document(item: Any) -> Passage:
             return _passage(document, "", "document")
         except ValueError:
             pass  # Raised below, with the document.
-    raise _Failure(f"a document of the answer has no text: {item!r:.80}")
+    raise HttpFailure(f"a document of the answer has no text: {item!r:.80}")
