@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from memgen.analysis.interventions import TRAINED
 from memgen.analysis.playing import Player
 from memgen.generation.rollout import rollout as play_episodes
 from memgen.generation.sampling import GenerationSettings
+from memgen.model.trigger import TriggerConfig
 from memgen.model.weaver import Weaver
 from memgen.types import InsertionPlan, TokenBatch
 from sft_runs import make_trainer
@@ -33,12 +35,11 @@ def made(tmp_path, monkeypatch):
     def make(out="out", environment=None, **changes):
         monkeypatch.setattr(Weaver, "weave", planted_weave({**TASKS, "X": "X", "Y": "Y"}, noise=0.0))
         return Player(
-            memgen=chosen,
             data=data(base, environment or Marks(items=8)),
             init_from=trained,
             root=tmp_path,
             out=tmp_path / out,
-            **{**settings(), "generation": LONGER, **changes},
+            **{**settings(), "memgen": chosen, "generation": LONGER, **changes},
         )
 
     return make
@@ -137,7 +138,8 @@ def test_a_condition_that_was_played_is_not_played_again(made, tmp_path, monkeyp
 
 
 def test_an_agent_that_never_weaves_is_refused(made, tmp_path):
-    player = made(memgen=config(tmp_path / "base", latents=0))
+    never = TriggerConfig(kind="random", probability=1e-9)
+    player = made(memgen=dataclasses.replace(config(tmp_path / "base", cap=2), trigger=never))
     with pytest.raises(ValueError, match="wove latents into 0 of 8 answers"):
         player.collect(make_trainer(tmp_path))
 

@@ -18,7 +18,7 @@ from memgen.analysis.geometry import (
     within_blocks,
 )
 
-RANDOM = np.random.default_rng(0)
+RANDOM = np.random.default_rng(1)
 VOCABULARY = RANDOM.standard_normal((200, 32)).astype(np.float32)
 
 

@@ -13,6 +13,7 @@ from memgen.analysis.interventions import (
     REMOVE_ALL,
     SWAPPED_OTHER,
     SWAPPED_SAME,
+    Directions,
     matched_removal,
     removals,
     whole_block_conditions,
@@ -77,7 +78,7 @@ def test_swapped_blocks_are_another_items_of_the_same_task_or_of_another():
 
 @pytest.mark.parametrize("top_k", [1, 3, 54, 1000])
 def test_the_papers_rule_removes_a_block_whose_nearest_neighbours_hold_the_centroid(top_k):
-    by_rule = [r for r in removals(CENTROIDS, VOCABULARY, top_k) if r.rule == "top_k"]
+    by_rule = [r for r in removals(CENTROIDS, Directions(VOCABULARY), top_k) if r.rule == "top_k"]
     everything = np.concatenate([VOCABULARY.numpy(), CENTROIDS])
     for _ in range(20):
         block = torch.from_numpy(RANDOM.standard_normal((3, 16)).astype(np.float32))
@@ -89,7 +90,7 @@ def test_the_papers_rule_removes_a_block_whose_nearest_neighbours_hold_the_centr
 
 
 def test_by_the_nearest_centroid_every_block_is_of_one_cluster():
-    by_rule = [r for r in removals(CENTROIDS, VOCABULARY, 10) if r.rule == "nearest"]
+    by_rule = [r for r in removals(CENTROIDS, Directions(VOCABULARY), 10) if r.rule == "nearest"]
     for _ in range(20):
         block = torch.from_numpy(RANDOM.standard_normal((3, 16)).astype(np.float32))
         removed = [len(r.condition.change(0, 0, block)) == 0 for r in by_rule]
@@ -98,7 +99,7 @@ def test_by_the_nearest_centroid_every_block_is_of_one_cluster():
 
 
 def test_a_matched_removal_removes_at_the_rate_and_the_same_blocks_again():
-    (removal, *_) = removals(CENTROIDS, VOCABULARY, 10)
+    (removal, *_) = removals(CENTROIDS, Directions(VOCABULARY), 10)
     control = matched_removal(removal, 0.3, seed=0)
     block = torch.ones(3, 16)
     removed = [len(control.change(index, 0, block)) == 0 for index in range(1000)]
@@ -108,7 +109,10 @@ def test_a_matched_removal_removes_at_the_rate_and_the_same_blocks_again():
 
 
 def test_conditions_that_do_something_else_have_files_of_their_own():
-    first, second = removals(CENTROIDS, VOCABULARY, 10), removals(CENTROIDS + 1, VOCABULARY, 10)
+    first, second = (
+        removals(CENTROIDS, Directions(VOCABULARY), 10),
+        removals(CENTROIDS + 1, Directions(VOCABULARY), 10),
+    )
     names = {r.condition.file_name for r in [*first, *second]}
     assert len(names) == 16
     assert {r.condition.name for r in first} == {r.condition.name for r in second}

@@ -12,6 +12,7 @@ from memgen.analysis import report
 from memgen.analysis.pipeline import AnalysisSettings, analyze
 from memgen.analysis.playing import Player
 from memgen.model.weaver import Weaver
+from memgen.results import statistics
 from sft_runs import make_trainer
 
 QUICK = AnalysisSettings(null_draws=19)
@@ -20,6 +21,7 @@ QUICK = AnalysisSettings(null_draws=19)
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Analyses a planted weaver."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)  # Intervals are tested elsewhere.
     base = repeating_base(tmp_path / "base")
 
     def analyse(weave, environment=None, latents=2, cap=0, out="out", chosen=QUICK, **changes):

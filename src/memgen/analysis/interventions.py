@@ -13,11 +13,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from memgen.analysis.collection import Collection, Floats
 from memgen.seeds import seed_of
@@ -159,12 +160,29 @@ class Removal:
     condition: Condition
 
 
-def removals(centroids: Floats, vocabulary: Tensor, top_k: int) -> list[Removal]:
+@final
+class Directions:
+    """Token embeddings of length 1, on the device where they are used.
+
+    Args:
+        embeddings: (V, H).
+    """
+
+    def __init__(self, embeddings: Tensor) -> None:
+        self._directions = normalize(embeddings.detach().float(), dim=1)
+
+    def cosines(self, vector: Tensor) -> Tensor:
+        """With a vector of length 1, (H,): (V,)."""
+        self._directions = self._directions.to(vector.device)
+        return self._directions @ vector
+
+
+def removals(centroids: Floats, vocabulary: Directions, top_k: int) -> list[Removal]:
     """The removal of each cluster by each rule.
 
     Args:
         centroids: (N, H).
-        vocabulary: token embeddings, (V, H).
+        vocabulary: directions of the token embeddings.
         top_k: k of the paper's rule.
     """
     found = []
@@ -208,13 +226,12 @@ def _nearest(centroids: Floats) -> Members:
     return lambda mean: [int((known - mean.cpu()).norm(dim=1).argmin())]
 
 
-def _top_k(centroids: Floats, vocabulary: Tensor, top_k: int) -> Members:
-    tokens = torch.nn.functional.normalize(vocabulary.detach().float(), dim=1)
-    known = torch.nn.functional.normalize(torch.from_numpy(centroids), dim=1).to(tokens.device)
+def _top_k(centroids: Floats, vocabulary: Directions, top_k: int) -> Members:
+    known = normalize(torch.from_numpy(centroids), dim=1)
 
     def members(mean: Tensor) -> list[int]:
-        direction = torch.nn.functional.normalize(mean.to(tokens.device), dim=0)
-        cosines = torch.cat([known @ direction, tokens @ direction])
+        direction = normalize(mean, dim=0)
+        cosines = torch.cat([known.to(direction.device) @ direction, vocabulary.cosines(direction)])
         nearest = cosines.topk(min(top_k, len(cosines))).indices.tolist()
         return [number for number in nearest if number < len(known)]
 

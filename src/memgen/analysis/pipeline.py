@@ -22,6 +22,7 @@ from memgen.analysis.effects import Effect, effects, filter_rate, outcomes
 from memgen.analysis.geometry import Geometry
 from memgen.analysis.interventions import (
     TRAINED,
+    Directions,
     Removal,
     matched_removal,
     removals,
@@ -143,7 +144,8 @@ def analyze(player: Player, trainer: Trainer, settings: AnalysisSettings) -> tup
     study = clusters.study(means[fitted], settings.seed, settings.null_draws)
     logger.info("%d blocks of %d items collected", len(means), len(collection.answers))
     centroids, notes = _centroids(means[fitted], study, settings)
-    planned = [removal for found in centroids for removal in removals(found, vocabulary, settings.top_k)]
+    directions = Directions(vocabulary)
+    planned = [removal for found in centroids for removal in removals(found, directions, settings.top_k)]
     answers, results = _play(player, trainer, collection, planned, sorted(scoring), settings.seed)
     measured = outcomes(list(answers.values()))
     others = [name for name in answers if name != TRAINED.name]

@@ -152,6 +152,8 @@ class Player(LightningModule):
         for name, ledger in self._ledgers.items():
             left = [index for index in wanted if index not in ledger.notes]
             batches += [(name, tuple(left[i : i + size])) for i in range(0, len(left), size)]
+        # Lightning skips what has no batch, with a warning.
+        batches = batches or [(name, ()) for name in list(self._ledgers)[:1]]
         return DataLoader(_Items(self.items), batch_size=None, sampler=batches)
 
     # Playing
@@ -187,6 +189,8 @@ class Player(LightningModule):
     def predict_step(self, batch: tuple[str, EvalBatch], batch_idx: int) -> int:
         """Plays a batch and records it. Returns the number of items."""
         name, items = batch
+        if not items.examples:
+            return 0
         condition = self._conditions[name]
         data = self.data
         actor = Actor(
