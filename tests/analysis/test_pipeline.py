@@ -41,9 +41,9 @@ def run(tmp_path, monkeypatch):
 
 
 def test_two_planted_functions_are_found_and_nothing_else(run):
-    (found, collection), folder = run(planted_weave(TASKS))
+    (found, collection), folder = run(planted_weave(TASKS), Marks(items=160))
     assert found.reward.mean == 1.0
-    assert len(collection.blocks) == 96
+    assert len(collection.blocks) == 160
     assert found.study.best == 2
     assert found.verdict.clusters_found
     assert found.verdict.headline.startswith("Faculties: 2 of 2 clusters have functions of their own")

@@ -92,9 +92,8 @@ def block_records(
     records: list[dict[str, Any]] = []
     for number, turn in enumerate(trajectory.turns):
         points = turn.insertion_points
-        for place, end, (point, kind) in zip(
-            points, [*points[1:], len(turn.tokens)], turn.insertions, strict=True
-        ):
+        ends = [*points[1:], len(turn.tokens)] if points else []
+        for place, end, (point, kind) in zip(points, ends, turn.insertions, strict=True):
             at_prompt = kind == InsertionKind.PROMPT
             before = (turn.context + turn.tokens)[point - 1]
             records.append(

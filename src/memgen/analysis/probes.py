@@ -152,8 +152,9 @@ def _accuracy(means: Floats, labels: Labels, splits: Sequence[tuple[Ints, Ints]]
     """Share of all held-out blocks that are told right."""
     right = 0
     for train, test in splits:
-        if len(np.unique(labels[train])) == 1:  # As happens with few blocks: there is only one answer.
-            right += int((labels[test] == labels[train][0]).sum())
+        names, counts = np.unique(labels[train], return_counts=True)
+        if len(names) == 1 or np.ptp(means[train], axis=0).max() == 0:  # There is nothing to learn.
+            right += int((labels[test] == names[counts.argmax()]).sum())
             continue
         components = min(MOST_COMPONENTS, len(train) - 1, means.shape[1])
         model = make_pipeline(
