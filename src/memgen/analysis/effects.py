@@ -126,4 +126,5 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def filter_rate(answers: Mapping[int, Mapping[str, Any]]) -> float:
     """Share of the blocks that a condition removed; 0 if there were none."""
     valid = [answer for answer in answers.values() if answer["fault"] is None]
-    return sum(answer["removed"] for answer in valid) / max(1, sum(answer["invoked"] for answer in valid))
+    removed, invoked = (sum(int(answer[key]) for answer in valid) for key in ("removed", "invoked"))
+    return removed / max(1, invoked)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.distance import cdist
+from sklearn.metrics import pairwise_distances
 
 from memgen.analysis.collection import Collection, Floats
 
@@ -220,7 +220,8 @@ def _distances(collection: Collection, means: Floats, success: float, seed: int)
 def distance(first: Floats, second: Floats) -> Distance:
     """Between all pairs of a vector of the first and one of the second."""
     return Distance(
-        float(cdist(first, second).mean()), float((_directions(first) @ _directions(second).T).mean())
+        float(pairwise_distances(first, second).mean()),
+        float((_directions(first) @ _directions(second).T).mean()),
     )
 
 

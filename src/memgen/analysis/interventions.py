@@ -98,7 +98,8 @@ def _noise(seed: int) -> Change:
     def change(index: int, number: int, block: Tensor) -> Tensor:
         drawn = torch.randn(block.shape, generator=random_generator(seed, "noise", index, number))
         drawn = drawn.to(block)
-        return drawn * (block.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True))
+        noise: Tensor = drawn * (block.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True))
+        return noise
 
     return change
 

@@ -254,7 +254,7 @@ class Player(LightningModule):
         """Plays all items as the checkpoint is and returns their blocks.
 
         Raises:
-            ValueError: if no block was woven, or too few items have some.
+            ValueError: if too few answers have a block, or the folder lacks a part.
         """
         answers = self.play(trainer, [TRAINED])[TRAINED.name]
         folder = self.folder / collection.FOLDER
@@ -266,6 +266,11 @@ class Player(LightningModule):
                 f"{FEWEST_ITEMS}; does the trigger invoke, and are there boundaries in the answers?"
             )
         if not folder.is_dir():
+            if not self._item_folder.is_dir():
+                raise ValueError(
+                    f"{self.folder} has the answers, but neither {folder.name} nor {self._item_folder.name} with their "
+                    "latents; remove it, or choose another folder (--out DIR)"
+                )
             rows = [{k: v for k, v in a.items() if k not in ("blocks", "parts")} for a in valid]
             blocks = [block for answer in valid for block in answer["blocks"]]
             collection.merge_items(folder, rows, blocks, self._item_folder)

@@ -155,7 +155,7 @@ def _clusters(analysis: Analysis, collection: Collection) -> list[str]:
             _table(("N", "silhouette", "without clusters", "excess", "stability (adjusted Rand)"), rows)
         )
         parts.append(_silhouette_figure(analysis))
-    rows = [
+    described = [
         (
             f"{c.cluster + 1} of {c.clusters}",
             c.blocks,
@@ -166,7 +166,7 @@ def _clusters(analysis: Analysis, collection: Collection) -> list[str]:
         )
         for c in analysis.clusters
     ]
-    if rows:
+    if described:
         header = (
             "cluster",
             "blocks",
@@ -175,7 +175,7 @@ def _clusters(analysis: Analysis, collection: Collection) -> list[str]:
             "nearest tokens (cosine)",
             "boundary: what follows",
         )
-        parts.append(_table(header, rows))
+        parts.append(_table(header, described))
     return [*parts, *_maps(analysis, collection)]
 
 
