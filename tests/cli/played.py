@@ -8,7 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+from memgen.chat import load_tokenizer
 from memgen.lab.saving import save_backbone
+from memgen.model.adapters import LoraSettings
+from memgen.model.backbone import BackboneConfig
+from memgen.model.boundary import BoundaryConfig
+from memgen.model.memgen import MemGenConfig, MemGenModel
+from memgen.model.weaver import WeaverConfig
+from memgen.training.checkpoint import save_checkpoint
 from tiny import byte_tokenizer, tiny_causal_lm
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -46,6 +53,20 @@ def prepare(folder: Path) -> None:
     (folder / "stage.yaml").write_text(STAGE)
     (folder / "base").mkdir()
     save_backbone(tiny_causal_lm(max_position_embeddings=2048), byte_tokenizer(), folder / "base")
+
+
+def prepare_trained(folder: Path) -> None:
+    """As `prepare`, which the working directory has to be, with a checkpoint `trained`."""
+    prepare(folder)
+    config = MemGenConfig(
+        backbone=BackboneConfig(name="base", dtype="float32"),
+        weaver=WeaverConfig(
+            lora=LoraSettings(r=4, alpha=8, dropout=0.0), prompt_latents=3, inference_latents=2
+        ),
+        boundaries=BoundaryConfig(delimiters=("a", "e", "i"), max_inference_insertions=2),
+    )
+    model = MemGenModel.build(config, load_tokenizer("base"), lambda name: name)
+    save_checkpoint(model, config, folder / "trained", with_trigger=False)
 
 
 def start(folder: Path, *argv: str) -> subprocess.Popen[str]:

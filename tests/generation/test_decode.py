@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -172,6 +174,59 @@ def test_an_intervention_replaces_what_is_inserted():
     assert all(float(block.abs().max()) == 0 for row in erased.latents for block in row)
     assert erased.answers() != plain.answers()
     assert sorted(seen) == [(r, e) for r, row in enumerate(erased.plan.rows()) for e in range(len(row))]
+
+
+def _remove(chosen):
+    """An intervention that inserts nothing where `chosen(answer, invocations before)`."""
+    return lambda rows, before, latents: [
+        block[:0] if chosen(row, number) else block
+        for row, number, block in zip(rows, before, latents, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("trigger", ["always", "tokens", "hidden_states"])
+@pytest.mark.parametrize("reads", ["embeddings", "hidden_states"])
+def test_removing_every_insertion_leaves_the_answers_of_the_bare_reasoner(reads, trigger):
+    settings = {"reads": reads, "trigger": trigger}
+    prompts = random_rows([9, 4, 17])
+    model, bare = tiny_memgen(**settings), tiny_memgen(reads=reads, trigger="never")
+    removed = generate(model, prompts, GREEDY, intervene=_remove(lambda row, number: True), keep_latents=True)
+    assert removed.answers() == generate(bare, prompts, GREEDY).answers()
+    assert removed.latents == [[], [], []]
+    assert removed.plan.counts == [0, 0, 0]
+    if trigger == "always":
+        assert max(turn.invocations for turn in removed.turns) == 4, "removals count towards the limit of 3"
+
+
+@pytest.mark.parametrize("reads", ["embeddings", "hidden_states"])
+@pytest.mark.parametrize("static_step", ["off", "on"])
+def test_what_is_left_of_removed_insertions_is_what_the_recorded_plan_replays(reads, static_step):
+    model = tiny_memgen(reads=reads)
+    settings = dataclasses.replace(GREEDY, static_step=static_step)
+    for chosen in (lambda row, n: n == 0, lambda row, n: n == 2, lambda row, n: (row + n) % 2):
+        part = generate(
+            model, random_rows([9, 4, 17]), settings, intervene=_remove(chosen), keep_latents=True
+        )
+        with torch.no_grad():
+            logprobs, woven = model.label_logprobs(part.as_batch(), part.plan)
+        recorded = torch.tensor([x for turn in part.turns for x in turn.logprobs])
+        assert_close("logprobs", recorded, logprobs)
+        rounds = [row[i] for i in range(max(map(len, part.latents))) for row in part.latents if len(row) > i]
+        assert_close("latents", torch.cat(rounds), woven.latents)
+
+
+def test_a_removal_in_one_answer_leaves_the_others_as_they_are():
+    model, prompts = tiny_memgen(), random_rows([9, 4, 17])
+    plain = generate(model, prompts, GREEDY)
+    part = generate(model, prompts, GREEDY, intervene=_remove(lambda row, n: row == 1))
+    assert [part.answers()[row] for row in (0, 2)] == [plain.answers()[row] for row in (0, 2)]
+    assert part.plan.counts[1] == 0
+
+
+def test_an_intervention_that_gives_more_latents_than_there_were_is_refused():
+    model = tiny_memgen()
+    with pytest.raises(ValueError, match="gave 6 latents in place of 3; give at most those"):
+        generate(model, random_rows([9]), GREEDY, intervene=lambda r, n, latents: [torch.cat(latents * 2)])
 
 
 def test_the_observer_hears_every_token_and_insertion_in_order():

@@ -272,3 +272,18 @@ def test_rollouts_with_dropout_are_refused():
     player.model.train()
     with pytest.raises(RuntimeError, match="dropout in rollouts would train on another distribution"):
         play(player)
+
+
+@pytest.mark.parametrize("environment", [Vowels(), Countdown((1, 2, 3))], ids=["one turn", "several turns"])
+def test_an_intervention_is_told_the_item_and_how_often_its_episode_invoked_before(environment):
+    player = actor(environment, settings=dataclasses.replace(SAMPLED, group_size=1))
+    told = []
+
+    def half(items, before, latents):
+        told.extend(zip(items, before, strict=True))
+        return [block[:0] if n % 2 else block for n, block in zip(before, latents, strict=True)]
+
+    found = play(player, intervene=half, keep_latents=True)
+    invocations = [trajectory.invocations for trajectory in found.trajectories]
+    assert sorted(told) == [(i, n) for i, count in enumerate(invocations) for n in range(count)]
+    assert [len(blocks) for blocks in found.latents] == [(count + 1) // 2 for count in invocations]

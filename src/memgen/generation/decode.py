@@ -48,7 +48,7 @@ def generate(
         row_seeds: a seed for each answer; what is sampled for it depends on its own seed alone. Default: from
             `settings.seed`.
         observe: is told of each token and insertion as it happens.
-        intervene: replaces latents before they are inserted (analysis); only with one answer per prompt.
+        intervene: replaces or removes latents before they are inserted (analysis); only with one answer per prompt.
         keep_latents: whether to return the inserted latents.
         earlier: where latents of earlier turns lie inside the prompts (boundaries.keep_turn_latents), one row per
             prompt. Reasoner and weaver read them; they do not count as insertions, and the result's plan leaves them out.

@@ -119,6 +119,7 @@ def read_prompts(state: DecodingState, prompts: PromptStreams) -> Tensor:
     assert readable is not None, "states were read first if the weaver reads them"
     unread = list(readable.split(lengths))
     latents = _weave(state, unread, lengths, woven)
+    woven, latents = _left(unread, woven, latents, invoked)
     end_states, behind = _read_latents(state, embeddings, end_states, text, woven, latents)
     state.spread()
     _insert(state, unread, woven, latents, behind, invoked)
@@ -170,6 +171,20 @@ def _weave(state: DecodingState, unread: list[Tensor], lengths: list[int], woven
         woven,
         [_answers(state, prompt)[0] for prompt in woven],
     )
+
+
+def _left(
+    unread: list[Tensor], woven: list[int], latents: list[Tensor], invoked: list[bool]
+) -> tuple[list[int], list[Tensor]]:
+    """The prompts that keep a block, and the blocks; an intervention may have removed some, of one answer per prompt."""
+    left = []
+    for prompt, block in zip(woven, latents, strict=True):
+        if block.shape[0]:
+            left.append((prompt, block))
+        else:
+            unread[prompt] = unread[prompt][:0]  # The weaver has read the prompt.
+            invoked[prompt] = False
+    return [prompt for prompt, _ in left], [block for _, block in left]
 
 
 def _read_latents(

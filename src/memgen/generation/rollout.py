@@ -30,7 +30,7 @@ from memgen.environments.base import (
     Reward,
     checked_reward,
 )
-from memgen.generation.decode import generate
+from memgen.generation.decode import Intervention, generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
 from memgen.seeds import turn_seed
@@ -113,7 +113,12 @@ class Rollouts:
 
 
 def rollout(
-    actor: Actor, examples: Sequence[Example], seeds: Sequence[int], *, keep_latents: bool = False
+    actor: Actor,
+    examples: Sequence[Example],
+    seeds: Sequence[int],
+    *,
+    keep_latents: bool = False,
+    intervene: Intervention | None = None,
 ) -> Rollouts:
     """Plays `group_size` episodes of each item.
 
@@ -122,12 +127,14 @@ def rollout(
         examples: the items.
         seeds: a seed for each episode; what is sampled in it depends on nothing else in the batch.
         keep_latents: whether to return the inserted latents.
+        intervene: as in `generate`, with one episode per item; it is told of items, as indices into `examples`, and of
+            the invocations in the whole episode.
 
     Raises:
         RuntimeError: if the model is in training mode: with dropout, another distribution would be trained on.
         ValueError: if a prompt is empty, has words that the tokenizer does not know, or does not fit into the context.
     """
-    return _Rollout(actor, examples, seeds, keep_latents=keep_latents).run()
+    return _Rollout(actor, examples, seeds, keep_latents=keep_latents, intervene=intervene).run()
 
 
 @dataclass
@@ -139,6 +146,7 @@ class _Playing:
     prompt: list[Message]
     context: list[int]
     episode: Episode | None  # None for a single-turn task
+    place: int  # among the episodes
     observation: str = ""  # read since the last turn
     turns: list[AgentTurn] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
@@ -150,7 +158,13 @@ class _Playing:
 
 class _Rollout:
     def __init__(
-        self, actor: Actor, examples: Sequence[Example], seeds: Sequence[int], *, keep_latents: bool
+        self,
+        actor: Actor,
+        examples: Sequence[Example],
+        seeds: Sequence[int],
+        *,
+        keep_latents: bool,
+        intervene: Intervention | None,
     ) -> None:
         group = actor.generation.group_size
         if len(seeds) != len(examples) * group:
@@ -161,6 +175,7 @@ class _Rollout:
         self.examples = [example for example in examples for _ in range(group)]
         self.seeds = list(seeds)
         self.keep_latents = keep_latents
+        self.intervene = intervene
         self.keep_turns = actor.model.boundaries.config.keep_turn_latents
         self.work = dict.fromkeys(WorkCount.__dataclass_fields__, 0)
         self.seconds = 0.0
@@ -219,7 +234,7 @@ class _Rollout:
             else:
                 messages = environment.messages(example)
                 context = self._prompt(messages)
-            playing.append(_Playing(example, seed, messages, context, episode=None))
+            playing.append(_Playing(example, seed, messages, context, episode=None, place=index))
         texts = self._turn(playing, grouped=True)
         clock = time.perf_counter()
         for episode, reward in zip(playing, environment.rewards(self.examples, texts), strict=True):
@@ -234,13 +249,13 @@ class _Rollout:
         observations = environment.reset_all(episodes, self.examples)
         self.environment_seconds += time.perf_counter() - clock
         playing = []
-        for example, seed, episode, observation in zip(
-            self.examples, self.seeds, episodes, observations, strict=True
+        for place, (example, seed, episode, observation) in enumerate(
+            zip(self.examples, self.seeds, episodes, observations, strict=True)
         ):
             messages = environment.messages(example)
             if observation.text:
                 messages = [*messages, Message(role="user", content=_characters(observation.text))]
-            playing.append(_Playing(example, seed, messages, self._prompt(messages), episode))
+            playing.append(_Playing(example, seed, messages, self._prompt(messages), episode, place))
         return playing
 
     def _play(self, environment: InteractiveEnvironment, playing: list[_Playing]) -> None:
@@ -338,6 +353,7 @@ class _Rollout:
             row_seeds=[turn_seed(p.seed, len(p.turns)) for p in playing],
             earlier=_plan([p.turns for p in playing]) if earlier else None,
             earlier_latents=[p.latents for p in playing] if earlier else None,
+            intervene=self._intervention(playing),
             stop=self._stop(),
             keep_latents=self.keep_latents or self.keep_turns,
         )
@@ -351,6 +367,21 @@ class _Rollout:
             for p, blocks in zip(playing, generation.latents, strict=True):
                 p.latents += blocks
         return texts
+
+    def _intervention(self, playing: Sequence[_Playing]) -> Intervention | None:
+        intervene = self.intervene
+        if intervene is None:
+            return None
+        before = [sum(turn.invocations for turn in p.turns) for p in playing]
+
+        def in_episodes(
+            answers: Sequence[int], invocations: Sequence[int], latents: list[Tensor]
+        ) -> list[Tensor]:
+            places = [playing[answer].place for answer in answers]
+            counts = [before[a] + n for a, n in zip(answers, invocations, strict=True)]
+            return intervene(places, counts, latents)
+
+        return in_episodes
 
     def _stop(self) -> Callable[[Sequence[int]], bool] | None:
         environment, decode = self.actor.environment, self.actor.tokenizer.decode

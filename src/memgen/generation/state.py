@@ -26,7 +26,8 @@ Observer = Callable[[int, int | None], None]
 """Called with (answer, token id) for each new token, and with (answer, None) where latents go before the next one."""
 
 Intervention = Callable[[Sequence[int], Sequence[int], list[Tensor]], list[Tensor]]
-"""Called with answers, how many insertions each had before, and each one's latents (K, H); returns what to insert."""
+"""Called with answers, how often the trigger invoked for each before, and each one's latents (K, H); returns what to
+insert, of any number of latents up to K. An empty block inserts nothing; it counts towards the limit on insertions."""
 
 Stop = Callable[[Sequence[int]], bool]
 """Called with an answer's new token ids so far; True ends the answer there. It must not keep or change them."""
@@ -212,7 +213,14 @@ class DecodingState:
         blocks = list(latents.split([size] * len(rows)))
         if self.hooks.intervene is None:
             return blocks
-        return self.hooks.intervene(answers, [len(self.answers[a].insertions) for a in answers], blocks)
+        before = [self.answers[a].decisions.count(Decision.INVOKE) - 1 for a in answers]
+        changed = self.hooks.intervene(answers, before, blocks)
+        for block in changed:
+            if block.shape[0] > size:
+                raise ValueError(
+                    f"an intervention gave {block.shape[0]} latents in place of {size}; give at most those"
+                )
+        return changed
 
     def ask(self, boundary: Boundary) -> Tensor:
         """The trigger's probability of INVOKE for each row; a GPU is not waited for. A constant one is on the host."""

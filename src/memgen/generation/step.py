@@ -87,10 +87,10 @@ class DecodingSteps:
             state.append(live, *to_host(*self._static.outputs[:, : len(live)]))
             return
         segment, embeddings = self._newest()
+        inserting, latents = self._weave(inserting)
         if not inserting:
             hidden = state.read(embeddings, [segment])
         else:
-            latents = self._weave(inserting)
             packed = torch.cat([embeddings, *(block.to(embeddings.dtype) for block in latents)])
             states = state.read(packed, [segment, *state.latent_segments(inserting, latents)])
             behind = self._insert(inserting, latents, states[len(live) :])
@@ -134,7 +134,8 @@ class DecodingSteps:
         waited_for = [*([] if sampled is None else sampled), *([] if probs is None else [probs])]
         numbers = to_host(*waited_for) if waited_for else []
         inserting = self._decide(asked, [] if probs is None else numbers.pop(), step)
-        behind = self._read_latents(inserting) if inserting else None
+        inserting, latents = self._weave(inserting)
+        behind = self._read_latents(inserting, latents) if inserting else None
         if sampled is None:
             if behind is not None:
                 states = states.index_copy(0, upload(inserting, state.device), behind)
@@ -147,9 +148,8 @@ class DecodingSteps:
                 tokens[row], logprobs[row] = token, logprob
         state.append(live, tokens, logprobs)
 
-    def _read_latents(self, inserting: list[int]) -> Tensor:
-        """Writes latents, reads them in a pass of their own and returns the states behind them."""
-        latents = self._weave(inserting)
+    def _read_latents(self, inserting: list[int], latents: list[Tensor]) -> Tensor:
+        """Reads latents in a pass of their own and returns the states behind them."""
         states = self.state.read(torch.cat(latents), self.state.latent_segments(inserting, latents))
         return self._insert(inserting, latents, states)
 
@@ -181,8 +181,10 @@ class DecodingSteps:
                 inserting.append(row)
         return inserting
 
-    def _weave(self, inserting: list[int]) -> list[Tensor]:
-        """Feeds the weaver what it has not read of the rows. Returns a block of latents for each, (K, H)."""
+    def _weave(self, inserting: list[int]) -> tuple[list[int], list[Tensor]]:
+        """Feeds the weaver what it has not read of the rows. Returns those that insert and a block for each, (K, H)."""
+        if not inserting:
+            return [], []
         state = self.state
         pieces, counts = [], []
         for row in inserting:
@@ -194,8 +196,12 @@ class DecodingSteps:
             pieces += new
             counts.append(sum(piece.shape[0] for piece in new))
             answer.weaver_pending, answer.weaver_unread = [], []
+            answer.inserted += 1
         answers = [self.live[row] for row in inserting]
-        return state.weave(torch.cat(pieces), counts, InsertionKind.INFERENCE, inserting, answers)
+        latents = state.weave(torch.cat(pieces), counts, InsertionKind.INFERENCE, inserting, answers)
+        # An intervention may have removed some.
+        kept = [number for number, block in enumerate(latents) if block.shape[0]]
+        return [inserting[number] for number in kept], [latents[number] for number in kept]
 
     def _insert(self, inserting: list[int], latents: list[Tensor], states: Tensor) -> Tensor:
         """Records the insertions of a step. Returns the state behind each block, from those that were needed."""
@@ -204,5 +210,4 @@ class DecodingSteps:
         for row, block, block_states in zip(inserting, latents, states.split(sizes), strict=True):
             index = self.live[row]
             state.insert(index, block, InsertionKind.INFERENCE, block_states if state.reads_states else None)
-            state.answers[index].inserted += 1
         return states.index_select(0, upload(np.cumsum(sizes) - 1, state.device))

@@ -1,0 +1,1 @@
+"""What a checkpoint's latent memory is and does: `memgen analyze`."""

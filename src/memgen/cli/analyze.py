@@ -1,0 +1,133 @@
+"""`memgen analyze`: what a checkpoint's latent memory is and does, with the controls that could refute it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from memgen.cli.config import Request
+from memgen.cli.errors import UsageError
+from memgen.cli.options import take_options
+
+_VALUED = ("--out", "--clusters", "--top-k", "--analysis-seed", "--null-draws")
+_FLAGS = ("--help", "-h")
+_PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Analyses a checkpoint; an interrupted analysis is continued.
+
+    Args:
+        argv: the arguments after the command's name.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UsageError: if the command line or the configuration cannot be used, or a package is missing.
+        ValueError: if there is too little to analyse, or the folder was begun with other settings.
+        KeyboardInterrupt: after Ctrl-C; finished items are on disk.
+    """
+    own, rest = take_options(argv, _VALUED, _FLAGS)
+    options = _parser().parse_args(own)
+    missing = [name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UsageError(
+            f"memgen analyze needs {' and '.join(missing)}: pip install 'memgen[analysis]' installs what it needs"
+        )
+    request = Request.from_argv(rest)
+
+    from memgen.cli.run import TrainerCommand, execute
+
+    def analyze(command: TrainerCommand) -> None:
+        _analyze(command, options)
+
+    return execute("predict", request, instead=analyze)
+
+
+def _analyze(command: Any, options: argparse.Namespace) -> None:
+    from memgen.analysis import report
+    from memgen.analysis.pipeline import AnalysisSettings, analyze
+    from memgen.analysis.playing import Player
+    from memgen.data import EnvironmentData
+    from memgen.tracking.address import DEFAULT_ROOT
+    from memgen.tracking.run_logger import run_loggers
+
+    stage, data, trainer = command.model, command.datamodule, command.trainer
+    if not isinstance(data, EnvironmentData) or not hasattr(stage, "generation"):
+        raise UsageError("memgen analyze needs a stage of memgen and memgen.data.EnvironmentData")
+    resolved = command.resolved()
+    if stage.init_from is None or resolved.get("ckpt_path") is not None:
+        raise UsageError("memgen analyze needs a checkpoint directory: --checkpoint DIR")
+    if trainer.world_size > 1:
+        raise UsageError(
+            f"memgen analyze plays in one process, got {trainer.world_size}; set trainer.devices and trainer.num_nodes to 1"
+        )
+    given = {
+        "clusters": options.clusters,
+        "top_k": options.top_k,
+        "seed": options.analysis_seed,
+        "null_draws": options.null_draws,
+    }
+    settings = AnalysisSettings(**{key: value for key, value in given.items() if value is not None})
+    player = Player(
+        memgen=stage.config,
+        data=data,
+        generation=stage.generation,
+        episodes=stage.episodes,
+        init_from=stage.init_from,
+        environment=resolved["data"]["environment"],
+        resolve_asset=data.resolve_asset,
+        root=Path(resolved["trainer"].get("default_root_dir") or DEFAULT_ROOT),
+        out=None if options.out is None else Path(options.out),
+    )
+    analysis, collection = analyze(player, trainer, settings)
+    page, numbers = report.write(analysis, collection, player.folder)
+    for found in run_loggers(trainer.loggers):
+        found.log_text(page, f"analysis/{report.REPORT}")
+        found.log_text(numbers, f"analysis/{report.NUMBERS}")
+        # The Trainer has ended the run already; this sends what came after.
+        found.finalize()
+    print("\n".join([analysis.verdict.headline, *analysis.verdict.sentences]))
+    print(f"report: {player.folder / report.REPORT}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="memgen analyze",
+        description="Collect every block of latents that a checkpoint weaves into the test items, measure and cluster them, "
+        "answer again with blocks removed or replaced, and say in words what follows. Run again with the same settings, it "
+        "continues where it stopped. data.test_examples sets the number of items.",
+        usage="memgen analyze --checkpoint DIR --config FILE [--config OVERLAY ...] [--out DIR] [options] [--key value ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder of collection, answers and report (default: runs/analysis/NAME, NAME by settings and code)",
+    )
+    parser.add_argument(
+        "--clusters",
+        type=int,
+        metavar="N",
+        help="clusters to intervene on (default: the best number if there are clusters, and the paper's 4)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="neighbours of the paper's rule of removal (10)"
+    )
+    parser.add_argument(
+        "--analysis-seed",
+        type=int,
+        metavar="N",
+        help="seed of the items' halves, of K-means and of random interventions (0); answers keep model.generation.seed",
+    )
+    parser.add_argument(
+        "--null-draws",
+        type=int,
+        metavar="N",
+        help="samples without clusters to compare with; the smallest p-value is 1 / (N + 1) (99)",
+    )
+    return parser

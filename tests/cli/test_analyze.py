@@ -1,0 +1,88 @@
+"""memgen analyze as a person runs it, on a tiny checkpoint and an environment of several turns."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cli.played import CONFIG, prepare_trained
+from memgen.analysis import report
+from memgen.cli import main as front_end
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEMGEN_TRACEBACK", raising=False)
+    prepare_trained(tmp_path)
+    return tmp_path
+
+
+def analyze(*extra: str) -> int:
+    return front_end.main(["analyze", *CONFIG, "--checkpoint", "trained", "--null-draws", "19", *extra])
+
+
+def test_it_reports_and_says_the_same_again_without_playing(folder, capsys):
+    assert analyze("--out", "found") == 0
+    out = capsys.readouterr().out
+    numbers = json.loads((folder / "found" / "analysis.json").read_text())
+    page = (folder / "found" / "report.html").read_text()
+    assert out.startswith(numbers["verdict"]["headline"])
+    assert out.rstrip().endswith("report: found/report.html")
+    assert numbers["items"] == 6
+    assert numbers["latents"]["prompt"] == 3
+    assert {cluster["clusters"] for cluster in numbers["clusters"]} >= {4}
+    assert all(0 <= condition["reward"] <= 1 for condition in numbers["conditions"].values())
+
+    played = {path: path.stat().st_mtime_ns for path in (folder / "found" / "conditions").glob("*.jsonl")}
+    assert len(played) > 20
+    assert analyze("--out", "found") == 0
+    assert capsys.readouterr().out == out
+    assert (folder / "found" / "report.html").read_text() == page
+    assert played == {
+        path: path.stat().st_mtime_ns for path in (folder / "found" / "conditions").glob("*.jsonl")
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--clusters", "1"], "clusters must be at least 2, got 1"),
+        (["--data.test_examples", "1"], "the test split has 1 items, but an analysis needs at least 4"),
+        (["--model.memgen.trigger.kind", "never"], "the trigger never invokes"),
+        (["--ckpt_path", "last"], "memgen analyze needs a checkpoint directory: --checkpoint DIR"),
+    ],
+    ids=["one cluster", "one item", "no invocation", "a checkpoint to resume from"],
+)
+def test_what_cannot_be_analysed_is_refused_in_one_line(folder, capsys, arguments, message):
+    assert analyze(*arguments) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_without_a_checkpoint_it_asks_for_one(folder, capsys):
+    assert front_end.main(["analyze", *CONFIG]) == 2
+    assert "memgen analyze needs a checkpoint directory" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(folder, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert analyze() == 2
+    assert "needs scikit-learn and matplotlib: pip install 'memgen[analysis]'" in capsys.readouterr().err
+
+
+def test_the_report_has_a_map_by_umap_where_that_is_installed(monkeypatch):
+    module = ModuleType("umap")
+    module.__spec__ = SimpleNamespace()
+    module.UMAP = lambda **settings: SimpleNamespace(
+        fit_transform=lambda means: means[:, :2] * settings["n_neighbors"]
+    )
+    means = np.ones((9, 4), np.float32)
+    monkeypatch.setitem(sys.modules, "umap", None)
+    assert report._flattened("UMAP", means, 0) is None
+    monkeypatch.setitem(sys.modules, "umap", module)
+    assert report._flattened("UMAP", means, 0).tolist() == [[8.0, 8.0]] * 9
