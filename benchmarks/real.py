@@ -100,7 +100,8 @@ class Settings:
         items: held-out items of each task.
         batch_size: answers decoded together.
         shots: worked examples of the few-shot prompt.
-        others: environments that need no memory, by name: `class_path` and arguments.
+        others: environments that need no memory, by name: `class_path`, arguments, and `shots`, the worked examples in the
+            prompt (0).
         other_items: held-out items of each.
         other_new_tokens: limit of an answer there.
         text: an environment whose reference answers are the text, or None.
@@ -365,7 +366,8 @@ class Bench:
             found = self._perplexity(model)
         elif other:
             values = {**self.settings.others[other], "test_size": self.settings.other_items}
-            found = _scored(model, self._held_out(environment(values), self.settings.other_new_tokens))
+            shots = values.pop("shots", 0)
+            found = _scored(model, self._held_out(environment(values), self.settings.other_new_tokens, shots))
         elif condition == "shots":
             task = self.questions
             shown = self._held_out(task.environment, task.settings.max_new_tokens, self.settings.shots)

@@ -56,6 +56,7 @@ def settings_file(base, tmp_path):
     values |= {"items": 6, "other_items": 2, "other_new_tokens": 4, "text_items": 2, "shots": 2}
     values["tasks"] = {"shop": values["tasks"]["shop"] | {"others": ["copy"]}}
     values["text"] = {"class_path": f"{__name__}.Texts"}
+    values["others"]["copy"]["shots"] = 1
     values["lora"] |= {"r": 2, "alpha": 4}
     values["overrides"] = {
         "model.memgen.backbone.name": str(base),
