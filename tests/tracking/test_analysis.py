@@ -6,10 +6,12 @@ from pathlib import Path
 
 from cli.played import CONFIG, prepare_trained
 from memgen.cli import main as front_end
+from memgen.results import statistics
 from memgen.tracking.store import client_of
 
 
 def test_report_and_numbers_are_artifacts_of_the_commands_run(root, monkeypatch, capsys):
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
     monkeypatch.chdir(root.parent)
     prepare_trained(root.parent)
     arguments = ["--checkpoint", "trained", "--null-draws", "19", "--trainer.logger", "true"]
