@@ -21,8 +21,10 @@ LONGEST = (
     "browser/test_pages.py",
     "netns/test_lost_link.py",
     "test_notebooks.py",
-    "cli/test_real_stages.py",
+    "training/test_weaver_grpo.py",
+    "parity/test_released_code.py",
     "cli/test_conf.py",
+    "cli/test_real_stages.py",
     "cli/test_collect.py",
     "distributed/test_two_ranks.py",
 )
