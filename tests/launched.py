@@ -64,7 +64,7 @@ def _warm() -> Warm:
     return Warm()
 
 
-def statuses(worker: Path, ranks: int, arguments: list[str], log: Path, seconds: float = 120) -> list[int]:
+def statuses(worker: Path, ranks: int, arguments: list[str], log: Path, seconds: float = 400) -> list[int]:
     """Runs a script on each rank; the exit status of each, negative for a signal."""
     found = _warm().run(worker, ranks, arguments, log, seconds)
     if not found:
@@ -77,7 +77,7 @@ def statuses(worker: Path, ranks: int, arguments: list[str], log: Path, seconds:
 
 
 def launch(
-    worker: Path, ranks: int, base: Path, out: Path, *arguments: str, seconds: float = 120
+    worker: Path, ranks: int, base: Path, out: Path, *arguments: str, seconds: float = 400
 ) -> list[dict]:
     """What each rank wrote."""
     log = out.with_suffix(".log")
