@@ -1,18 +1,22 @@
 # make setup   create .venv with the pinned dependencies (repeating it is cheap)
 # make demo    the whole pipeline on the embedded default, ending in a table of results
+# make demo-real  the same on SmolLM2-135M, a real language model, with the lab's shop in plain English; it says how long it takes
 # make test    every test that needs no GPU
 # make test-slow  what takes minutes: two processes, the whole pipeline on the lab; a skipped test fails
 # make test-with MARKS="sandbox or slurm"  tests that need more than Python (bubblewrap, SLURM, a browser, ...); a skipped
-#              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld
+#              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld, reasoning_gym
 # make setup-worlds  adds ALFWorld and ScienceWorld to the environment (g++, cmake, Java), for their tests
+# make setup-reasoning-gym  adds Reasoning Gym (a C compiler, Python's headers), for its tests
 # make bench-lab  every stage on the lab with its controls, over several seeds; docs/results/lab.md
+# make bench-real  the same on SmolLM2-135M, a real language model; docs/results/real.md. Days of CPU time, kept cell by cell:
+#              REAL_ARGS="--only shop --seeds 0 --text FOLDER_OF_GSM8K" makes a part
 # make bench-performance  every figure of docs/performance.md, about 20 minutes
 # make bench-scale  every stage under every strategy on two CPU processes, killed and resumed; the tables of docs/scale.md
 # make check   lint, format, types, import directions, spelling
 #
 # Variables: PYTHON (an interpreter >= 3.11), VENV (where the environment goes), TORCH_INDEX (another package index
 # for torch, for example PyTorch's CPU or CUDA wheels), WORKERS (test processes of test, test-slow and test-with),
-# PYTEST_ARGS, DEMO_ARGS.
+# PYTEST_ARGS, DEMO_ARGS, REAL_ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,6 +24,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
 DEMO_ARGS ?=
+REAL_ARGS ?=
 
 # A file's tests run in one process, for what they share; long files begin first (tests/conftest.py).
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -30,7 +35,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= true
 
-.PHONY: setup setup-worlds demo test test-slow test-with check test-gpu bench-lab bench-performance bench-scale format
+.PHONY: setup setup-worlds setup-reasoning-gym demo demo-real test test-slow test-with check test-gpu bench-lab bench-real bench-performance bench-scale format
 
 setup: $(STAMP)
 
@@ -48,14 +53,20 @@ $(STAMP): pyproject.toml constraints.txt
 setup-worlds: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,alfworld,scienceworld]"
 
+setup-reasoning-gym: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,reasoning-gym]"
+
 demo: setup
 	$(BIN)/memgen demo $(DEMO_ARGS)
 
+demo-real: setup
+	$(BIN)/memgen demo --backbone lab:smollm2 $(DEMO_ARGS)
+
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
 
 test-slow: setup
-	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
+	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
 
 test-with: setup
 	@test -n "$(MARKS)" || { echo 'make test-with: name the tests: make test-with MARKS="sandbox or slurm"' >&2; exit 1; }
@@ -77,6 +88,9 @@ format: setup
 
 bench-lab: setup
 	$(BIN)/python -m benchmarks.lab
+
+bench-real: setup
+	$(BIN)/python -m benchmarks.real $(REAL_ARGS)
 
 # All figures of docs/performance.md, and the document's tables from them. Let the machine do nothing else meanwhile.
 PERFORMANCE := docs/results/performance

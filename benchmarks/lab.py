@@ -11,17 +11,16 @@ import argparse
 import dataclasses
 import json
 import logging
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kept import children_cpu, kept
 from benchmarks.lab_report import machine, write_report
 from benchmarks.lora import train_lora
 from memgen.chat import load_tokenizer
-from memgen.files import write_whole
 from memgen.generation.rollout import Actor, EpisodeSettings, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.lab.assets import RECIPE_VERSION, resolve_asset
@@ -154,9 +153,9 @@ class Bench:
             if start is not None:
                 overrides["model.init_from"] = start
             files = [stage_file(training.stage), *(conf_file(overlay) for overlay in training.overlays)]
-            clock = _children_cpu()
+            clock = children_cpu()
             fit(files, overrides)
-            return {"cpu_seconds": round(_children_cpu() - clock, 1)}
+            return {"cpu_seconds": round(children_cpu() - clock, 1)}
 
         self.once(f"fit_{name}", make)
         return checkpoint
@@ -185,14 +184,7 @@ class Bench:
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A result, computed unless it is kept already."""
-        path = self.folder / "results" / f"{name}.json"
-        if path.is_file():
-            kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return kept
-        logger.info("base %d, seed %d: %s", self.base_seed, self.seed, name)
-        result = make()
-        write_whole(path, json.dumps(result))
-        return result
+        return kept(self.folder / "results" / f"{name}.json", make)
 
     # Scoring
 
@@ -343,11 +335,6 @@ def _as_dict(outcome: Outcome) -> dict[str, Any]:
         "offered": round(outcome.offered, 4),
         "cpu_seconds": round(outcome.cpu_seconds, 1),
     }
-
-
-def _children_cpu() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -102,7 +102,7 @@ def _shop(runs: Sequence[Run]) -> list[str]:
         ("trained weaver, latents of another item", "weaver, latents of another item"),
     )
     table = [[label, _spread(runs, condition, "shop")] for label, condition in rows]
-    return _section("Weaver SFT on the closed-book shop", ["", "exact match"], table)
+    return section("Weaver SFT on the closed-book shop", ["", "exact match"], table)
 
 
 def _grpo(runs: Sequence[Run]) -> list[str]:
@@ -117,12 +117,12 @@ def _grpo(runs: Sequence[Run]) -> list[str]:
                 str(run.seed),
                 f"{before.mean:.1f}",
                 f"{after.mean:.1f}",
-                _difference(after, before),
+                difference(after, before),
                 _seconds(run.fit_seconds("grpo")),
             ]
         )
     header = ["reasoner", "weaver seed", "half-trained", "after GRPO", "lift, points", "CPU s of GRPO"]
-    return _section("Weaver GRPO from a weaver that SFT was stopped early on", header, table)
+    return section("Weaver GRPO from a weaver that SFT was stopped early on", header, table)
 
 
 def _forgetting(runs: Sequence[Run]) -> list[str]:
@@ -142,15 +142,15 @@ def _forgetting(runs: Sequence[Run]) -> list[str]:
         invoked = [_mean_insertions(runs, condition, tasks) for tasks in (("shop",), OTHERS)]
         kept = changed = 0
         for ours, theirs in _pairs(runs, condition, "reasoner alone", OTHERS):
-            low, high = _interval(ours, theirs)
+            low, high = interval(ours, theirs)
             kept += low <= 0 <= high
             changed += 1
         unharmed = f"{kept} of {changed}" if changed and condition != "reasoner alone" else ""
         table.append([condition, *cells, *invoked, unharmed])
     header = ["", "shop", *OTHERS, "insertions, shop", "insertions, others", "others unchanged"]
-    section = _section("What learning the shop does to the other tasks", header, table)
+    found = section("What learning the shop does to the other tasks", header, table)
     return [
-        *section,
+        *found,
         "",
         "Others unchanged: in how many (run, task) pairs the paired interval of the difference to the reasoner alone",
         "includes 0.",
@@ -194,20 +194,20 @@ def _bill(runs: Sequence[Run]) -> list[str]:
                 run.score("bill: reasoner alone, other tasks", task),
             )
             if ours is not None and theirs is not None:
-                low, high = _interval(ours, theirs)
+                low, high = interval(ours, theirs)
                 kept += low <= 0 <= high
                 changed += 1
-    section = _section(
+    found = section(
         "Bills of six items: memory is needed in mid-generation",
         ["", "exact match", "insertions per bill", "insertions, others"],
         table,
     )
     if changed:
-        section += [
+        found += [
             "",
             f"With the learned trigger the other tasks are unchanged in {kept} of {changed} (run, task) pairs.",
         ]
-    return section
+    return found
 
 
 def _text_world(runs: Sequence[Run]) -> list[str]:
@@ -225,7 +225,7 @@ def _text_world(runs: Sequence[Run]) -> list[str]:
                 str(run.base_seed),
                 str(run.seed),
                 *(f"{score.mean:.1f}" for score in (alone, sft, half, grpo)),
-                _difference(grpo, half),
+                difference(grpo, half),
                 " / ".join(
                     _seconds(run.fit_seconds(name))
                     for name in ("text_world", "text_world_half", "text_world_grpo")
@@ -236,7 +236,7 @@ def _text_world(runs: Sequence[Run]) -> list[str]:
         "reasoner", "weaver seed", "reasoner alone", "weaver SFT", "half-trained", "after GRPO", "lift, points",
         "CPU s of SFT / half / GRPO",
     ]  # fmt: skip
-    return _section("Text world: success in houses that were held out", header, table)
+    return section("Text world: success in houses that were held out", header, table)
 
 
 def _cost(runs: Sequence[Run]) -> list[str]:
@@ -244,12 +244,12 @@ def _cost(runs: Sequence[Run]) -> list[str]:
     for name in sorted({key for run in runs for key in run.results if key.startswith("fit_")}):
         seconds = [float(run.results[name]["cpu_seconds"]) for run in runs if name in run.results]
         table.append([name.removeprefix("fit_"), _range(seconds, 0)])
-    return _section(
+    return section(
         "CPU seconds of a training command, start-up and validation included", ["", "CPU s"], table
     )
 
 
-def _section(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def section(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A heading and a table; nothing if there are no rows."""
     if not any(any(cell for cell in row[1:]) for row in rows):
         return []
@@ -289,12 +289,14 @@ def _range(values: Sequence[float], digits: int) -> str:
     return f"{mean} ({low} to {high})"
 
 
-def _difference(ours: Score, theirs: Score) -> str:
-    low, high = _interval(ours, theirs)
+def difference(ours: Score, theirs: Score) -> str:
+    """In points, with its 95 % interval over paired items."""
+    low, high = interval(ours, theirs)
     return f"{ours.mean - theirs.mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def _interval(ours: Score, theirs: Score) -> tuple[float, float]:
+def interval(ours: Score, theirs: Score) -> tuple[float, float]:
+    """95 % interval of the difference over paired items, in points."""
     found = mean_interval([a - b for a, b in zip(ours.exact, theirs.exact, strict=True)])
     assert found.low is not None, "there is more than one item"
     assert found.high is not None, "likewise"

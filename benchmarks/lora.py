@@ -15,8 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from memgen.chat import conversation_ids, load_tokenizer
-from memgen.environments.base import Message
-from memgen.lab.environment import Lab
+from memgen.environments.base import Environment
 from memgen.lab.pretrain import supervised_loss
 from memgen.lab.saving import save_backbone
 from memgen.model.adapters import LoraSettings
@@ -26,7 +25,7 @@ from memgen.types import TokenBatch
 
 def train_lora(
     base: str,
-    environment: Lab,
+    environment: Environment,
     directory: Path,
     *,
     lora: LoraSettings,
@@ -34,6 +33,7 @@ def train_lora(
     steps: int,
     batch_size: int,
     seed: int,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Fine-tunes a reasoner on an environment's reference answers and writes it, merged, as a base of its own.
 
@@ -46,12 +46,13 @@ def train_lora(
         steps: optimizer steps.
         batch_size: items per step.
         seed: of the adapter's initial weights and of the data order.
+        dtype: of the reasoner, in which the adapter is merged; the adapter is float32 while it is trained.
     """
     tokenizer = load_tokenizer(base)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(
-            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+            AutoModelForCausalLM.from_pretrained(base, dtype=dtype),
             LoraConfig(
                 r=lora.r,
                 lora_alpha=lora.alpha,
@@ -74,14 +75,14 @@ def train_lora(
 
 
 def _batches(
-    environment: Lab, tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int
+    environment: Environment, tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int
 ) -> Iterator[TokenBatch]:
     """Endless batches, every epoch in another order."""
     items = []
     for example in environment.examples("train"):
-        answer: Message = {"role": "assistant", "content": example.target}
-        chat = conversation_ids(tokenizer, [*environment.messages(example), answer])
-        items.append((chat.ids, [index >= chat.turns[0].prompt_end for index in range(len(chat.ids))]))
+        chat = conversation_ids(tokenizer, environment.conversation(example))
+        # Earlier turns are part of the question.
+        items.append((chat.ids, [index >= chat.turns[-1].prompt_end for index in range(len(chat.ids))]))
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(items), generator=generator).tolist()

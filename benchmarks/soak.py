@@ -330,9 +330,10 @@ class Soak:
             run.wait_for(".lock")
             time.sleep(fault.moment * reference.seconds)
             run.send(signal.SIGTERM if fault.kind == "terminated" else signal.SIGKILL)
-            # Before training begins there is nothing to save, and SIGTERM just ends the program.
-            saved = (place / "run" / "resume" / "last.ckpt").exists()
-            ended = {143} if saved else {143, -signal.SIGTERM}
+            # Before training begins and behind its last step there is nothing to save, and SIGTERM just ends the program.
+            resume = place / "run" / "resume"
+            training = (resume / "last.ckpt").exists() and not (resume / f"step_{STEPS:06d}.ckpt").exists()
+            ended = {143} if training else {143, -signal.SIGTERM}
             expected = ended if fault.kind == "terminated" else {-signal.SIGKILL}
             yield from self._check(run, reference, 0, *expected)
             if run.process.returncode == 143 and not (place / "run" / "resume" / "last.ckpt").exists():

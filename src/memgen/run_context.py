@@ -15,7 +15,7 @@ def no_assets(name: str) -> str:
     Raises:
         ValueError: if the name asks for an asset that has to be built.
     """
-    if name.startswith(("lab:", "tiny:")):
+    if name.startswith(("lab:", "tiny:")) or name.endswith(".gguf"):
         raise ValueError(
             f"{name!r} is an asset that is built on first use; outside the `memgen` command, give the Trainer the "
             "callback RunContext(resolve_asset=...), or name a directory"

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from memgen.cli import main as front_end
+from memgen.lab.trained import TRAINED, conf_file, stage_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -22,8 +23,12 @@ CHAINS += [
     [stage, path, *NEEDS.get(path, [])]
     for stage in STAGES
     for path in OVERLAYS
-    # Only supervised training chooses where latents go.
-    if stage.stem == "weaver_sft" or path.parent.name != "curriculum"
+    # Only supervised training chooses where latents go; SmolLM2's are each for the stage that they are named after.
+    if (stage.stem == "weaver_sft" or path.parent.name != "curriculum")
+    and (path.parent.name != "smollm2" or path.stem == stage.stem)
+]
+CHAINS += [
+    [stage_file(asset.stage), *map(conf_file, asset.overlays)] for asset in TRAINED.values() if asset.overlays
 ]
 
 

@@ -7,12 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memgen.chat import conversation_ids
-from memgen.lab import assets
+from memgen.lab import assets, trained
 from memgen.lab.assets import build_reasoner, build_tiny, resolve_asset
 from memgen.lab.pretrain import ReasonerRecipe, pretrain_reasoner
 from memgen.lab.tiny import MAX_CHARACTERS, read_text, tiny_tokenizer
 from memgen.lab.tokenizer import lab_tokenizer
-from memgen.lab.trained import stage_file
+from memgen.lab.trained import conf_file, is_trained, stage_file
 
 SMALL = ReasonerRecipe(
     recall_steps=3,
@@ -154,32 +154,88 @@ def test_bad_parameters_of_a_trained_asset_are_named(name):
         resolve_asset(name)
 
 
-def test_a_trained_asset_is_trained_once_and_what_it_starts_from_before_it(home, monkeypatch):
-    commands = []
+@pytest.fixture
+def trainings(monkeypatch):
+    """What `memgen fit` was asked for: stage, values and the run's folder, in which it leaves checkpoints."""
+    asked = []
 
-    def fit(files, overrides):
-        (config,) = files
-        commands.append((config.stem, overrides))
+    def fit(files, overrides, run):
+        asked.append((files[0].stem, overrides, run))
+        for kind in ("last", "best", "resume"):
+            (run / kind).mkdir(parents=True, exist_ok=True)
         for kind in ("last", "best"):
-            folder = Path(overrides["trainer.callbacks.0.root"]) / "latest" / kind
-            folder.mkdir(parents=True)
-            (folder / "memgen.json").write_text(f"{config.stem} {kind}")
+            (run / kind / "memgen.json").write_text(f"{files[0].stem} {kind}")
 
     monkeypatch.setattr("memgen.lab.trained.fit", fit)
+    return asked
+
+
+def test_a_trained_asset_is_trained_once_and_what_it_starts_from_before_it(home, trainings):
     path = resolve_asset("lab:weaver_grpo?seed=3&base=2")
     assert (Path(path) / "memgen.json").read_text() == "weaver_grpo best"
-    (half, half_settings), (grpo, grpo_settings) = commands
+    (half, half_settings, _), (grpo, grpo_settings, _) = trainings
     assert (half, grpo) == ("weaver_sft", "weaver_grpo")
     start = Path(grpo_settings["model.init_from"])
     assert (start / "memgen.json").read_text() == "weaver_sft best"
     assert half_settings["trainer.callbacks.2.stopping_threshold"] == 0.3
     assert "trainer.callbacks.2.class_path" not in grpo_settings
-    for settings in (half_settings, grpo_settings):
+    for _, settings, run in trainings:
         assert settings["model.memgen.backbone.name"] == "lab:reasoner?seed=2"
         assert settings["seed_everything"] == settings["model.seed"] == settings["data.seed"] == 3
+        assert not run.exists()
     assert resolve_asset("lab:weaver_grpo?seed=3&base=2") == path
-    assert len(commands) == 2
+    assert len(trainings) == 2
     assert resolve_asset("lab:weaver_grpo?seed=4&base=2") != path
+
+
+def test_a_training_that_was_stopped_goes_on_in_its_run(home, monkeypatch):
+    runs = []
+
+    def fit(files, overrides, run):
+        runs.append((run, run.exists()))
+        (run / "best").mkdir(parents=True, exist_ok=True)
+        (run / "best" / "memgen.json").write_text("best")
+        if len(runs) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("memgen.lab.trained.fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        resolve_asset("lab:weaver_sft")
+    assert not is_trained("weaver_sft", 0, assets.RECIPE_VERSION)
+    path = Path(resolve_asset("lab:weaver_sft"))
+    (first, before), (second, after) = runs
+    assert first == second
+    assert (before, after) == (False, True)
+    assert first.is_relative_to(home)
+    assert is_trained("weaver_sft", 0, assets.RECIPE_VERSION)
+    assert not second.exists()
+    assert (path / "memgen.json").read_text() == "best"
+
+
+def test_the_rest_of_a_training_goes_on_in_the_run_that_was_stopped_early(home, trainings):
+    resolve_asset("lab:smollm2_trigger_rl?seed=1")
+    (_, half, half_run), (_, rest, rest_run), (trigger, settings, trigger_run) = trainings
+    assert half_run == rest_run != trigger_run
+    assert half["trainer.callbacks.2.stopping_threshold"] < rest["trainer.callbacks.2.stopping_threshold"]
+    assert half["trainer.val_check_interval"] == rest["trainer.val_check_interval"]
+    assert "model.init_from" not in rest
+    # The backbone is the overlays'.
+    assert not any("model.memgen.backbone.name" in given for given in (half, rest, settings))
+    assert trigger == "trigger_rl"
+    assert Path(settings["model.init_from"]).name.startswith("lab-smollm2_weaver_sft-")
+    assert not any(run.exists() for run in (rest_run, trigger_run))
+    with pytest.raises(ValueError, match="its parameters are seed, each a number"):
+        resolve_asset("lab:smollm2_trigger_rl?base=1")
+
+
+def test_other_settings_of_an_earlier_stage_are_another_asset(home, trainings, monkeypatch, tmp_path):
+    before = resolve_asset("lab:smollm2_weaver_grpo")
+    changed = tmp_path / "weaver_sft.yaml"
+    changed.write_text(conf_file("smollm2/weaver_sft.yaml").read_text() + "# changed\n")
+    monkeypatch.setattr(
+        trained, "conf_file", lambda name: changed if name == "smollm2/weaver_sft.yaml" else conf_file(name)
+    )
+    assert resolve_asset("lab:smollm2_weaver_grpo") != before
 
 
 def test_a_stage_file_that_is_not_found_says_where_to_run(monkeypatch, tmp_path):

@@ -11,8 +11,16 @@ import torch
 from rich.console import Console
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from memgen.lab.environment import ConstantAnswer
-from memgen.lab.report import Checkpoints, Condition, LabReport, base_hash, report_on_stages
+from memgen.lab.environment import ConstantAnswer, Lab
+from memgen.lab.report import (
+    Checkpoints,
+    Condition,
+    LabReport,
+    Questions,
+    base_hash,
+    held_out,
+    report_on_stages,
+)
 from memgen.lab.saving import save_backbone
 from memgen.lab.tokenizer import lab_tokenizer
 from memgen.model.adapters import LoraSettings
@@ -144,7 +152,7 @@ def checkpoints(tmp_path_factory):
 
 def test_each_condition_is_what_its_name_says(checkpoints):
     told = []
-    report = report_on_stages(checkpoints, "val", items=12, progress=told.append)
+    report = report_on_stages(checkpoints, "val", Questions.lab(12), progress=told.append)
     rows = {condition.outcome.name.strip(): condition for condition in report.conditions}
     assert told == list(rows)
     assert report.items == 12
@@ -160,3 +168,37 @@ def test_each_condition_is_what_its_name_says(checkpoints):
     assert asked == ["reasoner alone", "weaver SFT, all boundaries", "weaver SFT and trigger RL"]
     base = load_backbone(BackboneConfig(name=str(checkpoints.weaver.parent / "base"), dtype="float32"), str)
     assert report.base_hash == base_hash(base)
+
+
+def test_an_interrupted_report_goes_on_with_the_condition_that_it_was_at(checkpoints, tmp_path):
+    whole = report_on_stages(checkpoints, "val", Questions.lab(6))
+
+    def stop(name):
+        if name == "prompt end only":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        report_on_stages(checkpoints, "val", Questions.lab(6), progress=stop, keep=tmp_path)
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert len(kept) == 3
+    resumed = report_on_stages(checkpoints, "val", Questions.lab(6), keep=tmp_path)
+    assert {name: (tmp_path / name).read_text() for name in kept} == kept
+    assert without_times(resumed) == without_times(whole)
+
+
+def without_times(report: LabReport) -> list[object]:
+    def timeless(found: Outcome | None) -> Outcome | None:
+        return None if found is None else dataclasses.replace(found, cpu_seconds=0.0)
+
+    return [(timeless(row.outcome), timeless(row.others)) for row in report.conditions]
+
+
+def test_worked_examples_are_earlier_turns_from_the_training_split():
+    lab = Lab(val_size=4)
+    tokenizer = lab_tokenizer()
+    plain, shown = (held_out(lab, "val", tokenizer, 24, shots=shots) for shots in (0, 2))
+    first, second, *_ = lab.examples("train")
+    texts = [tokenizer.decode(ids) for ids in shown.prompts]
+    for text, without in zip(texts, plain.prompts, strict=True):
+        assert text.index(first.target) < text.index(second.question.strip()) < text.index(second.target)
+        assert text.endswith(tokenizer.decode(without))

@@ -128,6 +128,27 @@ def test_queries_are_normalised_and_scaled_like_the_bases_embeddings():
     assert float(scaled.prompt_queries.scale.detach()) == 0.125
 
 
+@torch.no_grad()
+def test_with_identity_maps_it_reads_embeddings_unchanged_and_writes_latents_of_their_norm():
+    base = Backbone(tiny_causal_lm(), "tiny")
+    weaver = Weaver(base, WeaverConfig(lora=LORA, map_init="identity"), base.hidden_size)
+    embeddings = base.embedding[:20]
+    assert torch.equal(weaver.reasoner_to_weaver(embeddings), embeddings)
+    latents = weaver.weave(embeddings, [20], [PROMPT], [0], PackedKVCache(1, CPU))
+    ratio = latents.norm(dim=-1).mean() / base.embedding.norm(dim=-1).mean()
+    assert 0.5 < float(ratio) < 2.0
+    # The direction is that of the base's last hidden states.
+    hidden = weaver.backbone.embedding_scale() * torch.eye(base.hidden_size)
+    assert torch.equal(weaver.weaver_to_reasoner.weight, hidden)
+
+
+def test_identity_maps_between_different_widths_are_refused():
+    with pytest.raises(
+        ValueError, match=r"reasoner's is 24 and that of the weaver's base 32; set weaver\.map_init=random"
+    ):
+        Weaver(Backbone(tiny_causal_lm(), "tiny"), WeaverConfig(lora=LORA, map_init="identity"), 24)
+
+
 def test_its_own_parameters_are_the_maps_the_queries_and_the_adapter_and_nothing_of_the_base():
     model = tiny_memgen(trigger="tokens")
     names = model.weaver.own_parameters()

@@ -185,7 +185,7 @@ def test_another_backbone_is_refused_and_both_are_named(saved):
     recorded = json.loads((saved / "memgen.json").read_text())["backbones"]["reasoner"]
     assert recorded[:12] in message
     assert other.reasoner.backbone.fingerprint[:12] in message
-    assert "set model.memgen.backbone.name to tiny" in message
+    assert "set model.memgen.backbone.name to tiny, with the weights that it had there" in message
 
 
 def test_another_base_of_the_weaver_alone_is_refused_by_its_own_key(tmp_path):

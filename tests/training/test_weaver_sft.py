@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule
 from memgen.chat import prompt_ids
 from memgen.generation.decode import generate
 from memgen.model.memgen import MemGenModel
-from memgen.objectives.sft import Curriculum
+from memgen.model.trigger import TriggerConfig
+from memgen.objectives.sft import Curriculum, choose_points
 from memgen.training.checkpoint import save_checkpoint
 from memgen.training.optimizer import OptimizerSettings
 from memgen.types import InsertionKind, TokenBatch
@@ -413,6 +416,78 @@ def test_testing_answers_the_test_items_and_predicting_tells_where_memory_went(b
     assert all(item["insertions"][0] == 0 for item in predictions)
     mean = sum(len(item["insertions"]) for item in predictions) / 3
     assert results["test/insertions_per_answer"] == pytest.approx(mean)
+
+
+PROMPT_ONLY = Curriculum(first=0.0, none=1.0)
+
+
+def warnings_of(caplog) -> list[str]:
+    found = [record.getMessage() for record in caplog.records if "never train" in record.getMessage()]
+    caplog.clear()
+    return found
+
+
+def test_a_kind_of_insertion_that_decoding_makes_and_nothing_trained_is_told_once(base, tmp_path, caplog):
+    stage, trainer = fit(base, tmp_path, stage=make_stage(base, curriculum=PROMPT_ONLY), max_steps=2)
+    (told,) = warnings_of(caplog)
+    assert "the curriculum never trains inference latents" in told
+    assert "set model.memgen.boundaries.max_inference_insertions to 0" in told
+    assert stage.memgen.weaver.trained_kinds == {InsertionKind.PROMPT}
+    save_checkpoint(stage.memgen, stage.config, tmp_path / "c", with_trigger=False)
+    assert json.loads((tmp_path / "c" / "memgen.json").read_text())["trained_insertions"] == ["prompt"]
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+
+    def scored(ckpt_path=None, init_from=None, **settings):
+        make_trainer(tmp_path).test(
+            make_stage(base, init_from=init_from, **settings), make_data(base), ckpt_path=ckpt_path
+        )
+        return warnings_of(caplog)
+
+    for found in (scored(init_from=str(tmp_path / "c")), scored(ckpt_path=str(tmp_path / "c.ckpt"))):
+        (told,) = found
+        assert "inference latents were never trained, but are inserted (set model.memgen.boundaries." in told
+
+
+def test_a_fit_from_a_checkpoint_tells_what_neither_it_nor_its_start_trains(base, tmp_path, caplog):
+    stage, _ = fit(base, tmp_path, stage=make_stage(base, curriculum=PROMPT_ONLY))
+    save_checkpoint(stage.memgen, stage.config, tmp_path / "c", with_trigger=False)
+    caplog.clear()
+    start = str(tmp_path / "c")
+    fit(base, tmp_path, stage=make_stage(base, init_from=start, curriculum=PROMPT_ONLY))
+    assert len(warnings_of(caplog)) == 1
+    both, _ = fit(base, tmp_path, stage=make_stage(base, init_from=start, curriculum=Curriculum()))
+    assert warnings_of(caplog) == []
+    save_checkpoint(both.memgen, both.config, tmp_path / "both", with_trigger=False)
+    fit(base, tmp_path, stage=make_stage(base, init_from=str(tmp_path / "both"), curriculum=PROMPT_ONLY))
+    assert warnings_of(caplog) == []
+
+
+def test_a_trigger_that_never_invokes_inserts_nothing_untrained(base, tmp_path, caplog):
+    stage = make_stage(base, curriculum=PROMPT_ONLY)
+    stage.config = replace(stage.config, trigger=TriggerConfig(kind="never"))
+    fit(base, tmp_path, stage=stage)
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("shares", "cap", "expected"),
+    [
+        ({"first": 1.0}, 2, True),
+        ({"first": 1.0}, 0, False),
+        ({"first": 0.0, "all": 1.0}, 0, True),
+        ({"first": 0.0, "random": 1.0}, 2, True),
+        ({"first": 0.0, "random": 1.0, "probability": 0.0}, 2, False),
+        ({"first": 0.0, "none": 1.0}, 2, False),
+    ],
+    ids=str,
+)
+def test_whether_a_curriculum_inserts_inside_answers(base, shares, cap, expected):
+    curriculum = Curriculum(**shares)
+    assert curriculum.inserts_inside(cap) == expected
+    draws = [
+        choose_points((3, 5, 9), cap, curriculum, torch.Generator().manual_seed(seed)) for seed in range(40)
+    ]
+    assert any(draws) == expected
 
 
 def test_other_data_than_an_environments_is_refused(base, tmp_path):

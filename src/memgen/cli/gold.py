@@ -61,7 +61,8 @@ def failing_references(environment: Environment, examples: Sequence[Example]) ->
         if isinstance(environment, InteractiveEnvironment):
             totals = [_played(environment, example) for example in some]
         else:
-            totals = [reward.total for reward in environment.rewards(some, [item.target for item in some])]
+            references = [environment.conversation(item)[-1]["content"] for item in some]
+            totals = [reward.total for reward in environment.rewards(some, references)]
         failing += [example for example, total in zip(some, totals, strict=True) if not total >= 1.0]
     return failing
 

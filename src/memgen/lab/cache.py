@@ -50,7 +50,7 @@ def build_once(root: Path, name: str, recipe: Mapping[str, Any], build: Callable
     Raises:
         OSError: if `root` cannot be written.
     """
-    final = root.resolve() / f"{name}-{recipe_hash(recipe)}"
+    final = _folder(root, name, recipe)
     if _is_complete(final):
         return final
     with lock(final):
@@ -61,6 +61,16 @@ def build_once(root: Path, name: str, recipe: Mapping[str, Any], build: Callable
                 build(folder)
                 _write_manifest(folder, recipe)
     return final
+
+
+def find_built(root: Path, name: str, recipe: Mapping[str, Any]) -> Path | None:
+    """The folder that `build_once` would return without building; None if it is missing or damaged."""
+    final = _folder(root, name, recipe)
+    return final if _is_complete(final) else None
+
+
+def _folder(root: Path, name: str, recipe: Mapping[str, Any]) -> Path:
+    return root.resolve() / f"{name}-{recipe_hash(recipe)}"
 
 
 def _write_manifest(folder: Path, recipe: Mapping[str, Any]) -> None:

@@ -245,4 +245,4 @@ def supervised_loss(model: Qwen3ForCausalLM, batch: TokenBatch) -> torch.Tensor:
     real = torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]  # (B, L)
     logits = model(input_ids=batch.ids, attention_mask=real.long(), use_cache=False).logits  # (B, L, V)
     targets = batch.supervised[:, 1:]
-    return F.cross_entropy(logits[:, :-1][targets], batch.ids[:, 1:][targets])
+    return F.cross_entropy(logits[:, :-1][targets].float(), batch.ids[:, 1:][targets])

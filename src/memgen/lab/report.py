@@ -1,9 +1,11 @@
-"""The table of `memgen demo`: accuracy of every stage on the lab, against its controls."""
+"""The table of `memgen demo`: accuracy of every stage on the lab's tasks, against its controls."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from memgen.chat import load_tokenizer, prompt_ids
-from memgen.environments.base import Split
+from memgen.environments.base import Environment, Message, Split
+from memgen.files import write_whole
 from memgen.generation.sampling import GenerationSettings
 from memgen.lab.assets import resolve_asset
-from memgen.lab.environment import ConstantAnswer, Lab
+from memgen.lab.english import EnglishLab
+from memgen.lab.environment import ConstantAnswer, Lab, LabEnvironment
 from memgen.model.backbone import Backbone
 from memgen.model.memgen import MemGenModel
 from memgen.results.controls import (
@@ -34,6 +38,51 @@ MAX_NEW_TOKENS = 24
 """Twice the longest reference answer."""
 OTHERS = ("open", "add", "rev", "walk")
 """Tasks that need no memory."""
+ENGLISH_OTHERS = ("open", "copy")
+"""Those of the English lab."""
+ENGLISH_NEW_TOKENS = 32
+"""Limit of an answer in English, of at most 23 tokens in SmolLM2's vocabulary."""
+SHOTS = 3
+"""Worked examples of a few-shot prompt."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a report asks.
+
+    Attributes:
+        target: the closed-book task.
+        others: tasks that need no memory.
+        max_new_tokens: limit of an answer.
+        shots: worked examples of the few-shot prompt; 0: the report is without one.
+        batch_size: rows that are decoded together.
+    """
+
+    target: LabEnvironment
+    others: LabEnvironment
+    max_new_tokens: int
+    shots: int = 0
+    batch_size: int = 64
+
+    @classmethod
+    def lab(cls, items: int = 600) -> Questions:
+        """The lab's shop, and as many items of its other tasks together."""
+        return cls(
+            target=Lab(val_size=items, test_size=items),
+            others=Lab(OTHERS, val_size=items, test_size=items),
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+
+    @classmethod
+    def english(cls, items: int = 300, others: int = 100) -> Questions:
+        """The shop in plain English, and items of the other English tasks."""
+        return cls(
+            target=EnglishLab(val_size=items, test_size=items),
+            others=EnglishLab(ENGLISH_OTHERS, val_size=others, test_size=others),
+            max_new_tokens=ENGLISH_NEW_TOKENS,
+            shots=SHOTS,
+            batch_size=25,
+        )
 
 
 @dataclass(frozen=True)
@@ -76,6 +125,7 @@ class LabReport:
         constant: the best constant answer of the split.
         conditions: in the order of the table.
         base_hash: SHA-256 of all frozen tensors after the last condition.
+        others: names of the tasks without need of memory.
     """
 
     split: Split
@@ -83,6 +133,7 @@ class LabReport:
     constant: ConstantAnswer
     conditions: tuple[Condition, ...]
     base_hash: str
+    others: tuple[str, ...] = OTHERS
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -126,32 +177,39 @@ class LabReport:
                 "" if condition.others is None else _percent(condition.others.mean),
             )
         table.caption = (
-            "sum: right, whatever the list; others: mean over open, add, rev and walk, without need of memory"
+            f"sum: right, whatever the list; others: mean over {', '.join(self.others[:-1])} and {self.others[-1]}, without "
+            "need of memory"
         )
         return table
 
 
 def held_out(
-    environment: Lab,
+    environment: Environment,
     split: Split,
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     batch_size: int = 64,
+    shots: int = 0,
 ) -> Task:
     """The items of a split, answered greedily.
 
     Args:
-        environment: the lab's tasks.
+        environment: the tasks.
         split: which items.
         tokenizer: the reasoner's.
         max_new_tokens: limit of an answer.
         batch_size: rows that are decoded together.
+        shots: so many training items and their reference answers stand before each question, as earlier turns.
     """
     examples = environment.examples(split)
+    before: list[Message] = []
+    if shots:
+        for example in environment.examples("train")[:shots]:
+            before += environment.conversation(example)
     return Task(
         environment=environment,
         examples=examples,
-        prompts=[prompt_ids(tokenizer, environment.messages(example)) for example in examples],
+        prompts=[prompt_ids(tokenizer, [*before, *environment.messages(example)]) for example in examples],
         tokenizer=tokenizer,
         settings=GenerationSettings(max_new_tokens=max_new_tokens),
         batch_size=batch_size,
@@ -161,58 +219,87 @@ def held_out(
 def report_on_stages(
     checkpoints: Checkpoints,
     split: Split = "test",
-    items: int = 600,
+    questions: Questions | None = None,
     progress: Callable[[str], None] = lambda name: None,
+    keep: Path | None = None,
 ) -> LabReport:
     """Scores the stages' checkpoints, and the controls.
 
     Args:
-        checkpoints: of all stages, of one reasoner, trained on the lab of the default world.
+        checkpoints: of all stages, of one reasoner, trained on the target of the default world.
         split: which items to answer: val to choose settings, test to report.
-        items: how many of the target, and of the other tasks together.
+        questions: what is asked; None: the lab's shop and other tasks.
         progress: called with the name of each condition before it is scored.
+        keep: folder in which each condition's scores are kept as they are there, so that an interrupted report goes on;
+            one folder for one set of checkpoints and questions. None: nowhere.
     """
-    environment = Lab(val_size=items, test_size=items)
+    questions = Questions.lab() if questions is None else questions
     config = read_config(checkpoints.weaver)
     tokenizer = load_tokenizer(resolve_asset(config.backbone.name))
-
-    target = held_out(environment, split, tokenizer, MAX_NEW_TOKENS)
-    others = held_out(Lab(OTHERS, val_size=items, test_size=items), split, tokenizer, MAX_NEW_TOKENS)
+    settings = (split, tokenizer, questions.max_new_tokens, questions.batch_size)
+    target, others = held_out(questions.target, *settings), held_out(questions.others, *settings)
     torch.manual_seed(0)  # of the untrained weaver
     model = MemGenModel.build(config, tokenizer, resolve_asset).eval()
 
     def opened(checkpoint: Path) -> MemGenModel:
         return open_checkpoint(checkpoint, load_tokenizer, resolve_asset)[0].eval()
 
-    def trained() -> MemGenModel:
+    def trained(insertions: int | None = None) -> MemGenModel:
         load_checkpoint(model, checkpoints.weaver)
-        return always_invoking(model)
+        return always_invoking(model, insertions)
 
-    runs: Sequence[tuple[str, Callable[[], MemGenModel], bool]] = (
+    # A weaver for the end of the prompt alone has no other boundaries.
+    inside = config.boundaries.max_inference_insertions > 0
+    runs: list[tuple[str, Callable[[], MemGenModel], bool]] = [
         ("reasoner alone", lambda: without_memory(model), True),
+        *(
+            [(f"  {questions.shots} worked examples", lambda: without_memory(model), False)]
+            if questions.shots
+            else []
+        ),
         ("untrained latents", lambda: always_invoking(model), False),
-        ("weaver SFT, all boundaries", trained, True),
-        ("  prompt end only", lambda: always_invoking(model, 0), False),
-        ("  latents of another item", lambda: always_invoking(model), False),
+        ("weaver SFT, all boundaries" if inside else "weaver SFT", trained, True),
+        *([("  prompt end only", lambda: trained(0), False)] if inside else []),
+        ("  latents of another item", trained, False),
         ("half-trained weaver", lambda: always_invoking(opened(checkpoints.half)), False),
         ("  and then weaver GRPO", lambda: always_invoking(opened(checkpoints.grpo)), False),
         ("weaver SFT and trigger RL", lambda: opened(checkpoints.trigger), True),
-    )
+    ]
     conditions = []
     for name, build, harm in runs:
         progress(name.strip())
-        ready = build()
-        scored = score_with_swapped_latents if "another" in name else score
-        conditions.append(
-            Condition(scored(name, ready, target), score(name, ready, others) if harm else None)
-        )
+
+        def answer(
+            name: str = name, build: Callable[[], MemGenModel] = build, harm: bool = harm
+        ) -> Condition:
+            ready = build()
+            asked = held_out(questions.target, *settings, questions.shots) if "worked" in name else target
+            scored = score_with_swapped_latents if "another" in name else score
+            return Condition(scored(name, ready, asked), score(name, ready, others) if harm else None)
+
+        conditions.append(answer() if keep is None else _kept(keep / f"{name.strip()}.json", answer))
     return LabReport(
         split=split,
         items=len(target.examples),
-        constant=environment.constant_answer_baseline(split),
+        constant=questions.target.constant_answer_baseline(split),
         conditions=tuple(conditions),
         base_hash=base_hash(model.reasoner.backbone),
+        others=tuple(dict.fromkeys(questions.others.tasks)),
     )
+
+
+def _kept(path: Path, make: Callable[[], Condition]) -> Condition:
+    """A condition's scores, computed unless the file has them already."""
+    if not path.is_file():
+        found = make()
+        write_whole(path, json.dumps(dataclasses.asdict(found)))
+        return found
+    outcome, others = (
+        None if values is None else Outcome(**{**values, "rewards": tuple(values["rewards"])})
+        for values in map(json.loads(path.read_text(encoding="utf-8")).get, ("outcome", "others"))
+    )
+    assert outcome is not None, "only the other tasks' scores may be missing"
+    return Condition(outcome, others)
 
 
 def _as_dict(outcome: Outcome) -> dict[str, Any]:
@@ -221,6 +308,7 @@ def _as_dict(outcome: Outcome) -> dict[str, Any]:
         "interval_95": outcome.interval(),
         **{f"part_{name}": value for name, value in outcome.parts.items()},
         "insertions_per_answer": outcome.insertions,
+        "positions_per_answer": outcome.positions,
         "cpu_seconds": outcome.cpu_seconds,
     }
 

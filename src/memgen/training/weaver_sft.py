@@ -25,9 +25,10 @@ from memgen.model.memgen import MemGenConfig, MemGenModel, Woven
 from memgen.model.weaver import Weaver
 from memgen.objectives.sft import Curriculum, choose_points, token_loss
 from memgen.seeds import seed_of
+from memgen.training.checkpoint import inserted_kinds
 from memgen.training.optimizer import OptimizerSettings
 from memgen.training.stage import Stage, zero_loss
-from memgen.types import InsertionPlan
+from memgen.types import InsertionKind, InsertionPlan
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,32 @@ class WeaverSFT(Stage):
     @override
     def component(self) -> Weaver:
         return self.memgen.weaver
+
+    @override
+    def to_train(self) -> frozenset[InsertionKind]:
+        inside = self.curriculum.inserts_inside(self.config.boundaries.max_inference_insertions)
+        return frozenset(InsertionKind) if inside else frozenset({InsertionKind.PROMPT})
+
+    @override
+    def check_start(self) -> None:
+        """Says which latents decoding will insert though the curriculum leaves them untrained.
+
+        Of a checkpoint's weaver, loading it says so.
+        """
+        if (
+            self.init_from is not None
+            or self.trainer.ckpt_path is not None
+            or not self.trainer.is_global_zero
+        ):
+            return
+        for kind, key in inserted_kinds(self.memgen).items():
+            if kind not in self.to_train():
+                logger.warning(
+                    "the curriculum never trains %s latents, but validation and every later use insert them: set "
+                    "model.memgen.%s to 0, or give model.curriculum.first, all or random a share",
+                    kind.name.lower(),
+                    key,
+                )
 
     @override
     def setup(self, stage: str) -> None:

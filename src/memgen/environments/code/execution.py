@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import IO, Literal, final
 
 from memgen.environments.code import harness as code_harness
+from memgen.environments.processes import Launch
 from memgen.environments.signals import SCHEDULER_SIGNALS
 
 HARNESS = Path(code_harness.__file__)
@@ -126,27 +127,6 @@ class Execution:
         """Share of the tests not skipped that passed; 0 if there were none."""
         counted = [result for result in self.outcomes.values() if result != "skipped"]
         return counted.count("passed") / len(counted) if counted else 0.0
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How to start a run.
-
-    Attributes:
-        command: starts the harness, or the sandbox that contains it.
-        environment: all environment variables of the process.
-        folder: its working directory.
-        uid: user id that the harness switches to, or None.
-        processes: value of RLIMIT_NPROC, or None for no such limit.
-        inherited: file descriptors that the command inherits.
-    """
-
-    command: Sequence[str]
-    environment: Mapping[str, str]
-    folder: str
-    uid: int | None
-    processes: int | None
-    inherited: tuple[int, ...] = ()
 
 
 class Executor(ABC):

@@ -29,27 +29,135 @@ from typing import final
 from memgen.environments.code.execution import (
     HARNESS,
     Executor,
-    Launch,
     Program,
     RunLimits,
     base_python,
     run_environment,
 )
+from memgen.environments.processes import Launch
 
 INSTALL = (
     "install it (Debian and Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap), or set "
     "isolation: limits, which limits time and memory but lets the code read files and use the network"
 )
+UNUSABLE = (
+    "allow user namespaces (in a container: more privileges), or set isolation: limits, which limits time and memory but "
+    "lets the code read files and use the network"
+)
 
 _PYTHON = "/python"
 _PACKAGES = "/packages"
 _WORK = "/tmp/work"
-_HARNESS = "/harness.py"
+_PROGRAM = "/program.py"
 _PROGRAMS = "/bin"
 _HOSTS = "127.0.0.1 localhost\n"
 _LOOKUP = "hosts: files\n"
 _FIRST_UID = 1_900_000_000
 """First user id of runs started by root, far above those of real users."""
+
+
+@final
+class Sandbox:
+    """Starts a Python program in bubblewrap."""
+
+    def __init__(
+        self,
+        program: Path,
+        folder_mb: int,
+        processes: int,
+        packages: Sequence[str] = (),
+        programs: Sequence[str] = (),
+    ) -> None:
+        """Checks that bubblewrap is installed; starts nothing.
+
+        Args:
+            program: the Python file, which sees the standard library and `packages`.
+            folder_mb: size of all files that it may write, which are in memory.
+            processes: processes and threads at a time.
+            packages: import names of installed packages that the code may import, with their requirements.
+            programs: commands of the host that the code may run, such as `sh` or `ls`.
+
+        Raises:
+            RuntimeError: if bubblewrap is not installed.
+            ValueError: if a package or a program is not installed.
+        """
+        found = shutil.which("bwrap")
+        if found is None:
+            raise RuntimeError(
+                f"bubblewrap (bwrap) is not installed, and code is not run without it; {INSTALL}"
+            )
+        self.bwrap = found
+        # Of bubblewrap 0.8 and later; it needs a user namespace, which is not made for root.
+        usage = subprocess.run([found, "--help"], capture_output=True, text=True, check=False).stdout
+        self._no_more_namespaces = ["--disable-userns"] if "--disable-userns" in usage else []
+        self._folder_mb = folder_mb
+        self._processes = processes
+        self.packages = tuple(packages)
+        self.programs = tuple(programs)
+        self._mounts = [
+            *_read_only(program, _PROGRAM),
+            *_interpreter(),
+            *_libraries(),
+            *_package_files(self.packages),
+            *_program_files(self.programs),
+        ]
+
+    @contextlib.contextmanager
+    def launch(self, number: int) -> Iterator[Launch]:
+        """A sandbox, in which the program has not begun; the kernel cleans up after it.
+
+        Args:
+            number: differs between the sandboxes of this process that run at the same time.
+        """
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        try:
+            with contextlib.ExitStack() as stack:
+                names = [stack.enter_context(_text(text)) for text in (_HOSTS, _LOOKUP)]
+                yield self._launch(number, writer, names)
+        finally:
+            os.close(writer)
+            _wait_for_end(reader)
+            os.close(reader)
+
+    def _launch(self, number: int, info: int, names: Sequence[int]) -> Launch:
+        root = os.getuid() == 0
+        apart = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+        apart += ["--cap-drop", "ALL"]
+        if root:
+            apart += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        else:
+            apart += ["--unshare-user", "--uid", "65534", "--gid", "65534", *self._no_more_namespaces]
+        size = str(self._folder_mb << 20)
+        path = f"{_PYTHON}/bin:{_PROGRAMS}"
+        command = [
+            self.bwrap, *apart, "--die-with-parent", "--new-session", "--hostname", "sandbox",
+            "--info-fd", str(info),
+            "--perms", "0444", "--ro-bind-data", str(names[0]), "/etc/hosts",
+            "--perms", "0444", "--ro-bind-data", str(names[1]), "/etc/nsswitch.conf",
+            *_folders(), *self._mounts,
+            "--proc", "/proc", "--dev", "/dev",
+            "--perms", "1777", "--size", size, "--tmpfs", "/dev/shm",
+            "--perms", "1777", "--size", size, "--tmpfs", "/tmp",
+            "--perms", "0777", "--dir", _WORK,
+            "--remount-ro", "/", "--chdir", _WORK,
+            "--", f"{_PYTHON}/bin/python3", "-s", "-P", "-B", _PROGRAM,
+        ]  # fmt: skip
+        environment = run_environment(
+            home=_WORK, temporary="/tmp", path=path, packages=_PACKAGES if self.packages else None
+        )
+        # PYTHONHOME: the interpreter was built for another place.
+        environment |= {"PYTHONHOME": _PYTHON, "LD_LIBRARY_PATH": f"{_PYTHON}/lib"}
+        return Launch(
+            command=command,
+            # bubblewrap's own environment is visible in the sandbox's /proc, so it is this one too.
+            environment=environment,
+            folder="/",
+            # Differs between parallel runs of this process, and between processes.
+            uid=_FIRST_UID + (os.getpid() * 256 + number % 256) % 100_000_000 if root else None,
+            processes=self._processes,
+            inherited=(info, *names),
+        )
 
 
 @final
@@ -76,23 +184,7 @@ class Bubblewrap(Executor):
             ValueError: if a package or a program is not installed.
         """
         super().__init__(limits or RunLimits(), workers)
-        found = shutil.which("bwrap")
-        if found is None:
-            raise RuntimeError(
-                f"bubblewrap (bwrap) is not installed, and code is not run without it; {INSTALL}"
-            )
-        self.bwrap = found
-        # Of bubblewrap 0.8 and later; it needs a user namespace, which is not made for root.
-        usage = subprocess.run([found, "--help"], capture_output=True, text=True, check=False).stdout
-        self._no_more_namespaces = ["--disable-userns"] if "--disable-userns" in usage else []
-        self.packages = tuple(packages)
-        self.programs = tuple(programs)
-        self._mounts = [
-            *_interpreter(),
-            *_libraries(),
-            *_package_files(self.packages),
-            *_program_files(self.programs),
-        ]
+        self._sandbox = Sandbox(HARNESS, self.limits.folder_mb, self.limits.processes, packages, programs)
         self._tried = False
 
     @contextlib.contextmanager
@@ -100,16 +192,8 @@ class Bubblewrap(Executor):
         """A sandbox; the kernel cleans up after it."""
         if not self._tried:
             self._try()
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        try:
-            with contextlib.ExitStack() as stack:
-                names = [stack.enter_context(_text(text)) for text in (_HOSTS, _LOOKUP)]
-                yield self._launch(number, writer, names)
-        finally:
-            os.close(writer)
-            _wait_for_end(reader)
-            os.close(reader)
+        with self._sandbox.launch(number) as launch:
+            yield launch
 
     def _try(self) -> None:
         self._tried = True
@@ -121,50 +205,7 @@ class Bubblewrap(Executor):
             problem = str(error)
         if problem is not None:
             self._tried = False
-            raise RuntimeError(
-                f"bubblewrap is installed, but cannot be used here ({problem}); allow user namespaces (in a container: "
-                "more privileges), or set isolation: limits, which limits time and memory but lets the code read "
-                "files and use the network"
-            )
-
-    def _launch(self, number: int, info: int, names: Sequence[int]) -> Launch:
-        root = os.getuid() == 0
-        apart = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
-        apart += ["--cap-drop", "ALL"]
-        if root:
-            apart += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-        else:
-            apart += ["--unshare-user", "--uid", "65534", "--gid", "65534", *self._no_more_namespaces]
-        size = str(self.limits.folder_mb << 20)
-        path = f"{_PYTHON}/bin:{_PROGRAMS}"
-        command = [
-            self.bwrap, *apart, "--die-with-parent", "--new-session", "--hostname", "sandbox",
-            "--info-fd", str(info),
-            "--perms", "0444", "--ro-bind-data", str(names[0]), "/etc/hosts",
-            "--perms", "0444", "--ro-bind-data", str(names[1]), "/etc/nsswitch.conf",
-            *_folders(), *self._mounts,
-            "--proc", "/proc", "--dev", "/dev",
-            "--perms", "1777", "--size", size, "--tmpfs", "/dev/shm",
-            "--perms", "1777", "--size", size, "--tmpfs", "/tmp",
-            "--perms", "0777", "--dir", _WORK,
-            "--remount-ro", "/", "--chdir", _WORK,
-            "--", f"{_PYTHON}/bin/python3", "-s", "-P", "-B", _HARNESS,
-        ]  # fmt: skip
-        environment = run_environment(
-            home=_WORK, temporary="/tmp", path=path, packages=_PACKAGES if self.packages else None
-        )
-        # PYTHONHOME: the interpreter was built for another place.
-        environment |= {"PYTHONHOME": _PYTHON, "LD_LIBRARY_PATH": f"{_PYTHON}/lib"}
-        return Launch(
-            command=command,
-            # bubblewrap's own environment is visible in the sandbox's /proc, so it is this one too.
-            environment=environment,
-            folder="/",
-            # Differs between parallel runs of this process, and between processes.
-            uid=_FIRST_UID + (os.getpid() * 256 + number % 256) % 100_000_000 if root else None,
-            processes=self.limits.processes,
-            inherited=(info, *names),
-        )
+            raise RuntimeError(f"bubblewrap is installed, but cannot be used here ({problem}); {UNUSABLE}")
 
 
 @contextlib.contextmanager
@@ -213,11 +254,11 @@ def _read_only(source: str | Path, target: str | Path) -> list[str]:
 
 
 def _interpreter() -> list[str]:
-    """Mounts of the interpreter without installed packages, and of the harness."""
+    """Mounts of the interpreter without installed packages."""
     python = base_python()
     prefix = Path(sys.base_prefix)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    mounts = [*_read_only(HARNESS, _HARNESS)]
+    mounts: list[str] = []
     if prefix in (Path("/usr"), Path("/")):
         standard = sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix})
         extensions = sysconfig.get_path("platstdlib", vars={"platbase": sys.base_prefix})

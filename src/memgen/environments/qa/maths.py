@@ -6,35 +6,29 @@ Differs from calling math-verify directly: (1) only an answer the text marks as 
 does not answer in time is killed, from whichever thread asked; (3) the released code compares normalised strings
 and takes the first `\boxed`.
 
-The worker is a fresh interpreter running this module (`python -m`), never a fork and never a second import of the
-caller's main script: answers may be scored from notebooks, from threads and under a running CUDA context. (The process
-pools of multiprocessing and of pebble import the main script again in every worker: without a main guard they fail,
-and under `memgen` each worker would load what the command line loads.)
+The worker is this module as a program (`python -m`), see `memgen.environments.processes`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
-import queue
 import re
 import resource
-import subprocess
 import sys
-import tempfile
-import weakref
 from abc import ABC
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import Pipe
+from collections.abc import Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, final
 
 from typing_extensions import override
 
 from memgen.environments.base import Example, Reward
+from memgen.environments.processes import READY, Launch, WorkerLostError, WorkerPool
 from memgen.environments.qa import notation
 from memgen.environments.questions import QuestionEnvironment, Questions
 from memgen.environments.signals import stay
@@ -45,10 +39,7 @@ PROMPT = (
 )
 """The released code's user message for mathematics."""
 
-_READY = b"ready"
 _DEGREES = r"^\circ"
-_START_LIMIT_S = 120.0
-"""Importing math-verify on a busy machine; not the time of an answer."""
 _MEMORY_LIMIT_BYTES = 4 << 30
 """Address space of a worker: `9^{9^{9}}` has to fail in the worker, not in the machine."""
 
@@ -134,20 +125,13 @@ class MathsVerifier:
         """
         if not (timeout_s > 0 and math.isfinite(timeout_s)):
             raise ValueError(f"timeout_s must be a positive number of seconds, got {timeout_s}")
-        if workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}")
         self.timeout_s = timeout_s
         self.workers = workers
-        self._open_pool()
-
-    def _open_pool(self) -> None:
-        self._owner = os.getpid()
-        self._pool = [_Worker(self.timeout_s) for _ in range(self.workers)]
-        # Last in, first out: a second worker starts only when the first one is busy.
-        self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()
-        for worker in self._pool:
-            self._free.put(worker)
-        self._finalizer = weakref.finalize(self, _kill_all, self._pool, self._owner)
+        self._pool = WorkerPool(
+            partial(_launch, timeout_s),
+            workers,
+            "the maths checker could not be started; is math-verify installed?",
+        )
 
     def equivalent(self, gold: str, answer: str) -> bool:
         r"""Whether an answer equals the reference. The order matters: math-verify is lenient towards the second.
@@ -164,14 +148,10 @@ class MathsVerifier:
         """
         if len(answer) > _LONGEST_ANSWER:
             return False
-        if os.getpid() != self._owner:  # A forked child must not write into its parent's pipes.
-            self._open_pool()
-        free = self._free
-        worker = free.get()
         try:
-            return worker.ask(gold, answer)
-        finally:
-            free.put(worker)
+            return bool(self._pool.ask([gold, answer], self.timeout_s))
+        except WorkerLostError:
+            return False
 
     def correct(self, gold: str, solution: str) -> bool:
         """Whether the answer a solution marks as final (see `final_answer`) equals the reference."""
@@ -185,95 +165,33 @@ class MathsVerifier:
 
     def rewards(self, golds: Sequence[str], solutions: Sequence[str]) -> list[Reward]:
         """Many, as many at once as there are workers."""
-        if self.workers == 1 or len(solutions) <= 1:
-            return [self.reward(gold, solution) for gold, solution in zip(golds, solutions, strict=True)]
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="maths") as threads:
-            return list(threads.map(self.reward, golds, solutions))
+        pairs = list(zip(golds, solutions, strict=True))
+        return self._pool.map(lambda pair: self.reward(*pair), pairs)
 
     def close(self) -> None:
         """Ends the workers. A later question starts new ones."""
-        self._finalizer()
-        self._open_pool()
+        self._pool.close()
 
     @property
     def worker_pids(self) -> tuple[int, ...]:
         """Process ids of the workers now running."""
-        return tuple(sorted(worker.pid for worker in self._pool if worker.pid is not None))
+        return self._pool.pids
 
     def __reduce__(self) -> tuple[type[MathsVerifier], tuple[float, int]]:
         """A copy, in this process or another, has workers of its own."""
         return MathsVerifier, (self.timeout_s, self.workers)
 
 
-def _kill_all(workers: list[_Worker], owner: int) -> None:
-    if os.getpid() == owner:
-        for worker in workers:
-            worker.kill()
-
-
-@final
-class _Worker:
-    """One worker process, started by the first question and again after it was killed or has died."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
-
-    @property
-    def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
-
-    def ask(self, gold: str, answer: str) -> bool:
-        """The verdict; False if the worker hung or died over it."""
-        if self._process is None or self._process.poll() is not None:
-            self.kill()  # Closes what a dead worker leaves.
-            self._start()
-        connection = self._connection
-        assert connection is not None, "a started worker has a connection"
-        try:
-            connection.send_bytes(json.dumps([gold, answer]).encode())
-            if connection.poll(self._timeout_s):
-                return bool(json.loads(connection.recv_bytes()))
-        except (OSError, EOFError):  # The worker died, or the verifier was closed meanwhile.
-            pass
-        self.kill()
-        return False
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        if self._connection is not None:
-            self._connection.close()
-        self._process = self._connection = None
-
-    def _start(self) -> None:
-        # The package may be importable only through this process's sys.path (a notebook, a checkout).
-        search_path = os.pathsep.join(entry for entry in sys.path if entry)
-        self._connection, theirs = Pipe()
-        with theirs, tempfile.TemporaryFile() as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__, str(theirs.fileno()), str(self._timeout_s)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=errors,
-                stderr=errors,
-                env={**os.environ, "PYTHONPATH": search_path, "OPENBLAS_NUM_THREADS": "1"},
-            )
-            theirs.close()  # So that its end is the end of the worker.
-            try:
-                ready = self._connection.poll(_START_LIMIT_S) and self._connection.recv_bytes() == _READY
-            except (OSError, EOFError):
-                ready = False
-            if ready:
-                return
-            self.kill()
-            errors.seek(0)
-            said = " | ".join(errors.read().decode(errors="replace").strip().splitlines()[-3:])
-        raise RuntimeError(
-            f"the maths checker could not be started; is math-verify installed? It said: {said or 'nothing'}"
-        )
+@contextlib.contextmanager
+def _launch(timeout_s: float, number: int) -> Iterator[Launch]:
+    """This module as a program."""
+    # The package may be importable only through this process's sys.path (a notebook, a checkout).
+    search_path = os.pathsep.join(entry for entry in sys.path if entry)
+    yield Launch(
+        command=[sys.executable, "-P", "-m", __name__, str(timeout_s)],
+        environment={**os.environ, "PYTHONPATH": search_path, "OPENBLAS_NUM_THREADS": "1"},
+        folder=os.curdir,
+    )
 
 
 class MathsEnvironment(QuestionEnvironment, ABC):
@@ -382,7 +300,7 @@ def _serve(connection: Connection, timeout_s: float) -> None:
     logging.disable(logging.WARNING)  # math-verify warns that its own time limit is off.
     _limit(resource.RLIMIT_AS, _MEMORY_LIMIT_BYTES)
     _equal("1", "x")  # Loads the grammar, so that the first answer's time is its own.
-    connection.send_bytes(_READY)
+    connection.send_bytes(READY)
     silence = os.open(os.devnull, os.O_WRONLY)  # Output so far tells why a worker did not start.
     os.dup2(silence, 1)
     os.dup2(silence, 2)
@@ -401,4 +319,4 @@ def _serve(connection: Connection, timeout_s: float) -> None:
 
 if __name__ == "__main__":
     stay()
-    _serve(Connection(int(sys.argv[1])), float(sys.argv[2]))
+    _serve(Connection(int(sys.argv[2])), float(sys.argv[1]))
