@@ -15,7 +15,8 @@
 # make check   lint, format, types, import directions, spelling
 #
 # Variables: PYTHON (an interpreter >= 3.11), VENV (where the environment goes), TORCH_INDEX (another package index
-# for torch, for example PyTorch's CPU or CUDA wheels), WORKERS (test processes), PYTEST_ARGS, DEMO_ARGS, REAL_ARGS.
+# for torch, for example PyTorch's CPU or CUDA wheels), WORKERS (test processes of test, test-slow and test-with),
+# PYTEST_ARGS, DEMO_ARGS, REAL_ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,6 +25,9 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 DEMO_ARGS ?=
 REAL_ARGS ?=
+
+# A file's tests run in one process, for what they share; long files begin first (tests/conftest.py).
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
@@ -59,14 +63,14 @@ demo-real: setup
 	$(BIN)/memgen demo --backbone lab:smollm2 $(DEMO_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
 
 test-slow: setup
-	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" $(PYTEST_ARGS)
+	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
 
 test-with: setup
 	@test -n "$(MARKS)" || { echo 'make test-with: name the tests: make test-with MARKS="sandbox or slurm"' >&2; exit 1; }
-	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "($(MARKS)) and not gpu" $(PYTEST_ARGS)
+	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "($(MARKS)) and not gpu" $(PARALLEL) $(PYTEST_ARGS)
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

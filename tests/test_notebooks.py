@@ -54,7 +54,8 @@ def test_a_notebook_runs(path, tmp_path):
 @pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_the_quick_tour_shows_what_memory_is_worth(tmp_path):
+def test_the_quick_tour_shows_what_memory_is_worth(tmp_path, lab_home, monkeypatch):
+    monkeypatch.setenv("MEMGEN_HOME", str(lab_home))
     (path,) = [path for path in NOTEBOOKS if path.stem == "01_quick_tour"]
     notebook = run(path, tmp_path)
     figures = [

@@ -7,16 +7,11 @@ import sys
 from datetime import timedelta
 
 import torch
-from torch import multiprocessing
-
-from launched import free_port
 
 
-def observe(rank: int, ranks: int, port: int, out: str) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
+def main(ranks: int, out: str) -> None:
+    rank = os.environ["LOCAL_RANK"]
+    os.environ |= {"RANK": rank, "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "DS_ACCELERATOR": "cpu"}
     import deepspeed
     from torch.distributed import distributed_c10d
 
@@ -65,7 +60,4 @@ def observe(rank: int, ranks: int, port: int, out: str) -> None:
 
 
 if __name__ == "__main__":
-    count, _, path = sys.argv[1:]
-    multiprocessing.start_processes(
-        observe, (int(count), free_port(), path), nprocs=int(count), start_method="spawn"
-    )
+    main(int(sys.argv[1]), sys.argv[3])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from launched import free_port
+from memgen.distributed.deepspeed_internals import skip_shared_memory_kernel
 from memgen.training.stage import zero_loss
 
 SIZE = 50
@@ -33,16 +32,11 @@ class Chain(nn.Module):
 
 def main(ranks: int, out: Path, stage: int) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["WORLD_SIZE"] = str(ranks)
-    if "RANK" not in os.environ:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        for rank in range(1, ranks):
-            numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            subprocess.Popen([sys.executable, *sys.argv], env=os.environ | numbers)
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": str(ranks), "RANK": os.environ["LOCAL_RANK"]}
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
+    skip_shared_memory_kernel()
     deepspeed.init_distributed("gloo")
     rank = int(os.environ["RANK"])
     found = {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from rl_ranks_worker import Unequal, rl_stage
 
 import rl_runs
 import sft_runs
-from launched import free_port
 from memgen.distributed.collectives import over_ranks
 from memgen.distributed.zero import ZeroStrategy, whole_weights
 from memgen.model import memgen as memgen_module
@@ -208,12 +206,6 @@ def provoke(task: dict[str, Any], ranks: int, base: Path, out: Path) -> None:
 
 def main(ranks: int, base: Path, out: Path, tasks: list[dict[str, Any]]) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    if ranks > 1 and "LOCAL_RANK" not in os.environ:
-        # Lightning would start the second rank anew for every Trainer.
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        for rank in range(1, ranks):
-            subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"LOCAL_RANK": str(rank)})
-        os.environ["LOCAL_RANK"] = "0"
     for task in tasks:
         (provoke if "provoke" in task else run)(
             task, ranks, base, out.with_name(f"{out.name}-{task['name']}")

@@ -197,11 +197,15 @@ def test_all_corrupted_answers_of_the_real_data_score_zero(real):
     tried = 0
     for number, example in enumerate(examples):
         gold = example.answer
-        others = [a for a in pool if not exact_match(a, example.meta["aliases"])]
+        start = number % len(pool)
+        first, other = (
+            next(a for a in answers if not exact_match(a, example.meta["aliases"]))
+            for answers in (pool, pool[start:] + pool[:start])
+        )
         for wrong in (
-            others[number % len(others)],
+            other,
             f"not {gold}",
-            f"{gold} or {others[0]}",
+            f"{gold} or {first}",
             f"{gold}x",
             gold[::-1],
         ):

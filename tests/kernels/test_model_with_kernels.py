@@ -7,10 +7,17 @@ import torch
 
 import memgen.kernels as kernels
 from generations import logprobs
+from interpreted import whole_reductions
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from tiny import random_batch, random_rows, tiny_memgen
 from tolerance import assert_close
+
+
+@pytest.fixture(autouse=True)
+def _quick():
+    with whole_reductions():
+        yield
 
 
 def test_a_rollout_and_its_replay_are_the_same_on_either_kernels(device, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import memgen.kernels as kernels
+from interpreted import whole_reductions
 from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
@@ -47,6 +48,9 @@ class Switches:
                 pytest.skip("triton is not installed")
             if os.environ.get("TRITON_INTERPRET") != "1":
                 pytest.skip("kernels are compiled where there is a GPU; the tests marked gpu run them")
+            with kernels.forced("triton"), whole_reductions():
+                yield
+            return
         with kernels.forced(self.kernels):
             yield
 

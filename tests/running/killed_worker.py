@@ -1,7 +1,6 @@
-"""Trains in forks of one warm process, some of which kill themselves: `killed_worker.py BASE`, an order per line.
+"""Trains, and may kill itself: `killed_worker.py BASE ORDER`.
 
-An order is JSON: the stage, the run's folder, and for a run that dies the phase and the step; the answer is the exit
-status of the fork, negative for a signal.
+An order is JSON: the stage, the run's folder, and for a run that dies the phase and the step.
 """
 
 from __future__ import annotations
@@ -96,29 +95,6 @@ def train(order: dict, base: Path) -> None:
     torch.save(trained, run / "trained")
 
 
-def answer(what: object) -> None:
-    sys.stdout.write(f"{what}\n")
-    sys.stdout.flush()
-
-
-def main(base: Path) -> None:
-    torch.set_num_threads(1)
-    answer("ready")
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                # What the run prints is not an answer.
-                os.dup2(2, 1)
-                train(json.loads(line), base)
-                status = 0
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        _, status = os.waitpid(pid, 0)
-        answer(os.waitstatus_to_exitcode(status))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    train(json.loads(sys.argv[2]), Path(sys.argv[1]))

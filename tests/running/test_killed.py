@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from launched import statuses
 from memgen.running.resume import RESUME, last_checkpoint
 from sft_runs import save_tiny
 
@@ -24,33 +22,23 @@ CASES = [
     for phase in ("rollout", "update", "save", "rename")
     if (kind, phase) != ("sft", "rollout")
 ]
+WORKER = Path(__file__).with_name("killed_worker.py")
 
 
-class Server:
+class Trainer:
+    """Trains in processes of their own, on one base."""
+
     def __init__(self, folder: Path) -> None:
-        base = save_tiny(folder / "base")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-        environment.pop("PL_GLOBAL_SEED", None)
-        self.log = folder / "log"
-        self.file = self.log.open("w")
-        worker = str(Path(__file__).with_name("killed_worker.py"))
-        self.process = subprocess.Popen(
-            [sys.executable, worker, str(base)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.file, text=True, env=environment,
-        )  # fmt: skip
-        assert self.answer() == "ready"
         self.folder = folder
+        self.base = save_tiny(folder / "base")
+        self.log = folder / "log"
         self.whole: dict[str, Path] = {}
 
-    def answer(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
     def train(self, run: Path, kind: str, **how) -> int:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"run": str(run), "kind": kind, **how}) + "\n")
-        self.process.stdin.flush()
-        return int(self.answer())
+        """The exit status, negative for a signal."""
+        order = json.dumps({"run": str(run), "kind": kind, **how})
+        (status,) = statuses(WORKER, 1, [str(self.base), order], self.log, seconds=600)
+        return status
 
     def uninterrupted(self, kind: str) -> Path:
         """The run of a stage that nobody killed."""
@@ -60,18 +48,10 @@ class Server:
             self.whole[kind] = run
         return self.whole[kind]
 
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-        self.process.stdout.close()
-        self.file.close()
-
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
+def trainer(tmp_path_factory) -> Trainer:
+    return Trainer(tmp_path_factory.mktemp("trainer"))
 
 
 def losses(run: Path) -> list[tuple[int, str]]:
@@ -80,17 +60,17 @@ def losses(run: Path) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize(("kind", "phase"), CASES)
-def test_a_trainer_killed_in_any_phase_goes_on_to_the_bit(kind, phase, server, tmp_path):
-    uninterrupted = server.uninterrupted(kind)
+def test_a_trainer_killed_in_any_phase_goes_on_to_the_bit(kind, phase, trainer, tmp_path):
+    uninterrupted = trainer.uninterrupted(kind)
     run = tmp_path / "run"
     # Twice in one run: during the first phase of its kind after step 3, and after step 6 of the resumed run.
     for step, seed in ((3, 1), (6, 2)):
-        status = server.train(run, kind, phase=phase, step=step, seed=seed)
-        assert status == -signal.SIGKILL, f"{status}\n{server.log.read_text()[-3000:]}"
+        status = trainer.train(run, kind, phase=phase, step=step, seed=seed)
+        assert status == -signal.SIGKILL, f"{status}\n{trainer.log.read_text()[-3000:]}"
         saved = last_checkpoint(run)
         assert saved is not None
         assert torch.load(saved, weights_only=True)["global_step"] >= 2
-    assert server.train(run, kind) == 0, server.log.read_text()[-3000:]
+    assert trainer.train(run, kind) == 0, trainer.log.read_text()[-3000:]
 
     expected = dict(losses(uninterrupted))
     told = losses(run)

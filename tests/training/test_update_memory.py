@@ -20,7 +20,7 @@ from rl_runs import Vowels, make_data, make_grpo, make_trigger
 from sft_runs import Letters, make_stage, make_trainer, save_tiny
 from sft_runs import make_data as make_sft_data
 
-VOCABULARY = 65_536
+VOCABULARY = 32_768
 ROWS, LENGTH = 16, 96
 
 

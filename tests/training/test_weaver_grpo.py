@@ -335,7 +335,7 @@ def test_learning_raises_the_reward(base, tmp_path):
         rollout=GenerationSettings(max_new_tokens=10, temperature=1.0, group_size=16),
     )
     data = make_data(base, Vowels(8), batch_size=8)
-    _, recorded = run(base, tmp_path, stage, data, max_steps=30)
+    _, recorded = run(base, tmp_path, stage, data, max_steps=22)
     rewards = [metrics["rollout/reward"] for metrics in recorded.metrics]
     assert sum(rewards[-5:]) / 5 > 2 * sum(rewards[:5]) / 5
 
@@ -352,17 +352,22 @@ def test_validation_and_test_play_episodes(base, tmp_path):
     assert [item["finished"] for item in predictions][2] is False
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5], ids=["in a pass", "between passes", "in the second rollout"])
-def test_an_interrupted_run_gives_the_uninterrupted_runs_numbers(base, tmp_path, steps):
-    def fresh():
-        return make_grpo(
-            base, update=UpdateSettings(iterations=2, minibatches=2), policy=PolicySettings(kl=0.05)
-        )
+def interrupted(base):
+    """A stage that saves itself in the middle of a rollout's updates."""
+    return make_grpo(base, update=UpdateSettings(iterations=2, minibatches=2), policy=PolicySettings(kl=0.05))
 
-    whole, expected = run(base, tmp_path / "whole", fresh(), max_steps=9)
+
+@pytest.fixture(scope="module")
+def uninterrupted(base, tmp_path_factory):
+    return run(base, tmp_path_factory.mktemp("whole"), interrupted(base), max_steps=9)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5], ids=["in a pass", "between passes", "in the second rollout"])
+def test_an_interrupted_run_gives_the_uninterrupted_runs_numbers(base, tmp_path, uninterrupted, steps):
+    whole, expected = uninterrupted
     saver = SaveAt(steps, tmp_path / "a.ckpt")
-    make_trainer(tmp_path / "first", max_steps=9, callbacks=[saver]).fit(fresh(), make_data(base))
-    stage = fresh()
+    make_trainer(tmp_path / "first", max_steps=9, callbacks=[saver]).fit(interrupted(base), make_data(base))
+    stage = interrupted(base)
     recorded = Recorded()
     trainer = make_trainer(tmp_path / "second", max_steps=9, callbacks=[recorded])
     trainer.fit(stage, make_data(base), ckpt_path=tmp_path / "a.ckpt", weights_only=True)

@@ -390,7 +390,9 @@ class TrainerCommand(LightningCLI):
 
     def resolved(self) -> Document:
         """The complete configuration, without `init_args`, defaults included."""
-        dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_link_targets=False))
+        dumped = yaml.safe_load(
+            self.parser.dump(self.config, skip_unset=False, skip_link_targets=False, skip_validation=True)
+        )
         values = {key: value for key, value in dumped[self._command].items() if key != "config"}
         return cast(Document, config.without_init_args(values))
 

@@ -25,7 +25,7 @@ class Shard:
 
 
 def skip_shared_memory_kernel() -> None:
-    """Keeps DeepSpeed from compiling its collectives over shared memory, which only inference uses."""
+    """Keeps DeepSpeed from compiling its collectives over shared memory for a minute, which only inference uses."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

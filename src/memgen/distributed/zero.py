@@ -15,7 +15,6 @@ turns, and rows in insertions. So three things differ from Lightning's strategy:
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
@@ -178,8 +177,7 @@ class ZeroStrategy(DeepSpeedStrategy):
                 "variable DS_ACCELERATOR=cpu"
             )
         os.environ.setdefault("LOCAL_SIZE", str(self.num_processes))
-        if shutil.which("g++") is None or shutil.which("ninja") is None:
-            skip_shared_memory_kernel()
+        skip_shared_memory_kernel()
         super(DeepSpeedStrategy, self).setup_environment()
 
     # Set-up
