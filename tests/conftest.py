@@ -52,10 +52,7 @@ def lab_home(tmp_path_factory) -> Path:
     return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "lab_home"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """Tiny tensors gain nothing from more threads, and results keep their order of summation."""
-    before = torch.get_num_threads()
+    """Tiny tensors gain nothing from more threads, and results keep their order of summation, those of fixtures too."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
