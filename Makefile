@@ -62,6 +62,9 @@ demo: setup
 demo-real: setup
 	$(BIN)/memgen demo --backbone lab:smollm2 $(DEMO_ARGS)
 
+# Test processes share the cores, and two threads of each would wait for one another.
+test test-slow test-with: export OMP_NUM_THREADS ?= 1
+
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
 
