@@ -364,7 +364,7 @@ class TestSandbox:
             "    assert len([n for n in os.listdir('/proc') if n.isdigit()]) <= 3\n"
             "    assert [l.split(':')[0].strip() for l in open('/proc/net/dev').readlines()[2:]] == ['lo']\n"
         )
-        top = {"bin", "dev", "etc", "harness.py", "lib", "lib64", "packages", "proc", "python", "tmp", "usr"}
+        top = {"bin", "dev", "etc", "lib", "lib64", "packages", "proc", "program.py", "python", "tmp", "usr"}
         known = {
             "HOME TMPDIR PATH LANG LC_ALL LC_CTYPE TZ PYTHONHASHSEED PYTHONDONTWRITEBYTECODE PYTHONIOENCODING PYTHONHOME PWD "
             "OPENBLAS_NUM_THREADS OMP_NUM_THREADS MKL_NUM_THREADS MPLBACKEND LD_LIBRARY_PATH"
