@@ -134,7 +134,8 @@ def test_a_write_that_fails_at_its_end_leaves_the_memory_as_it_was(tmp_path, kin
 def test_an_episode_without_actions_is_learnt_from(tmp_path, kind):
     with opened(kind, tmp_path / "memory.sqlite") as memory:
         memory.write(experience("say nothing", [], reward=0.0))
-        memory.write(experience("say nothing", [], reward=1.0))
+        report = memory.write(experience("say nothing", [], reward=1.0))
+        assert report.tick == 2
         memory.read("say nothing")
 
 

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from memgen.lab.cache import build_once, memgen_home
 from memgen.lab.saving import save_backbone
-from memgen.model.backbone import require_all_tensors
+from memgen.model.backbone import first_line, require_all_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +134,8 @@ def convert_gguf(source: Path, directory: Path, tokenizer_files: list[Path] | No
                 source.parent, gguf_file=source.name, dtype=dtype, output_loading_info=True
             )
     except (KeyError, ValueError, NotImplementedError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"{source.name} cannot be converted: {reason}; name the model's own folder or hub name instead"
+            f"{source.name} cannot be converted: {first_line(error)}; name the model's own folder or hub name instead"
         ) from error
     require_all_tensors(source.name, found)
     # It is no quantised model any more.

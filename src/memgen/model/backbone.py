@@ -441,7 +441,7 @@ def load_backbone(config: BackboneConfig, resolve_asset: Callable[[str], str]) -
         )
     except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
         raise OSError(
-            f"the language model {config.name!r} cannot be loaded: {_first_line(error)} (model.memgen.backbone.name)"
+            f"the language model {config.name!r} cannot be loaded: {first_line(error)} (model.memgen.backbone.name)"
         ) from error
     finally:
         reports.removeFilter(_is_no_load_report)
@@ -484,5 +484,6 @@ def _is_no_load_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type's name."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
