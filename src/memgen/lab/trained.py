@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import resource
 import shutil
 import subprocess
 import sys
@@ -56,14 +57,14 @@ TRAINED = {
     "weaver_grpo": TrainedAsset("weaver_grpo", start="weaver_sft_half", minutes=3),
     "trigger_rl": TrainedAsset("trigger_rl", start="weaver_sft", minutes=2),
     "smollm2_weaver_sft_half": TrainedAsset(
-        "weaver_sft", (*SMOLLM2_SHOP, "smollm2/weaver_sft.yaml"), stop_at=0.3, check_every=25, minutes=11
+        "weaver_sft", (*SMOLLM2_SHOP, "smollm2/weaver_sft.yaml"), stop_at=0.3, check_every=40, minutes=11
     ),
     "smollm2_weaver_sft": TrainedAsset(
         "weaver_sft",
         (*SMOLLM2_SHOP, "smollm2/weaver_sft.yaml"),
         goes_on="smollm2_weaver_sft_half",
         stop_at=0.98,
-        check_every=25,
+        check_every=40,
         minutes=11,
     ),
     "smollm2_weaver_grpo": TrainedAsset(
@@ -105,13 +106,18 @@ def build_trained(name: str, seed: int, base_seed: int, version: int, start: str
             " ".join(f"--config {file}" for file in files),
             asset.minutes,
         )
-        clock = time.perf_counter()
+        clock, cpu = time.perf_counter(), _children_cpu()
         run = _run_folder(name, seed, base_seed, version)
         fit(files, _overrides(asset, seed, base_seed, start), run)
         shutil.copytree(
             run / "best" if (run / "best").is_dir() else run / "last", directory, dirs_exist_ok=True
         )
-        logger.warning("Trained %s in %.0f s.", full_name, time.perf_counter() - clock)
+        logger.warning(
+            "Trained %s in %.0f s, %.1f CPU minutes.",
+            full_name,
+            time.perf_counter() - clock,
+            (_children_cpu() - cpu) / 60,
+        )
 
     path = build_once(memgen_home(), f"lab-{name}", _recipe(name, seed, base_seed, version), build)
     run = _run_folder(name, seed, base_seed, version)
@@ -119,6 +125,11 @@ def build_trained(name: str, seed: int, base_seed: int, version: int, start: str
         remove(run)
     logger.info("%s is %s", full_name, path)
     return path
+
+
+def _children_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def is_trained(name: str, seed: int, version: int) -> bool:
