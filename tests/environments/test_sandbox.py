@@ -74,31 +74,40 @@ def runs_of_this_process() -> set[str]:
     return found
 
 
+def parents() -> dict[str, str]:
+    """The parent of every process, by process ids."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # It ended meanwhile.
+            found[file.parent.name] = file.read_text().rsplit(")")[-1].split()[1]
+    return found
+
+
+def is_below(pid: str, ancestor: str, parents: dict[str, str]) -> bool:
+    while pid in parents and pid != ancestor:
+        pid = parents[pid]
+    return pid == ancestor
+
+
 def sandboxed(ancestor: int) -> set[str]:
     """Harness processes inside the sandboxes that a process has started."""
-    parents = {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # It ended meanwhile.
-            parents[file.parent.name] = file.read_text().rsplit(")")[-1].split()[1]
-    found = set()
-    for pid, line in processes().items():
-        above = pid
-        while above in parents and above != str(ancestor):
-            above = parents[above]
-        if above == str(ancestor) and "/harness.py" in line and "bwrap" not in line:
-            found.add(pid)
-    return found
+    above = parents()
+    return {
+        pid
+        for pid, line in processes().items()
+        if "/program.py" in line and "bwrap" not in line and is_below(pid, str(ancestor), above)
+    }
 
 
-def process_names() -> set[str]:
-    """Without zombies, which nobody may reap in a container."""
-    found = set()
-    for file in Path("/proc").glob("[0-9]*/stat"):
+def runs_at_their_solution(name: str) -> set[str]:
+    """Of the processes that runs were started as, those below which a process calls itself `name`."""
+    above = parents()
+    named = set()
+    for pid in above:
         with contextlib.suppress(OSError):  # It ended meanwhile.
-            name, _, state = file.read_text().partition("(")[2].rpartition(") ")
-            if not state.startswith("Z"):
-                found.add(name)
-    return found
+            if (Path("/proc") / pid / "comm").read_text().strip() == name:
+                named.add(pid)
+    return {run for run in runs_of_this_process() if any(is_below(pid, run, above) for pid in named)}
 
 
 def run(executor, solution, tests=TEST, style="pytest"):
@@ -346,7 +355,7 @@ class TestSandbox:
             with pytest.raises(TimeoutError):
                 server.accept()
         left = [line for pid, line in processes().items() if pid not in before]
-        assert not [line for line in left if "bwrap" in line or "harness.py" in line]
+        assert not [line for line in left if "bwrap" in line or "harness.py" in line or "/program.py" in line]
 
     def test_children_that_detach_themselves_die_with_the_run(self, bubblewrap):
         token = f"{time.monotonic_ns()}"
@@ -525,10 +534,9 @@ def test_a_schedulers_warning_that_ends_a_run_says_nothing_about_the_answer_the_
         struck: set[str] = set()
         deadline = time.monotonic() + 20
         while len(struck) < times and not result.done() and time.monotonic() < deadline:
-            if name in process_names():
-                for pid in runs_of_this_process() - struck:
-                    os.kill(int(pid), number)
-                    struck.add(pid)
+            for pid in runs_at_their_solution(name) - struck:
+                os.kill(int(pid), number)
+                struck.add(pid)
             time.sleep(0.02)
         assert len(struck) == times
         assert result.result().passed == (times == 1)
