@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memgen.cli.errors import UsageError
+from memgen.cli.output import keep_libraries_quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(
             f"{CONF / 'weaver_sft.yaml'} is not below {Path.cwd()}; run the demo in the project's folder"
         )
+    keep_libraries_quiet()
     return _on_smollm2(options.seed) if options.backbone == SMOLLM2 else _on_the_lab(options.seed)
 
 

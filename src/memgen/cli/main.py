@@ -11,9 +11,11 @@ from typing import cast
 
 import memgen
 from memgen.cli.errors import UsageError, file_system_error, nearest, refuses_input
-from memgen.cli.output import escape_what_cannot_be_shown, outlive_readers
+from memgen.cli.output import VERBOSE, escape_what_cannot_be_shown, outlive_readers
 from memgen.running.interrupt import LISTENER
 
+VERBOSE_OPTION = "--verbose"
+"""Of every command."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as a shell reports it."""
 
@@ -71,7 +73,7 @@ The first four take configuration files, merged in their order, and values that 
   --gold           score the data's reference answers, without a model (test)
   --run DIR        keep the run in this folder, and go on from its last checkpoint if it has one (fit)
 
-`memgen <command> --help` lists a command's options. MEMGEN_TRACEBACK=1 shows a traceback with every error.
+`memgen <command> --help` lists a command's options; --verbose shows what libraries report. MEMGEN_TRACEBACK=1 shows a traceback with every error.
 """
 
 
@@ -105,6 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(name: str, rest: list[str]) -> int:
     """Runs a command; refused input becomes a message and an exit status."""
     command = COMMANDS[name]
+    if VERBOSE_OPTION in rest:
+        rest = [argument for argument in rest if argument != VERBOSE_OPTION]
+        os.environ[VERBOSE] = "1"
+    if not os.environ.get(VERBOSE):
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     if command.trainer:
         outlive_readers()
     if name == "fit":

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, final
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+
+
+VERBOSE = "MEMGEN_VERBOSE"
+"""Environment variable that `--verbose` sets, so that the processes that a command starts have it too."""
+
+
+def keep_libraries_quiet() -> None:
+    """Shows of libraries their warnings and errors, and bars of downloads, unless `VERBOSE` is set.
+
+    They set their own levels when they are imported, so this imports them. MLflow's is set by `main`.
+    """
+    if os.environ.get(VERBOSE):
+        return
+    import lightning.pytorch
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    for library in (lightning.fabric, lightning.pytorch):
+        logging.getLogger(library.__name__).setLevel(logging.WARNING)
+    disable_progress_bar()  # Over the weights of a model; over downloads too, which is not meant.
+    enable_progress_bars()
 
 
 @final

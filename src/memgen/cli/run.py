@@ -14,6 +14,7 @@ from typing import Any, cast, final
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -26,6 +27,7 @@ from memgen.cli.gold import test_gold
 from memgen.cli.links import STATUS, lost_link
 from memgen.cli.names import Resolver, names_in
 from memgen.cli.options import take_options
+from memgen.cli.output import keep_libraries_quiet
 from memgen.files import current, timed_path
 from memgen.results.recorded_test import RecordedTest
 from memgen.run_context import RunContext, run_context
@@ -38,6 +40,7 @@ from memgen.tracking.run_logger import RunLogger, resumed_logger, run_id_of, run
 from memgen.tracking.run_record import RunRecord
 from memgen.training.callbacks import RESUME
 from memgen.training.checkpoint import CONFIG_FILE, defaults_of, require_readable
+from memgen.training.progress import ProgressLine
 from memgen.training.stage import Stage, require_precision
 
 logger = logging.getLogger(__name__)
@@ -320,6 +323,10 @@ class TrainerCommand(LightningCLI):
                 callbacks.append(ResumeCheckpoint())
         if self._command == "test":
             callbacks.append(self._recorded_test())
+        if settings.get("enable_progress_bar") is not False and not any(
+            isinstance(callback, ProgressBar) for callback in callbacks
+        ):
+            callbacks.append(ProgressLine())
         kwargs["callbacks"] = [*callbacks, RunRecord(self.description())]
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -487,7 +494,8 @@ def _require_checkpoints(document: Document) -> None:
 
 
 def _quieten() -> None:
-    """Filters Lightning's tips and the warnings about its own code."""
+    """Keeps libraries quiet, and filters their warnings about what is meant so."""
+    keep_libraries_quiet()
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     # A resumed run continues in its folder.
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
@@ -497,12 +505,6 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
     # Lightning's advice on a login node; `memgen submit` is how to run from there.
     warnings.filterwarnings("ignore", message=r"The `srun` command is available")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_is_not_advertisement)
-
-
-def _is_not_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless cloud" not in record.getMessage()
 
 
 def _root_cause(error: Exception) -> Exception:
