@@ -9,8 +9,10 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from memgen.lab.assets import resolve_asset
+
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
-TRAINING = {"01_quick_tour"}
+TRAINING = {"01_quick_tour", "02_real_model"}
 """Those that train, and build the lab's reasoner if it is not there."""
 
 
@@ -30,7 +32,11 @@ def test_a_notebook_is_stored_without_outputs(path):
 
 def run(path, folder):
     """The notebook with its outputs."""
-    notebook = nbformat.read(path, as_version=4)
+    return execute(nbformat.read(path, as_version=4), folder)
+
+
+def execute(notebook, folder):
+    """Fills in the outputs."""
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=1500, kernel_name="python3", resources=resources).execute()
     return notebook
@@ -39,6 +45,35 @@ def run(path, folder):
 def printed(notebook) -> str:
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     return "".join(output.text for output in outputs if output.get("name") == "stdout")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_real_model_is_asked_trained_and_asked_again(tmp_path):
+    try:
+        resolve_asset("lab:smollm2")
+    except OSError as error:
+        pytest.skip(str(error))
+    (path,) = [path for path in NOTEBOOKS if path.stem == "02_real_model"]
+    notebook = nbformat.read(path, as_version=4)
+    settings = code_cells(notebook)[0]
+    assert re.sub(r"#.*", "", settings.source).split() == ["STEPS", "=", "240", "ITEMS", "=", "16"]
+    # What it learns in so few steps is no matter here; benchmarks/real.py measures that.
+    settings.source = "STEPS = 2\nITEMS = 3"
+    lines = printed(execute(notebook, tmp_path)).splitlines()
+    questions = [line for line in lines if line.startswith("question")]
+    assert len(questions) == 6
+    assert questions[:3] == [re.sub(r" +", "   ", line, count=1) for line in questions[3:]]
+    assert sum(line.startswith("with memory  '") for line in lines) == 3
+    assert [line.split("  ")[0] for line in lines if "price list right" in line] == [
+        "SmolLM2",
+        "with memory",
+        "another item's memory",
+    ]
+    assert "image/png" in code_cells(notebook)[-1].outputs[-1]["data"]
+    assert not list(tmp_path.iterdir()), "something is left in the folder that the reader works in"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own machinery

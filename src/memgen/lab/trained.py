@@ -16,13 +16,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import memgen
 from memgen.files import remove
 from memgen.lab.cache import build_once, find_built, memgen_home, recipe_hash
 
 logger = logging.getLogger(__name__)
+
+STDERR = 2
+"""File descriptor; in a notebook `sys.stderr` has none."""
 
 
 @dataclass(frozen=True)
@@ -252,15 +254,15 @@ def fit(files: Sequence[Path], overrides: Mapping[str, object], run: Path | None
     # Its report goes to stderr, since this process's own stdout may be a pipe.
     kept = [] if run is None else ["--run", str(run)]
     values = [f"--{key}={value}" for key, value in overrides.items()]
-    run_memgen("fit", *configs, *kept, *values, stdout=sys.stderr)
+    run_memgen("fit", *configs, *kept, *values, stdout=STDERR)
 
 
-def run_memgen(*arguments: str, stdout: TextIO | None = None) -> None:
+def run_memgen(*arguments: str, stdout: int | None = None) -> None:
     """Runs a command of `memgen` in a process of its own.
 
     Args:
         arguments: the command and its arguments.
-        stdout: where its output goes; None: to this process's.
+        stdout: file descriptor of where its output goes; None: to this process's.
 
     Raises:
         RuntimeError: if it fails.
