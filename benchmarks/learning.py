@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from benchmarks.kept import children_cpu, kept
 from benchmarks.lab_report import machine
@@ -69,13 +70,10 @@ def overlay(variant: str, seed: int, problems: int, folder: Path) -> dict[str, A
         "data.environment.val_size": 48,
         **VARIANTS[variant],
     }
-    nested: dict[str, Any] = {}
+    found = OmegaConf.create()
     for key, value in values.items():
-        *parents, last = key.split(".")
-        section = nested
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[last] = value
+        OmegaConf.update(found, key, value)
+    nested: Any = OmegaConf.to_container(found)
     return nested
 
 

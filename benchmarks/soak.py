@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
-import yaml
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
@@ -294,14 +294,11 @@ class Soak:
         settings["trainer"]["callbacks"].append(
             {"class_path": "memgen.running.resume.ResumeCheckpoint", "init_args": {"every_n_steps": 2}}
         )
+        changed = OmegaConf.create(settings)
         for key, value in (changes or {}).items():
-            *parents, last = key.split(".")
-            section = settings
-            for parent in parents:
-                section = section.setdefault(parent, {})
-            section[last] = value
+            OmegaConf.update(changed, key, value, merge=False)
         path = place / "run.yaml"
-        path.write_text(yaml.safe_dump(settings))
+        OmegaConf.save(changed, path)
         run = Run(place, [ROOT / "conf" / "trainer" / "ddp.yaml", path] if devices > 1 else [path])
         self.started.append(run)
         return run
