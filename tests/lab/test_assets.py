@@ -12,7 +12,7 @@ from memgen.lab.assets import build_reasoner, build_tiny, resolve_asset
 from memgen.lab.pretrain import ReasonerRecipe, pretrain_reasoner
 from memgen.lab.tiny import MAX_CHARACTERS, read_text, tiny_tokenizer
 from memgen.lab.tokenizer import lab_tokenizer
-from memgen.lab.trained import conf_file, is_trained, stage_file
+from memgen.lab.trained import conf_file, is_trained
 
 SMALL = ReasonerRecipe(
     recall_steps=3,
@@ -236,12 +236,6 @@ def test_other_settings_of_an_earlier_stage_are_another_asset(home, trainings, m
         trained, "conf_file", lambda name: changed if name == "smollm2/weaver_sft.yaml" else conf_file(name)
     )
     assert resolve_asset("lab:smollm2_weaver_grpo") != before
-
-
-def test_a_stage_file_that_is_not_found_says_where_to_run(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"conf/weaver_none\.yaml is needed .* project's folder"):
-        stage_file("weaver_none")
 
 
 def test_tiny_is_a_small_chat_model_of_the_datas_own_text(home, data):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from omegaconf.errors import (
 
 from memgen.cli import renamed
 from memgen.cli.errors import UsageError, nearest
+from memgen.conf_files import packaged
 
 Document = dict[str, Any]
 
@@ -112,7 +114,7 @@ class Request:
                     raise UsageError(f"--{key} needs a value: --{key} VALUE or --{key}=VALUE")
                 value = remaining.pop(0)
             if key == "config":
-                files.append(Path(value))
+                files.append(_present(Path(value)))
             elif key == "checkpoint":
                 overrides.append(("model.init_from", value))
             elif key == "run":
@@ -273,6 +275,15 @@ def parse_value(text: str) -> Any:
     return None if stripped.lower() in ("null", "~") else text
 
 
+def _present(path: Path) -> Path:
+    """The file itself, or the package's own of this name if there is none here, which is said."""
+    own = None if path.exists() else packaged(path)
+    if own is None or not own.is_file():
+        return path
+    print(f"{path} is not here; taken from the package: {own}", file=sys.stderr)
+    return own
+
+
 def _read_layer(path: Path) -> Layer:
     """Reads one configuration file."""
     if not path.is_file():
@@ -301,9 +312,10 @@ def _missing_file(path: Path) -> str:
     """The message for a path that does not exist, with the nearest one that does."""
     if path.is_dir():
         return f"{path} is a folder; --config takes a YAML file"
-    if not path.parent.is_dir():
+    folder = path.parent if path.parent.is_dir() else packaged(path.parent)
+    if folder is None:
         return f"{path} does not exist: there is no folder {path.parent} in {Path.cwd()}"
-    present = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))
+    present = sorted(p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml"))
     stems = {Path(name).stem: name for name in present}
     guess = nearest(path.stem, stems)
     if guess is not None:

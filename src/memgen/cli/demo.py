@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memgen.cli.errors import UsageError
 from memgen.cli.output import keep_libraries_quiet
 
 if TYPE_CHECKING:
@@ -48,9 +47,6 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
         The exit status.
-
-    Raises:
-        UsageError: if the configuration files are not below the working directory.
     """
     parser = argparse.ArgumentParser(
         prog="memgen demo",
@@ -67,10 +63,6 @@ def main(argv: Sequence[str]) -> int:
         help="the reasoner: the lab's own (default), or a real language model",
     )
     options = parser.parse_args(argv)
-    if not (CONF / "weaver_sft.yaml").is_file():
-        raise UsageError(
-            f"{CONF / 'weaver_sft.yaml'} is not below {Path.cwd()}; run the demo in the project's folder"
-        )
     keep_libraries_quiet()
     return _on_smollm2(options.seed) if options.backbone == SMOLLM2 else _on_the_lab(options.seed)
 

@@ -47,6 +47,7 @@ COMMANDS = {
     "convert": Command("import or export a checkpoint of the released code", "memgen.cli.convert"),
     "bench": Command("what memory costs, against plain work", "memgen.cli.bench"),
     "demo": Command("the whole pipeline on the embedded default", "memgen.cli.demo"),
+    "init": Command("copy the configuration files, to change them", "memgen.cli.init"),
     "submit": Command("train on a SLURM cluster", "memgen.cli.submit"),
     "status": Command("how submitted runs are doing", "memgen.cli.status"),
     "deliver": Command("send what a run could not deliver to MLflow", "memgen.cli.deliver"),

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import memgen
+from memgen.conf_files import conf_file
 from memgen.files import remove
 from memgen.lab.cache import build_once, find_built, memgen_home, recipe_hash
 
@@ -220,22 +220,6 @@ def asset_query(seed: int, base_seed: int) -> str:
 def stage_file(stage: str) -> Path:
     """A stage's configuration file."""
     return conf_file(f"{stage}.yaml")
-
-
-def conf_file(name: str) -> Path:
-    """A configuration file: of the checkout that the package lies in, or below the working directory.
-
-    Raises:
-        FileNotFoundError: if it is in neither place.
-    """
-    path = Path("conf") / name
-    for folder in (Path(memgen.__file__).resolve().parents[2], Path.cwd()):
-        if (folder / path).is_file():
-            return folder / path
-    raise FileNotFoundError(
-        f"{path} is needed to train an asset of the lab, but it is not below {Path.cwd()}; run the command in the "
-        "project's folder"
-    )
 
 
 def fit(files: Sequence[Path], overrides: Mapping[str, object], run: Path | None = None) -> None:
