@@ -22,8 +22,9 @@ from omegaconf import OmegaConf
 
 from benchmarks.kept import children_cpu, kept
 from benchmarks.lab_report import machine
+from memgen.conf_files import conf_file
 from memgen.files import write_whole
-from memgen.lab.trained import conf_file, fit, stage_file
+from memgen.lab.trained import fit, stage_file
 
 FILES = ("backbone/smollm2-135m.yaml", "data/lab_english.yaml", "smollm2/weaver_sft.yaml")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -73,7 +74,7 @@ def overlay(variant: str, seed: int, problems: int, folder: Path) -> dict[str, A
     found = OmegaConf.create()
     for key, value in values.items():
         OmegaConf.update(found, key, value)
-    nested: Any = OmegaConf.to_container(found)
+    nested: dict[str, Any] = OmegaConf.to_container(found)  # type: ignore[assignment]
     return nested
 
 

@@ -7,7 +7,8 @@ import yaml
 
 from benchmarks.learning import FILES, VARIANTS, batch_size, main, overlay, report, validations
 from memgen.cli import main as front_end
-from memgen.lab.trained import conf_file, stage_file
+from memgen.conf_files import conf_file
+from memgen.lab.trained import stage_file
 
 CSV = "step,train/loss,val/loss,val/reward_prices,val/exact_match\n9,0.5,,,\n9,,0.4,0.25,0.125\n19,,0.1,1.0,0.5\n"
 

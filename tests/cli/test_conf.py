@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from memgen.cli import main as front_end
-from memgen.lab.trained import TRAINED, conf_file, stage_file
+from memgen.conf_files import conf_file
+from memgen.lab.trained import TRAINED, stage_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"

@@ -7,12 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memgen.chat import conversation_ids
+from memgen.conf_files import conf_file
 from memgen.lab import assets, trained
 from memgen.lab.assets import build_reasoner, build_tiny, resolve_asset
 from memgen.lab.pretrain import ReasonerRecipe, pretrain_reasoner
 from memgen.lab.tiny import MAX_CHARACTERS, read_text, tiny_tokenizer
 from memgen.lab.tokenizer import lab_tokenizer
-from memgen.lab.trained import conf_file, is_trained
+from memgen.lab.trained import is_trained
 
 SMALL = ReasonerRecipe(
     recall_steps=3,

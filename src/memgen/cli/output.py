@@ -24,7 +24,7 @@ def keep_libraries_quiet() -> None:
     if os.environ.get(VERBOSE):
         return
     import lightning.pytorch
-    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     for library in (lightning.fabric, lightning.pytorch):

@@ -136,7 +136,7 @@ class ProgressLine(ProgressBar):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:  # type: ignore[attr-defined]
+        if trainer.sanity_checking:
             return
         shown = {
             name.removeprefix("val/"): value
