@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
 
-from memgen.cli import config, explain
+from memgen.cli import config, explain, reference
 from memgen.cli.config import Document, Layer, Request
 from memgen.cli.errors import UsageError, refuses_input
 from memgen.cli.gold import test_gold
@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 STAGE_EXAMPLE = "conf/weaver_sft.yaml"
 HELP_OPTIONS = ("-h", "--help")
+TRAINER_HELP = "--help-trainer"
+CLASS_HELP = ".help"
+"""End of an option that takes a class."""
 RECORDS_OPTION = "--records"
 """Of `memgen test`: the folder of its records."""
 DATA_CLASS = "memgen.data.EnvironmentData"
@@ -69,8 +72,14 @@ def main(argv: Sequence[str]) -> int:
         KeyboardInterrupt: after Ctrl-C, once Lightning has shut down.
     """
     command, *arguments = argv
-    if any(argument in HELP_OPTIONS or argument.split("=")[0].endswith(".help") for argument in arguments):
-        return _print_help(command, arguments)
+    if any(argument in HELP_OPTIONS for argument in arguments):
+        print(reference.help_text(command), end="")
+        return 0
+    if TRAINER_HELP in arguments:
+        return _print_trainer_help(command)
+    if any(argument.partition("=")[0].endswith(CLASS_HELP) for argument in arguments):
+        print(_class_help(arguments), end="")
+        return 0
     if command == "test" and GOLD_OPTION in arguments:
         arguments.remove(GOLD_OPTION)
         return test_gold(Request.from_argv(arguments))
@@ -447,13 +456,30 @@ def _records_folder(own: Sequence[str]) -> str | None:
     return value
 
 
-def _print_help(command: str, arguments: list[str]) -> int:
-    """Prints LightningCLI's own help: of the command, or of a class (`--model.help CLASS`)."""
+def _print_trainer_help(command: str) -> int:
+    """Prints LightningCLI's own help."""
     try:
-        TrainerCommand(command=command, args=[command, *arguments])
+        TrainerCommand(command=command, args=[command, "--help"])
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     return 0
+
+
+def _class_help(arguments: Sequence[str]) -> str:
+    """The keys of a class, for `--model.help CLASS`."""
+    (index, option), *_ = [
+        (index, argument)
+        for index, argument in enumerate(arguments)
+        if argument.partition("=")[0].endswith(CLASS_HELP)
+    ]
+    name, _, path = option.partition("=")
+    path = path or next(iter(arguments[index + 1 :]), "")
+    if "." not in path:
+        raise UsageError(f"{name} takes the import path of a class, as in {name} {DATA_CLASS}; got {path!r}")
+    found, reason = explain.load_class(path, object)
+    if reason is not None:
+        raise UsageError(f"{name} {path}: {reason}")
+    return reference.class_help(found, name.removeprefix("--").removesuffix(CLASS_HELP))
 
 
 def _require_stage(merged: DictConfig, layers: Sequence[Layer]) -> None:
