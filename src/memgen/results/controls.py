@@ -19,9 +19,9 @@ from torch import Tensor
 from memgen.environments.base import Environment, Example, Reward
 from memgen.generation.decode import Intervention, generate
 from memgen.generation.sampling import GenerationSettings
+from memgen.model.latent_source import LatentSource
 from memgen.model.memgen import MemGenModel
 from memgen.model.trigger import ConstantTrigger, Trigger
-from memgen.model.weaver import Weaver
 from memgen.seeds import episode_seeds
 
 if TYPE_CHECKING:
@@ -102,13 +102,13 @@ def always_invoking(model: MemGenModel, insertions: int | None = None) -> MemGen
 
 def bare_reasoner(model: MemGenModel) -> MemGenModel:
     """The reasoner by itself: plain decoding, in which no trigger is asked and no weaver has a place."""
-    nothing = _with_latents(model.weaver, prompt_latents=0, inference_latents=0)
+    nothing = _with_latents(model.weaver, 0, 0)
     return MemGenModel(model.reasoner, nothing, ConstantTrigger(0.0), model.boundaries.capped(0)).eval()
 
 
 def invoking_inside(model: MemGenModel) -> MemGenModel:
     """The model with a trigger that invokes behind every delimiter, and never at the end of the prompt."""
-    weaver = _with_latents(model.weaver, prompt_latents=0)
+    weaver = _with_latents(model.weaver, 0, model.weaver.config.inference_latents)
     return MemGenModel(model.reasoner, weaver, ConstantTrigger(1.0), model.boundaries).eval()
 
 
@@ -117,10 +117,15 @@ def deciding_by(model: MemGenModel, trigger: Trigger) -> MemGenModel:
     return MemGenModel(model.reasoner, model.weaver, trigger, model.boundaries).eval()
 
 
-def _with_latents(weaver: Weaver, **numbers: int) -> Weaver:
+def writing_by(model: MemGenModel, source: LatentSource) -> MemGenModel:
+    """The model with another source of latents, which invokes at every boundary."""
+    return MemGenModel(model.reasoner, source, ConstantTrigger(1.0), model.boundaries).eval()
+
+
+def _with_latents(weaver: LatentSource, prompt: int, inference: int) -> LatentSource:
     """The same weaver, tensors shared, with kinds of insertion switched off."""
     twin = copy.copy(weaver)
-    twin.config = dataclasses.replace(weaver.config, **numbers)
+    twin.config = dataclasses.replace(weaver.config, prompt_latents=prompt, inference_latents=inference)
     return twin
 
 
