@@ -255,6 +255,8 @@ class Ablation(LightningModule):
 
     @override
     def prepare_data(self) -> None:
+        # Through its Trainer the data finds assets.
+        self.data.trainer = self.trainer
         self.data.prepare_data()
 
     @override

@@ -94,6 +94,8 @@ class Player(LightningModule):
 
     @override
     def prepare_data(self) -> None:
+        # Through its Trainer the data finds assets.
+        self.data.trainer = self.trainer
         self.data.prepare_data()
 
     @override
