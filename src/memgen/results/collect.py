@@ -233,6 +233,8 @@ class Collector(LightningModule):
 
     @override
     def prepare_data(self) -> None:
+        # Through its Trainer the data finds assets.
+        self.data.trainer = self.trainer
         self.data.prepare_data()
 
     @override
