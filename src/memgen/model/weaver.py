@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from memgen.model.backbone import Backbone
 from memgen.model.cache import KVCache, PassSegment
-from memgen.model.latent_source import LatentSource, Surroundings, WeaverConfig
+from memgen.model.latent_source import LatentSource, Surroundings, WeaverConfig, start_as_identity
 from memgen.types import InsertionKind
 
 __all__ = ["QueryBank", "Weaver", "WeaverConfig"]
@@ -73,12 +73,8 @@ class Weaver(LatentSource):
         self.reasoner_to_weaver = nn.Linear(reasoner_hidden, hidden)
         self.weaver_to_reasoner = nn.Linear(hidden, reasoner_hidden)
         if config.map_init == "identity":
-            if hidden != reasoner_hidden:
-                raise ValueError(
-                    f"weaver.map_init=identity needs equal widths, but the reasoner's is {reasoner_hidden} and that of the "
-                    f"weaver's base {hidden}; set weaver.map_init=random, or use the reasoner's base"
-                )
-            self._start_as_identity()
+            start_as_identity(self.reasoner_to_weaver, reasoner_hidden)
+            start_as_identity(self.weaver_to_reasoner, reasoner_hidden, backbone.embedding_scale())
         self.prompt_queries = (
             QueryBank(config.prompt_latents, hidden, scale) if config.prompt_latents else None
         )
@@ -95,15 +91,6 @@ class Weaver(LatentSource):
     @override
     def dtype(self) -> torch.dtype:
         return self.weaver_to_reasoner.weight.dtype
-
-    @torch.no_grad()
-    def _start_as_identity(self) -> None:
-        for map_, scale in (
-            (self.reasoner_to_weaver, 1.0),
-            (self.weaver_to_reasoner, self.backbone.embedding_scale()),
-        ):
-            nn.init.eye_(map_.weight).mul_(scale)
-            nn.init.zeros_(map_.bias)
 
     @override
     def bases(self) -> dict[str, Backbone]:
