@@ -105,8 +105,8 @@ class LatentSource(nn.Module, ABC):
     """Whether `weave` is given the reasoner's last hidden states instead of its input embeddings."""
     reads_text: bool = False
     """Whether `weave` is given the token ids too; and whether its base's tokenizer is looked at, if that is another."""
-    settings: tuple[str, ...] = ("prompt_latents", "inference_latents")
-    """Settings below `model.memgen.weaver` that give its tensors their meaning, besides `kind` and `arguments`."""
+    settings: tuple[str, ...] = ("arguments", "prompt_latents", "inference_latents")
+    """Settings below `model.memgen.weaver` that give its tensors their meaning, besides `kind`."""
 
     def __init__(self, config: WeaverConfig) -> None:
         super().__init__()

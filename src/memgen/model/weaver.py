@@ -136,6 +136,7 @@ class Weaver(LatentSource):
         rows: Sequence[int],
         cache: KVCache,
         texts: Sequence[Sequence[int]] | None = None,
+        snippets: Sequence[Float[Tensor, "_ hidden"]] | None = None,
     ) -> Float[Tensor, "latents hidden"]:
         """Writes the latents of one insertion per row.
 
@@ -149,6 +150,8 @@ class Weaver(LatentSource):
             rows: each row's row in the cache.
             cache: what the weaver read before.
             texts: not read.
+            snippets: reasoner embeddings that are read behind each row's new positions and forgotten with the queries
+                (paper, Eq. 17-19: text that was retrieved); a row's may be empty.
 
         Returns:
             Latents in the reasoner's embedding space, float32, packed row by row: K of its kind for each row.
@@ -162,13 +165,18 @@ class Weaver(LatentSource):
             if bank is not None and kind in kinds
         }
         projected = self.reasoner_to_weaver(states.to(self.reasoner_to_weaver.weight.dtype))
+        retrieved = [None] * len(counts) if snippets is None else list(snippets)
         parts: list[Tensor] = []
         sizes: list[int] = []
-        for part, kind in zip(projected.split(list(counts)), kinds, strict=True):
+        fed: list[int] = []
+        for part, kind, snippet in zip(projected.split(list(counts)), kinds, retrieved, strict=True):
             bank = queries[kind]
-            parts += [part, bank.to(part.dtype)]
+            parts.append(part)
+            if snippet is not None and len(snippet):
+                parts.append(self.reasoner_to_weaver(snippet.to(part.dtype)))
+            parts.append(bank.to(part.dtype))
             sizes.append(bank.shape[0])
-        fed = [count + size for count, size in zip(counts, sizes, strict=True)]
+            fed.append(part.shape[0] + (0 if snippet is None else len(snippet)) + bank.shape[0])
         view = cache.open([PassSegment(rows=rows, counts=fed, keep=counts, read=sizes)])
         hidden = self.backbone(torch.cat(parts), view, self.adapter)
         latents: Tensor = self.weaver_to_reasoner(hidden.to(self.weaver_to_reasoner.weight.dtype))

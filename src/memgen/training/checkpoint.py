@@ -374,7 +374,7 @@ def _differences(trained: Mapping[str, Any], ours: Mapping[str, Any], keys: Sequ
 
 def _matters(key: str, model: MemGenModel) -> bool:
     """Whether one of `FIXED_KEYS` says something of the tensors of a model's latent source."""
-    return key == "weaver.arguments" or key.removeprefix("weaver.") in model.weaver.settings
+    return key.removeprefix("weaver.") in model.weaver.settings
 
 
 def _value(settings: Mapping[str, Any], key: str) -> Any:

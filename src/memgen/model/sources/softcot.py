@@ -47,7 +47,7 @@ class SoftCoT(LatentSource):
     """
 
     reads_text = True
-    settings = ()  # The projection is the same for any K.
+    settings = ("arguments",)  # The projection is the same for any K.
 
     def __init__(
         self,
