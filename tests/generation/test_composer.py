@@ -93,8 +93,9 @@ def test_without_a_hit_it_is_the_plain_weaver_bit_for_bit(tmp_path):
 def test_other_trajectories_give_other_latents_where_there_was_a_hit(file, tmp_path):
     other = written(tmp_path / "other.sqlite", action="leave it")
     one, two = (generate(composer(path, cap=0), PROMPTS, DRAWN, keep_latents=True) for path in (file, other))
-    same = [torch.equal(a[0], b[0]) for a, b in zip(one.latents, two.latents, strict=True)]
-    assert same == [False, False, True]
+    differ = [float((a[0] - b[0]).abs().max()) for a, b in zip(one.latents, two.latents, strict=True)]
+    assert min(differ[:2]) > 0.01
+    assert_close("without a hit", one.latents[2][0], two.latents[2][0])
 
 
 def test_it_searches_once_for_each_text_and_never_where_nothing_is_inserted(file):
@@ -208,7 +209,5 @@ def test_another_method_of_memory_serves_too(tmp_path):
 def test_a_stream_that_is_too_long_with_what_was_retrieved_is_refused(file):
     model = composer(file, max_position_embeddings=64)
     long = TOKENIZER.encode("now bring tea again and again and again")
-    with pytest.raises(
-        ValueError, match=r"context of the weaver's base is 64; lower .*arguments\.budget \(256\)"
-    ):
+    with pytest.raises(ValueError, match=r"context of the weaver's base is 64; lower .*arguments\.budget"):
         generate(model, [long], GenerationSettings(max_new_tokens=1))

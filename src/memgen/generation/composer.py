@@ -157,28 +157,9 @@ class Composer(LatentSource):
         """
         assert texts is not None, "this source reads text"
         found = [self.retrieved(text) for text in texts]
-        self._require_room([cache.length(row) for row in rows], counts, kinds, found)
         with torch.no_grad():
             snippets = [self._embed(upload(ids, states.device)) if ids else states[:0] for ids in found]
         return self.composer.weave(states, counts, kinds, rows, cache, snippets=snippets)
-
-    def _require_room(
-        self,
-        read: Sequence[int],
-        counts: Sequence[int],
-        kinds: Sequence[InsertionKind],
-        found: Sequence[Sequence[int]],
-    ) -> None:
-        context = self.composer.backbone.context_length
-        longest = max(
-            before + count + len(ids) + self.config.latents(kind)
-            for before, count, ids, kind in zip(read, counts, found, kinds, strict=True)
-        )
-        if context is not None and longest > context:
-            raise ValueError(
-                f"a stream with what was retrieved for it has {longest} positions, but the context of the weaver's base is "
-                f"{context}; lower model.memgen.weaver.arguments.budget ({self._budget})"
-            )
 
 
 def _opened(

@@ -155,6 +155,9 @@ class Weaver(LatentSource):
 
         Returns:
             Latents in the reasoner's embedding space, float32, packed row by row: K of its kind for each row.
+
+        Raises:
+            ValueError: if a row is longer with its snippet than the weaver's base can read.
         """
         queries = {
             kind: bank()
@@ -178,6 +181,12 @@ class Weaver(LatentSource):
             sizes.append(bank.shape[0])
             fed.append(part.shape[0] + (0 if snippet is None else len(snippet)) + bank.shape[0])
         view = cache.open([PassSegment(rows=rows, counts=fed, keep=counts, read=sizes)])
+        context = self.backbone.context_length
+        if snippets is not None and context is not None and view.limit > context:
+            raise ValueError(
+                f"a stream with what was retrieved for it has {view.limit} positions, but the context of the weaver's base "
+                f"is {context}; lower model.memgen.weaver.arguments.budget"
+            )
         hidden = self.backbone(torch.cat(parts), view, self.adapter)
         latents: Tensor = self.weaver_to_reasoner(hidden.to(self.weaver_to_reasoner.weight.dtype))
         return latents
