@@ -24,8 +24,10 @@ CHAINS += [
     [stage, path, *NEEDS.get(path, [])]
     for stage in STAGES
     for path in OVERLAYS
-    # Only supervised training chooses where latents go; SmolLM2's are each for the stage that they are named after.
-    if (stage.stem == "weaver_sft" or path.parent.name != "curriculum")
+    # Only supervised training chooses where latents go, or looks ahead; SmolLM2's are each for the stage that they are named after.
+    if (
+        stage.stem == "weaver_sft" or (path.parent.name != "curriculum" and path.stem != "cache_augmentation")
+    )
     and (path.parent.name != "smollm2" or path.stem == stage.stem)
 ]
 CHAINS += [

@@ -17,6 +17,7 @@ from memgen.memories.expel import ExpeL, ExpeLSettings
 from memgen.memories.generative_agents import GenerativeAgents, GenerativeAgentsSettings
 from memgen.memories.macla import MACLA, MACLASettings
 from memgen.memories.memory_bank import MemoryBank, MemoryBankSettings
+from memgen.memories.raw_trajectories import RawTrajectories
 from memgen.memories.reasoning_bank import ReasoningBank
 from memgen.memories.remem import ReMem
 from memgen.memories.store import MemoryStore, rebuild
@@ -34,6 +35,7 @@ METHODS = {
     AMem: None,
     MACLA: MACLASettings(capacity=3, contexts=2, refine_after=1),
     ReasoningBank: None,
+    RawTrajectories: None,
 }
 PROMPT = [{"role": "user", "content": "bring fig to nut"}]
 ANSWERS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import final
 
 import pytest
@@ -17,7 +18,7 @@ from memgen.model.cache import PackedKVCache
 from memgen.model.latent_source import LatentSource, WeaverConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.training.checkpoint import CheckpointError, export_released, load_checkpoint, save_checkpoint
-from memgen.types import InsertionKind
+from memgen.types import InsertionKind, TokenBatch
 from tiny import byte_tokenizer, random_batch, random_rows, tiny_causal_lm, tiny_memgen
 from tolerance import assert_close
 
@@ -27,6 +28,8 @@ LENGTHS = [9, 4, 17, 1]
 SOURCES = {
     "pause": {"source": "pause"},
     "soft prompt": {"source": "pause", "arguments": {"tied": False}},
+    "softcot": {"source": "softcot"},
+    "softcot, an assistant of its own": {"source": "softcot", "own_bases": True},
     "one's own": {"source": f"{__name__}.LastEmbedding", "arguments": {"scale": 0.5}},
 }
 """What `tiny_memgen` needs to build each."""
@@ -93,7 +96,8 @@ def test_what_was_saved_is_loaded_bit_for_bit_and_another_source_is_refused(tmp_
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert again.weaver.trained_kinds == {PROMPT}
     with pytest.raises(
-        CheckpointError, match=r'weaver\.kind is "weaver" \(trained: "[^"]+"\).*; set them as trained'
+        CheckpointError,
+        match=r'another latent source: model\.memgen\.weaver\.kind is "weaver" \(trained: "[^"]+"\)',
     ):
         load_checkpoint(tiny_memgen(), tmp_path / "saved")
     save_checkpoint(tiny_memgen(), tiny_memgen().config, tmp_path / "weaver", with_trigger=False)
@@ -175,6 +179,105 @@ def test_pause_tokens_without_a_place_are_refused():
         tiny_memgen(source="pause", prompt_latents=0, inference_latents=0)
 
 
+def test_pause_tokens_may_be_fewer_or_more_than_in_training(tmp_path):
+    model = tiny_memgen(source="pause", prompt_latents=10)
+    save_checkpoint(model, model.config, tmp_path / "saved", with_trigger=False)
+    load_checkpoint(tiny_memgen(source="pause", prompt_latents=5), tmp_path / "saved")
+    untied = {"source": "pause", "arguments": {"tied": False}}
+    save_checkpoint(
+        tiny_memgen(**untied), tiny_memgen(**untied).config, tmp_path / "untied", with_trigger=False
+    )
+    with pytest.raises(CheckpointError, match=r"prompt_latents is 5 \(trained: 3\)"):
+        load_checkpoint(tiny_memgen(prompt_latents=5, **untied), tmp_path / "untied")
+
+
+# SoftCoT
+
+
+def test_softcot_projects_the_assistants_states_at_the_placeholders():
+    model = tiny_memgen(source="softcot")
+    source = model.weaver
+    assert {name: tuple(p.shape) for name, p in source.own_parameters().items()} == {
+        "projection.weight": (32, 32),
+        "projection.bias": (32,),
+    }
+    nn.init.eye_(source.projection.weight)
+    nn.init.zeros_(source.projection.bias)
+    texts = random_rows([7, 4])
+    latents = source.weave(
+        torch.zeros(0, 32), [0, 0], [PROMPT, INFERENCE], [0, 1], PackedKVCache(2, torch.device("cpu")), texts
+    )
+    states = []
+    for text, count in zip(texts, (3, 2), strict=True):
+        ids = torch.tensor([text + [source.placeholder] * count])
+        with torch.no_grad():
+            read = tiny_causal_lm().model(ids, use_cache=False).last_hidden_state[0]
+        states.append(read[-count:])
+    assert_close("raw states", latents, torch.cat(states))
+
+
+def test_an_identical_projection_begins_at_the_norm_of_embeddings():
+    config = WeaverConfig(kind="softcot", map_init="identity")
+    model = assembled(config)
+    scale = model.reasoner.backbone.embedding_scale()
+    assert torch.equal(model.weaver.projection.weight, torch.eye(32) * scale)
+    base, other = Backbone(tiny_causal_lm(), "tiny"), Backbone(tiny_causal_lm(1, hidden_size=48), "other")
+    with pytest.raises(ValueError, match=r"reasoner's is 32 and that of the weaver's base 48"):
+        MemGenModel.assemble(MemGenConfig(weaver=config), base, byte_tokenizer(), weaver_base=other)
+
+
+def test_the_assistant_reads_the_text_and_placeholders_of_each_insertion_and_one_text_once():
+    model = tiny_memgen(source="softcot")
+    generation = generate(model, random_rows(LENGTHS), DRAWN)
+    read = sum(point + (3 if kind == PROMPT else 2) for row in generation.plan.rows() for point, kind in row)
+    assert generation.work.weaver_positions == read
+    batch, plan = random_batch([9], [5], [[5, 7]])
+    twice = TokenBatch.from_rows(batch.rows() * 2, batch.supervised.tolist() * 2)
+    _, woven = model.label_logprobs(twice, plan.select([0, 0]))
+    assert woven.work.weaver_positions == (5 + 3) + (7 + 2)
+    assert woven.work.weaver_forwards == 2
+
+
+def test_soft_tokens_may_be_fewer_than_in_training(tmp_path):
+    model = tiny_memgen(source="softcot", prompt_latents=32)
+    save_checkpoint(model, model.config, tmp_path / "saved", with_trigger=False)
+    again = tiny_memgen(source="softcot", prompt_latents=4)
+    load_checkpoint(again, tmp_path / "saved")
+    assert torch.equal(again.weaver.projection.weight, model.weaver.projection.weight)
+
+
+def test_an_assistant_with_another_vocabulary_reads_the_translation_in_training_too():
+    backwards = byte_tokenizer()
+    core = json.loads(backwards.backend_tokenizer.to_str())
+    vocabulary = core["model"]["vocab"]
+    core["model"]["vocab"] = {symbol: 255 - number for symbol, number in vocabulary.items()}
+    backwards._tokenizer = type(backwards.backend_tokenizer).from_str(json.dumps(core))
+    model = MemGenModel.assemble(
+        tiny_memgen(source="softcot").config,
+        Backbone(tiny_causal_lm(), "tiny"),
+        byte_tokenizer(),
+        weaver_base=Backbone(tiny_causal_lm(1, hidden_size=48), "other"),
+        weaver_tokenizer=backwards,
+    ).eval()
+    assert model.weaver.translate is not None
+    text = random_rows([6])[0]
+    assert model.weaver.translate(text) == backwards.encode(byte_tokenizer().decode(text))
+    generation = generate(model, random_rows(LENGTHS), DRAWN)
+    model.train_only(model.weaver)
+    replayed, _ = model.label_logprobs(generation.as_batch(), generation.plan)
+    for row, ours in enumerate(replayed.detach().split(generation.lengths)):
+        assert_close(f"row {row}", ours, logprobs(generation, row))
+    replayed.sum().backward()
+    assert bool(model.weaver.projection.weight.grad.any())
+
+
+def test_a_placeholder_that_the_assistant_does_not_have_is_refused():
+    with pytest.raises(
+        ValueError, match=r"placeholder must be a token id of the assistant's, below 260, got 300"
+    ):
+        tiny_memgen(source="softcot", arguments={"placeholder": 300})
+
+
 # A source of one's own, and settings that fit none
 
 
@@ -213,7 +316,7 @@ def assembled(config: WeaverConfig) -> MemGenModel:
         ({"kind": "no.such.module.Class"}, r"weaver\.kind 'no\.such\.module\.Class' cannot be imported"),
         ({"kind": "torch.nn.Linear"}, r"is no memgen\.model\.latent_source\.LatentSource"),
         ({"kind": "memgen.model.latent_source.KINDS"}, r"is no memgen\.model\.latent_source\.LatentSource"),
-        ({"kind": "paus"}, r"must be one of weaver, pause, .*import path of a class, got 'paus'"),
+        ({"kind": "paus"}, r"must be one of weaver, pause, softcot.*import path of a class, got 'paus'"),
         ({"arguments": {"tied": True}}, r"weaver\.arguments are those of another kind"),
         (
             {"kind": "pause", "arguments": {"tide": True}},

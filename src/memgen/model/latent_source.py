@@ -8,10 +8,10 @@ comparators of the weaver are in `memgen.model.sources`, one file each.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 KINDS: Mapping[str, str] = {
     "weaver": "memgen.model.weaver.Weaver",
     "pause": "memgen.model.sources.pause.Pause",
+    "softcot": "memgen.model.sources.softcot.SoftCoT",
 }
 """Import path of each source of ours."""
 
@@ -37,8 +38,8 @@ class WeaverConfig:
     """How latents are made."""
 
     kind: str = "weaver"
-    """`weaver`: MemGen's. pause: constants that read nothing (docs/comparators.md). Or the import path of a
-    `LatentSource` of your own, as `my_package.MySource`."""
+    """`weaver`: MemGen's. Its comparators (docs/comparators.md): `pause` are constants that read nothing; `softcot` projects
+    a frozen assistant's states. Or the import path of a `LatentSource` of your own, as `my_package.MySource`."""
     backbone: BackboneConfig | None = None
     """A base of its own; None shares the reasoner's (one copy of the weights)."""
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -86,8 +87,8 @@ class Surroundings:
     """The source's own, if `WeaverConfig.backbone` names one, else the reasoner's."""
     tokenizer: PreTrainedTokenizerBase
     """The reasoner's."""
-    translate: Callable[[Sequence[int]], list[int]] | None = None
-    """Turns the reasoner's token ids into those of the base; None: both have one vocabulary."""
+    base_tokenizer: PreTrainedTokenizerBase
+    """That of the base, for a source that reads text."""
 
 
 class LatentSource(nn.Module, ABC):
@@ -104,8 +105,8 @@ class LatentSource(nn.Module, ABC):
     """Whether `weave` is given the reasoner's last hidden states instead of its input embeddings."""
     reads_text: bool = False
     """Whether `weave` is given the token ids too; and whether its base's tokenizer is looked at, if that is another."""
-    settings: ClassVar[tuple[str, ...]] = ("prompt_latents", "inference_latents")
-    """Settings below `model.memgen.weaver` that give its tensors their meaning, besides `kind` and `arguments`."""
+    settings: tuple[str, ...] = ("arguments", "prompt_latents", "inference_latents")
+    """Settings below `model.memgen.weaver` that give its tensors their meaning, besides `kind`."""
 
     def __init__(self, config: WeaverConfig) -> None:
         super().__init__()
@@ -214,3 +215,20 @@ def source_class(config: WeaverConfig) -> type[LatentSource]:
             f"model.memgen.weaver.kind {config.kind!r} is no memgen.model.latent_source.LatentSource"
         )
     return found
+
+
+@torch.no_grad()
+def start_as_identity(map_: nn.Linear, reasoner_hidden: int, scale: float = 1.0) -> None:
+    """Makes a map to or from the reasoner's space begin as a multiple of the identity (`WeaverConfig.map_init`).
+
+    Raises:
+        ValueError: if the two spaces are of unequal width.
+    """
+    if map_.in_features != map_.out_features:
+        other = map_.out_features if map_.in_features == reasoner_hidden else map_.in_features
+        raise ValueError(
+            f"weaver.map_init=identity needs equal widths, but the reasoner's is {reasoner_hidden} and that of the "
+            f"weaver's base {other}; set weaver.map_init=random, or use the reasoner's base"
+        )
+    nn.init.eye_(map_.weight).mul_(scale)
+    nn.init.zeros_(map_.bias)

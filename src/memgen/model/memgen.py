@@ -130,11 +130,11 @@ class MemGenModel(nn.Module):
         trigger_base = None if own_trigger is None else load_backbone(own_trigger, resolve_asset)
         if own_trigger is not None and config.trigger.kind == "tokens" and trigger_translate is None:
             trigger_translate = translation(tokenizer, load_tokenizer(resolve_asset(own_trigger.name)))
-        weaver_translate = None
+        weaver_tokenizer = None
         if own_weaver is not None and source_class(config.weaver).reads_text:
-            weaver_translate = translation(tokenizer, load_tokenizer(resolve_asset(own_weaver.name)))
+            weaver_tokenizer = load_tokenizer(resolve_asset(own_weaver.name))
         return cls.assemble(
-            config, base, tokenizer, weaver_base, trigger_base, trigger_translate, weaver_translate
+            config, base, tokenizer, weaver_base, trigger_base, trigger_translate, weaver_tokenizer
         )
 
     @classmethod
@@ -146,10 +146,10 @@ class MemGenModel(nn.Module):
         weaver_base: Backbone | None = None,
         trigger_base: Backbone | None = None,
         trigger_translate: Callable[[Sequence[int]], list[int]] | None = None,
-        weaver_translate: Callable[[Sequence[int]], list[int]] | None = None,
+        weaver_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> MemGenModel:
         """As `build`, on bases that are already loaded. None shares the reasoner's."""
-        around = Surroundings(base, weaver_base or base, tokenizer, weaver_translate)
+        around = Surroundings(base, weaver_base or base, tokenizer, weaver_tokenizer or tokenizer)
         weaver = build_source(config.weaver, around)
         trigger = build_trigger(config.trigger, trigger_base or base, base.hidden_size, trigger_translate)
         boundaries = Boundaries.from_tokenizer(config.boundaries, tokenizer, base.embedding.shape[0])

@@ -31,11 +31,16 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def translation(
-    source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase
+    source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, reader: str = "trigger"
 ) -> Callable[[Sequence[int]], list[int]] | None:
     """Turns one tokenizer's token ids into another's, by way of their text; None if the two are the same.
 
     Special tokens go by their text as well: where the target does not know one, it reads the characters.
+
+    Args:
+        source: whose token ids are given.
+        target: whose token ids are wanted.
+        reader: which component has the target (`model.memgen.trigger` or `.weaver`), for messages.
     """
     if tokenizer_fingerprint(source) == tokenizer_fingerprint(target) and (
         source.get_added_vocab() == target.get_added_vocab()
@@ -47,8 +52,8 @@ def translation(
         found: list[int] = target.encode(text, add_special_tokens=False)
         if not found:
             raise ValueError(
-                f"the trigger's tokenizer has no token for {text!r}; share the reasoner's base "
-                "(model.memgen.trigger.backbone: null)"
+                f"the {reader}'s tokenizer has no token for {text!r}; share the reasoner's base "
+                f"(model.memgen.{reader}.backbone: null)"
             )
         return found
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from memgen.model.backbone import Backbone
 from memgen.model.cache import KVCache, PassSegment
-from memgen.model.latent_source import LatentSource, Surroundings, WeaverConfig
+from memgen.model.latent_source import LatentSource, Surroundings, WeaverConfig, start_as_identity
 from memgen.types import InsertionKind
 
 __all__ = ["QueryBank", "Weaver", "WeaverConfig"]
@@ -73,12 +73,8 @@ class Weaver(LatentSource):
         self.reasoner_to_weaver = nn.Linear(reasoner_hidden, hidden)
         self.weaver_to_reasoner = nn.Linear(hidden, reasoner_hidden)
         if config.map_init == "identity":
-            if hidden != reasoner_hidden:
-                raise ValueError(
-                    f"weaver.map_init=identity needs equal widths, but the reasoner's is {reasoner_hidden} and that of the "
-                    f"weaver's base {hidden}; set weaver.map_init=random, or use the reasoner's base"
-                )
-            self._start_as_identity()
+            start_as_identity(self.reasoner_to_weaver, reasoner_hidden)
+            start_as_identity(self.weaver_to_reasoner, reasoner_hidden, backbone.embedding_scale())
         self.prompt_queries = (
             QueryBank(config.prompt_latents, hidden, scale) if config.prompt_latents else None
         )
@@ -95,15 +91,6 @@ class Weaver(LatentSource):
     @override
     def dtype(self) -> torch.dtype:
         return self.weaver_to_reasoner.weight.dtype
-
-    @torch.no_grad()
-    def _start_as_identity(self) -> None:
-        for map_, scale in (
-            (self.reasoner_to_weaver, 1.0),
-            (self.weaver_to_reasoner, self.backbone.embedding_scale()),
-        ):
-            nn.init.eye_(map_.weight).mul_(scale)
-            nn.init.zeros_(map_.bias)
 
     @override
     def bases(self) -> dict[str, Backbone]:
@@ -149,6 +136,7 @@ class Weaver(LatentSource):
         rows: Sequence[int],
         cache: KVCache,
         texts: Sequence[Sequence[int]] | None = None,
+        snippets: Sequence[Float[Tensor, "_ hidden"]] | None = None,
     ) -> Float[Tensor, "latents hidden"]:
         """Writes the latents of one insertion per row.
 
@@ -162,9 +150,14 @@ class Weaver(LatentSource):
             rows: each row's row in the cache.
             cache: what the weaver read before.
             texts: not read.
+            snippets: reasoner embeddings that are read behind each row's new positions and forgotten with the queries
+                (paper, Eq. 17-19: text that was retrieved); a row's may be empty.
 
         Returns:
             Latents in the reasoner's embedding space, float32, packed row by row: K of its kind for each row.
+
+        Raises:
+            ValueError: if a row is longer with its snippet than the weaver's base can read.
         """
         queries = {
             kind: bank()
@@ -175,14 +168,25 @@ class Weaver(LatentSource):
             if bank is not None and kind in kinds
         }
         projected = self.reasoner_to_weaver(states.to(self.reasoner_to_weaver.weight.dtype))
+        retrieved = [None] * len(counts) if snippets is None else list(snippets)
         parts: list[Tensor] = []
         sizes: list[int] = []
-        for part, kind in zip(projected.split(list(counts)), kinds, strict=True):
+        fed: list[int] = []
+        for part, kind, snippet in zip(projected.split(list(counts)), kinds, retrieved, strict=True):
             bank = queries[kind]
-            parts += [part, bank.to(part.dtype)]
+            parts.append(part)
+            if snippet is not None and len(snippet):
+                parts.append(self.reasoner_to_weaver(snippet.to(part.dtype)))
+            parts.append(bank.to(part.dtype))
             sizes.append(bank.shape[0])
-        fed = [count + size for count, size in zip(counts, sizes, strict=True)]
+            fed.append(part.shape[0] + (0 if snippet is None else len(snippet)) + bank.shape[0])
         view = cache.open([PassSegment(rows=rows, counts=fed, keep=counts, read=sizes)])
+        context = self.backbone.context_length
+        if snippets is not None and context is not None and view.limit > context:
+            raise ValueError(
+                f"a stream with what was retrieved for it has {view.limit} positions, but the context of the weaver's base "
+                f"is {context}; lower model.memgen.weaver.arguments.budget"
+            )
         hidden = self.backbone(torch.cat(parts), view, self.adapter)
         latents: Tensor = self.weaver_to_reasoner(hidden.to(self.weaver_to_reasoner.weight.dtype))
         return latents

@@ -276,6 +276,9 @@ def compare(
         config = json.loads(json.dumps(asdict(parse(MemGenConfig, recorded["config"]))))
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
+    ours = None if model.config is None else json.loads(json.dumps(asdict(model.config)))
+    if ours is not None and (wrong := _differences(config, ours, ("weaver.kind",))):
+        raise CheckpointError(f"{source} is of another latent source: {wrong[0]}; set it as trained")
     for part, base in _bases(model).items():
         found = recorded["backbones"].get(part)
         if found is not None and found != base.fingerprint:
@@ -299,9 +302,8 @@ def compare(
             f"{source} was trained with another tokenizer, so its token ids mean something else; set data.tokenizer "
             f"to that of {config['backbone']['name']}, unchanged"
         )
-    if model.config is None:
+    if ours is None:
         return
-    ours = json.loads(json.dumps(asdict(model.config)))
     fixed = tuple(key for key in FIXED_KEYS if _matters(key, model))
     if with_trigger and parse(TriggerConfig, config["trigger"]).learned:
         fixed += FIXED_TRIGGER_KEYS if ours["trigger"]["kind"] == "tokens" else FIXED_TRIGGER_KEYS[:2]
@@ -372,7 +374,7 @@ def _differences(trained: Mapping[str, Any], ours: Mapping[str, Any], keys: Sequ
 
 def _matters(key: str, model: MemGenModel) -> bool:
     """Whether one of `FIXED_KEYS` says something of the tensors of a model's latent source."""
-    return key in ("weaver.kind", "weaver.arguments") or key.removeprefix("weaver.") in model.weaver.settings
+    return key.removeprefix("weaver.") in model.weaver.settings
 
 
 def _value(settings: Mapping[str, Any], key: str) -> Any:

@@ -23,12 +23,13 @@ from memgen.generation.rollout import EpisodeSettings
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.latent_source import LatentSource
 from memgen.model.memgen import MemGenConfig, MemGenModel, Woven
+from memgen.objectives.ahead import AheadBatch, AheadSettings, rows_ahead
 from memgen.objectives.sft import Curriculum, choose_points, token_loss
 from memgen.seeds import seed_of
 from memgen.training.checkpoint import inserted_kinds
 from memgen.training.optimizer import OptimizerSettings
 from memgen.training.stage import Stage, zero_loss
-from memgen.types import InsertionKind, InsertionPlan
+from memgen.types import InsertionKind, InsertionPlan, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class WeaverSFT(Stage):
         init_from: a checkpoint directory to start from (test, validate and predict: to score).
         checkpointing: recompute activations in the backward pass: less memory, more time.
         seed: of the insertion curriculum; the Trainer's own seed is `seed_everything`.
+        ahead: trains latents on the tokens ahead of random positions, in the curriculum's place (differentiable cache
+            augmentation). None: on whole answers.
     """
 
     learns_from = "answers"
@@ -60,9 +63,11 @@ class WeaverSFT(Stage):
         init_from: str | None = None,
         checkpointing: bool = False,
         seed: int = 0,
+        ahead: AheadSettings | None = None,
     ) -> None:
         super().__init__(memgen, optimizer, generation, episodes, init_from, checkpointing)
         self.curriculum = curriculum
+        self.ahead_settings = ahead
         self.seed = seed
         # A NaN stays one in the mean, which otherwise leaves it out ("disable" would ignore the weights).
         self.val_loss, self.val_accuracy = MeanMetric(nan_strategy=math.nan), MeanMetric()
@@ -75,6 +80,8 @@ class WeaverSFT(Stage):
 
     @override
     def to_train(self) -> frozenset[InsertionKind]:
+        if self.ahead_settings is not None:
+            return frozenset({InsertionKind.PROMPT})
         inside = self.curriculum.inserts_inside(self.config.boundaries.max_inference_insertions)
         return frozenset(InsertionKind) if inside else frozenset({InsertionKind.PROMPT})
 
@@ -94,7 +101,7 @@ class WeaverSFT(Stage):
             if kind not in self.to_train():
                 logger.warning(
                     "the curriculum never trains %s latents, but validation and every later use insert them: set "
-                    "model.memgen.%s to 0, or give model.curriculum.first, all or random a share",
+                    "model.memgen.%s to 0, or give model.curriculum.first, all or random a share (without model.ahead)",
                     kind.name.lower(),
                     key,
                 )
@@ -107,6 +114,11 @@ class WeaverSFT(Stage):
                 f"no latents would ever be inserted, so there is nothing to train: weaver.prompt_latents is 0, "
                 f"weaver.inference_latents {weaver.inference_latents}, boundaries.max_inference_insertions {cap}"
             )
+        if stage == "fit" and self.ahead_settings is not None and not weaver.prompt_latents:
+            raise ValueError(
+                "model.ahead trains the latents of a prompt's end, but weaver.prompt_latents is 0; set it above 0, or "
+                "model.ahead to null"
+            )
         super().setup(stage)
 
     # Training
@@ -115,17 +127,23 @@ class WeaverSFT(Stage):
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         # A batch may use only one bank of queries, and an optimizer step must not depend on how a batch is split.
         zero = zero_loss(self.trained().values())
-        logprobs, woven = self.memgen.label_logprobs(batch.tokens, self.plan(batch))
         micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        loss = token_loss(logprobs, batch.window_tokens, micro_batches)
-        self._log_step(batch, logprobs.detach(), woven)
+        if self.ahead_settings is None:
+            tokens = batch.tokens
+            logprobs, woven = self.memgen.label_logprobs(tokens, self.plan(batch))
+            loss = token_loss(logprobs, batch.window_tokens, micro_batches)
+        else:
+            rows = self.ahead_of(batch, self.ahead_settings)
+            tokens = rows.tokens
+            logprobs, woven = self.memgen.label_logprobs(tokens, rows.plan)
+            weighted = logprobs * rows.weights.to(logprobs.device)
+            loss = token_loss(weighted, batch.window_tokens, micro_batches)
+        self._log_step(tokens, logprobs.detach(), woven)
         return loss + zero
 
     def plan(self, batch: SFTBatch) -> InsertionPlan:
         """Insertion plan of a batch: sampled per item, epoch and seed, so that batching does not change it."""
-        group = batch.tokens.group
-        items = range(len(batch.examples)) if group is None else group.tolist()
-        rows = [batch.examples[item] for item in items]
+        rows = self._items(batch)
         cap = self.config.boundaries.max_inference_insertions
 
         def choose(row: int, points: tuple[int, ...]) -> list[int]:
@@ -136,16 +154,33 @@ class WeaverSFT(Stage):
 
         return self.memgen.boundaries.plan(batch.tokens, choose)
 
-    def _log_step(self, batch: SFTBatch, logprobs: Tensor, woven: Woven) -> None:
+    def ahead_of(self, batch: SFTBatch, settings: AheadSettings) -> AheadBatch:
+        """Rows of the loss on tokens ahead: positions are sampled per item, epoch and seed, as in `plan`."""
+        items, lengths = self._items(batch), batch.tokens.lengths.tolist()
+
+        def generator(row: int) -> torch.Generator:
+            # The length is part of the key: turns of one item are sampled independently.
+            seed = seed_of("ahead", self.seed, batch.epoch, items[row], lengths[row])
+            return torch.Generator().manual_seed(seed)
+
+        return rows_ahead(batch.tokens, settings, generator)
+
+    def _items(self, batch: SFTBatch) -> list[int]:
+        """The item of each row."""
+        group = batch.tokens.group
+        numbers = range(len(batch.examples)) if group is None else group.tolist()
+        return [batch.examples[number] for number in numbers]
+
+    def _log_step(self, tokens: TokenBatch, logprobs: Tensor, woven: Woven) -> None:
         self.log("train/loss", _mean_over_ranks(-logprobs), prog_bar=True)
         now = time.perf_counter()
         if self._clock:
-            rate = int(batch.tokens.lengths.sum()) * self.trainer.world_size / (now - self._clock)
+            rate = int(tokens.lengths.sum()) * self.trainer.world_size / (now - self._clock)
             self.log("perf/tokens_per_second", rate, prog_bar=True)
         self._clock = now
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
-            targets = batch.tokens.ids[:, 1:][batch.tokens.supervised[:, 1:]]
+            targets = tokens.ids[:, 1:][tokens.supervised[:, 1:]]
             hits = self.memgen.reasoner.predictions(woven.hidden.detach()) == targets.to(self.device)
             self.log("train/token_accuracy", _mean_over_ranks(hits), prog_bar=True)
             self.log_dict(_latent_metrics(self.memgen, woven))

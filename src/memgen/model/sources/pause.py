@@ -53,6 +53,8 @@ class Pause(LatentSource):
             )
         counts = {"pause": 1} if tied else {kind.name.lower(): size for kind, size in sizes.items()}
         self.tied = tied
+        if tied:
+            self.settings = ("arguments",)  # One vector may stand at any number of places.
         generator = torch.Generator().manual_seed(seed)
         self.vectors = nn.ParameterDict()
         for name, count in counts.items():
