@@ -30,6 +30,9 @@ Intervention = Callable[[Sequence[int], Sequence[int], list[Tensor]], list[Tenso
 """Called with answers, how often the trigger invoked for each before, and each one's latents (K, H); returns what to
 insert, of any number of latents up to K. An empty block inserts nothing; it counts towards the limit on insertions."""
 
+Decide = Callable[[int, int], bool]
+"""Called with an answer and how often the trigger was asked for it before; True invokes, whatever the trigger says."""
+
 Stop = Callable[[Sequence[int]], bool]
 """Called with an answer's new token ids so far; True ends the answer there. It must not keep or change them."""
 
@@ -42,6 +45,7 @@ class Hooks:
     intervene: Intervention | None = None
     stop: Stop | None = None
     keep_latents: bool = False
+    decide: Decide | None = None
 
 
 @dataclass
@@ -254,7 +258,10 @@ class DecodingState:
 
     def decide(self, index: int, prob: float, step: int) -> bool:
         """Decides for an answer at a boundary, and records the decision. True: it inserts."""
-        if self.samples_decisions:
+        if self.hooks.decide is not None:
+            decisions = self.answers[index].decisions
+            invoke = self.hooks.decide(index, len(decisions) - decisions.count(Decision.NOT_ASKED))
+        elif self.samples_decisions:
             assert self._decision_uniforms is not None, "sampled decisions need random numbers"
             invoke = bool(self._decision_uniforms[index][step] < prob)
         else:
