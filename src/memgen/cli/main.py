@@ -42,6 +42,7 @@ COMMANDS = {
     "predict": Command("write a prediction for every item", "memgen.cli.run", trainer=True),
     "ablate": Command("what memory is worth, against every control", "memgen.cli.ablate"),
     "analyze": Command("what the latent memory is and does", "memgen.cli.analyze"),
+    "oracle": Command("what a trigger can gain", "memgen.cli.oracle"),
     "collect": Command("turn the agent's own experience into training data", "memgen.cli.collect"),
     "compare": Command("compare two tests item by item", "memgen.cli.compare"),
     "generate": Command("answer a prompt and mark where memory was woven in", "memgen.cli.generate"),
