@@ -5,7 +5,7 @@ r"""An agent: a model with its tokenizer and chat template, loaded by name. Ques
     agent = memgen.load("runs/weaver_sft/latest/best")
     print(agent.generate("shop : fig , nut , tea .\n"))
 
-`memgen generate` is this class with a command line around it.
+`memgen generate` and `memgen serve` are this class with a command line and a server around it.
 """
 
 from __future__ import annotations
