@@ -124,7 +124,7 @@ def main() -> None:
     agent = random_agent(settings, weaves=not options.never)
     prompts = random_ids(options.clients * options.requests, options.prompt, settings)
     with served(agent, options.clients) as port:
-        ask(port, prompts[:1], 4, 1)
+        ask(port, prompts[:2], 4, 1)
         single, expected = ask(port, prompts, options.new, 1)
         many, answers = ask(port, prompts, options.new, options.clients)
     same = sum(ours == theirs for ours, theirs in zip(answers, expected, strict=True))

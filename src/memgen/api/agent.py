@@ -15,7 +15,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, cast, final, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, final
 
 from memgen.api.card import CARD, Card
 from memgen.api.hub import upload
@@ -175,12 +175,6 @@ class Agent:
 
     # Answers
 
-    @overload
-    def generate(self, questions: str, **options: Any) -> Answer: ...
-
-    @overload
-    def generate(self, questions: Sequence[Any], **options: Any) -> Any: ...
-
     def generate(
         self,
         questions: Question | Sequence[Question],
@@ -193,7 +187,7 @@ class Agent:
         stop: Sequence[str] = (),
         raw: bool = False,
         batch_size: int = 32,
-    ) -> Answer | list[Answer]:
+    ) -> Any:
         """Answers a question, or each of a list of questions.
 
         Args:
@@ -208,7 +202,7 @@ class Agent:
             batch_size: how many questions of a list are answered at the same time.
 
         Returns:
-            An answer, or a list of them in the order of the questions.
+            An `Answer`, or for a list a list of them, in the order of the questions.
 
         Raises:
             ValueError: if a question is empty, has words that the tokenizer does not know, or does not fit into the
@@ -341,15 +335,17 @@ class Agent:
             ValueError: if `bases` names a base that the agent does not have.
             OSError: if the folder is something else than a checkpoint, or cannot be written.
         """
+        self._save(Path(directory), Path(directory).name, bases, licence)
+
+    def _save(self, folder: Path, name: str, bases: Mapping[str, str] | None, licence: str | None) -> None:
         config = _renamed(self.config, bases or {})
-        card = Card.of(self.model, config, self.source, licence)
         save_checkpoint(
             self.model,
             config,
-            Path(directory),
+            folder,
             with_trigger=self._trigger_is_trained,
             text=self._text,
-            beside={CARD: card.text(Path(directory).name)},
+            beside={CARD: Card.of(self.model, config, self.source, licence).text(name)},
         )
 
     def push_to_hub(
@@ -387,8 +383,8 @@ class Agent:
                     f"bases={{{name!r}: 'ORG/NAME'}}"
                 )
         with TemporaryDirectory() as temporary:
-            folder = Path(temporary) / repository.rpartition("/")[2]
-            self.save_pretrained(folder, bases=bases, licence=licence)
+            folder = Path(temporary) / "agent"
+            self._save(folder, repository, bases, licence)
             return upload(folder, repository, private=private, message=message)
 
     @property

@@ -88,7 +88,7 @@ class Card:
         """The card in Markdown, with the metadata that the hub reads.
 
         Args:
-            name: of the agent.
+            name: of the agent; ORG/NAME if it is on the hub.
         """
         return f"---\n{self._metadata(name)}\n---\n\n{self._body(name)}"
 
@@ -115,6 +115,7 @@ class Card:
         from huggingface_hub import EvalResult, ModelCardData
 
         on_hub = self.base.count("/") == 1 and ":" not in self.base
+        relation: dict[str, Any] = {"base_model_relation": "adapter"} if on_hub else {}
         data = ModelCardData(
             library_name="memgen",
             base_model=self.base if on_hub else None,
@@ -135,12 +136,12 @@ class Card:
                 for metric, (mean, _, _) in test.metrics.items()
             ]
             or None,
-            **({"base_model_relation": "adapter"} if on_hub else {}),
+            **relation,
         )
         return str(data.to_yaml()).strip()
 
     def _body(self, name: str) -> str:
-        weaver = self.config.weaver
+        weaver, where = self.config.weaver, f"hf://{name}" if "/" in name else name
         revision = f" (revision {self.config.backbone.revision})" if self.config.backbone.revision else ""
         kinds = ", ".join(
             f"{kind} (K = {weaver.prompt_latents if kind == 'prompt' else weaver.inference_latents})"
@@ -162,7 +163,7 @@ class Card:
             f"# {name}\n\n"
             "An agent of [MemGen](https://arxiv.org/abs/2509.24704): a weaver writes latent vectors into the stream of a frozen "
             "language model, and a trigger decides where.\n\n"
-            f'```python\nimport memgen\n\nagent = memgen.load("hf://ORG/{name}")\nprint(agent.generate("..."))\n```\n\n'
+            f'```python\nimport memgen\n\nagent = memgen.load("{where}")\nprint(agent.generate("..."))\n```\n\n'
             f"| | |\n|---|---|\n{rows}\n\n## Results\n\n{self._results()}\n"
         )
 

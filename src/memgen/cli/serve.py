@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -61,6 +62,9 @@ def main(argv: Sequence[str]) -> int:
         config = uvicorn.Config(
             app, log_level="warning", lifespan="on", timeout_graceful_shutdown=options.drain, access_log=False
         )
+        # When it has stopped, uvicorn raises the signal that stopped it once more.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: None)
         uvicorn.Server(config).run(sockets=[bound])
     print("Stopped.", flush=True)
     return 0

@@ -214,7 +214,8 @@ class DecodingState:
         self.max_insertions = (
             self.model.boundaries.config.max_inference_insertions if weaver.inference_latents else 0
         )
-        self._token_uniforms, self._decision_uniforms = ([[] for _ in range(count)] for _ in range(2))
+        self._token_uniforms = [[] for _ in range(count)]
+        self._decision_uniforms = [[] for _ in range(count)]
         self.live = []
 
     # Passes

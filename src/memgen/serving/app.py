@@ -489,7 +489,7 @@ class _Writer:
     def _chat_logprobs(self, tokens: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any] | None:
         if not self.asked.logprobs:
             return None
-        content = [
+        content: list[dict[str, Any]] = [
             {"token": self._spelled(token), "logprob": logprob, "bytes": None, "top_logprobs": []}
             for token, logprob in zip(tokens, logprobs, strict=True)
         ]
