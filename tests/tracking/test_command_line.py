@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from letters_stage import write_stage
+from memgen.api.names import resolve_name
 from memgen.cli import main as front_end
-from memgen.cli.names import resolve_name
 from memgen.tracking.store import client_of
 
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from memgen.cli.errors import UsageError
@@ -30,90 +29,38 @@ def main(argv: Sequence[str]) -> int:
     if not prompts:
         raise UsageError("there is no prompt: give --prompt TEXT, or one prompt per line on standard input")
 
-    from memgen.chat import CHATML, ChatTemplate, end_of_turn_id, load_tokenizer, prompt_ids, text_ids
-    from memgen.cli.names import resolve_name
-    from memgen.generation.decode import generate
-    from memgen.generation.sampling import GenerationSettings
-    from memgen.lab.assets import resolve_asset
-    from memgen.training.checkpoint import open_checkpoint, read_text_settings
-    from memgen.types import WorkCount
+    from memgen.api.agent import Agent, Insertion
 
-    settings = GenerationSettings(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
+    agent = Agent.from_pretrained(
+        options.checkpoint,
+        device=options.device,
+        chat_template=options.chat_template,
+        template_arguments=options.template_arguments,
     )
-    directory = Path(resolve_name(options.checkpoint))
-    model, config = open_checkpoint(directory, load_tokenizer, resolve_asset)
-    tokenizer = load_tokenizer(resolve_asset(config.backbone.name), config.backbone.revision)
-    if options.device is not None:
-        model.to(options.device)
-    text = read_text_settings(directory)
-    arguments = options.template_arguments
-    if arguments is None:
-        arguments = {} if text is None else text.template_arguments
-    # A checkpoint that does not say: the tokenizer's own.
-    template = ChatTemplate(CHATML if options.chat_template == "chatml" else None, arguments)
-    if options.chat_template == "checkpoint" and text is not None:
-        template = ChatTemplate(text.chat_template, arguments)
-    elif not options.raw:
-        model.reasoner.end_at(end_of_turn_id(tokenizer, template))
     for line in prompts:
-        prompt = line.replace("\\n", "\n")
-        if options.raw:
-            ids = text_ids(tokenizer, prompt, controls=True)
-        else:
-            ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}], template)
-        printer = _Printer(tokenizer, options.mark)
-        generation = generate(model, [ids], settings, observe=printer)
-        printer.close()
-        work: WorkCount = generation.work
-        insertions = generation.plan.counts[0]
-        finished = generation.turns[0].finished
-        ending = "" if finished else f"; truncated at --max-new-tokens {options.max_new_tokens}"
+        pieces = agent.stream(
+            line.replace("\\n", "\n"),
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            raw=options.raw,
+        )
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                answer = end.value
+                break
+            print(options.mark if isinstance(piece, Insertion) else piece, end="", flush=True)
+        print(flush=True)
+        ending = "" if answer.finished else f"; truncated at --max-new-tokens {options.max_new_tokens}"
         print(
-            f"[{generation.lengths[0]} tokens, {insertions} insertions, "
-            f"{work.reasoner_positions} reasoner and {work.weaver_positions} weaver positions{ending}]",
+            f"[{len(answer.tokens)} tokens, {len(answer.insertions)} insertions, {answer.work.reasoner:.0f} reasoner and "
+            f"{answer.work.weaver:.0f} weaver positions{ending}]",
             file=sys.stderr,
         )
     return 0
-
-
-class _Printer:
-    """Writes text as soon as its characters are complete: a token may hold half a character."""
-
-    def __init__(self, tokenizer: object, mark: str) -> None:
-        self._decode = tokenizer.decode  # type: ignore[attr-defined]
-        self._mark = mark
-        self._ids: list[int] = []
-        self._written = ""
-
-    def __call__(self, row: int, token: int | None) -> None:
-        if token is None:
-            self._flush(final=True)
-            self._write(self._mark)
-            return
-        self._ids.append(token)
-        self._flush(final=False)
-
-    def close(self) -> None:
-        """Ends the line."""
-        self._flush(final=True)
-        self._write("\n")
-
-    def _flush(self, *, final: bool) -> None:
-        text = self._decode(self._ids, skip_special_tokens=True)
-        if text.endswith("�") and not final:
-            return
-        if text.startswith(self._written):
-            self._write(text[len(self._written) :])
-            self._written = text
-
-    @staticmethod
-    def _write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
 
 
 def _mapping(text: str) -> dict[str, Any]:
@@ -131,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="checkpoint directory (memgen.json), or models:/NAME/VERSION of MLflow",
+        help="a checkpoint's folder (memgen.json) or a run's, models:/NAME/VERSION of MLflow, or hf://ORG/NAME of the hub",
     )
     parser.add_argument(
         "--prompt", metavar="TEXT", help="the prompt; \\n is a line break. Default: lines of stdin"

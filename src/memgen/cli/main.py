@@ -46,6 +46,7 @@ COMMANDS = {
     "collect": Command("turn the agent's own experience into training data", "memgen.cli.collect"),
     "compare": Command("compare two tests item by item", "memgen.cli.compare"),
     "generate": Command("answer a prompt and mark where memory was woven in", "memgen.cli.generate"),
+    "serve": Command("answer over HTTP as an OpenAI-compatible server", "memgen.cli.serve"),
     "convert": Command("import or export a checkpoint of the released code", "memgen.cli.convert"),
     "bench": Command("what memory costs, against plain work", "memgen.cli.bench"),
     "demo": Command("the whole pipeline on the embedded default", "memgen.cli.demo"),

@@ -1,31 +1,14 @@
-"""Names that may stand for a directory on the command line and in configurations."""
+"""Names that may stand for a directory, in a configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any, final
 
-from memgen.lab.assets import resolve_asset
-from memgen.tracking.artifacts import fetch_checkpoint, is_recorded
+from memgen.api.names import resolve_name
 
 NAMED = ("init_from", "tokenizer")
 """Keys of a configuration whose value is such a name; besides, the `name` of every `backbone`."""
-
-
-def resolve_name(name: str, store: str | None = None) -> str:
-    """Turns a name into a directory, or into something that `from_pretrained` takes.
-
-    Args:
-        name: `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `runs:/RUN_ID[/PATH]` of MLflow, an asset of the lab, or
-            anything else, which is returned unchanged.
-        store: MLflow's tracking URI; None: MLFLOW_TRACKING_URI, else the store below `runs`.
-
-    Raises:
-        ValueError: if it names something that does not exist.
-    """
-    if is_recorded(name):
-        return str(fetch_checkpoint(name, store))
-    return resolve_asset(name)
 
 
 @final

@@ -8,13 +8,12 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,6 +21,7 @@ from socketserver import TCPServer
 from typing import Any, final
 
 from memgen.cli.errors import UsageError
+from memgen.cli.listening import listening, shown_host
 from memgen.environments.search.retrieval import Hit, PassageIndex, SearchError
 
 logger = logging.getLogger(__name__)
@@ -56,15 +56,14 @@ def main(argv: Sequence[str]) -> int:
     with SearchHTTPServer(index, options.host, options.port) as server:
         # The port is bound before the index is built, which may take long, so that a used port is reported at once.
         # Connections are accepted only afterwards: a client repeats a refused one, but would wait for a silent one.
-        _listening(server.server_bind, options.host, options.port)
+        listening(server.server_bind, options.host, options.port)
         signal.signal(signal.SIGTERM, _interrupt)
         try:
             print(f"Opening {options.passages}; the first time, its index is built.", flush=True)
             passages = len(index)
-            _listening(server.server_activate, options.host, options.port)
-            host = f"[{options.host}]" if ":" in options.host else options.host
+            listening(server.server_activate, options.host, options.port)
             print(
-                f"Search over {passages} passages on http://{host}:{server.server_port}/retrieve (Ctrl-C stops it)",
+                f"Search over {passages} passages on http://{shown_host(options.host)}:{server.server_port}/retrieve (Ctrl-C stops it)",
                 flush=True,
             )
             server.serve_forever()
@@ -77,15 +76,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def _listening(step: Callable[[], None], host: str, port: int) -> None:
-    try:
-        step()
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UsageError(f"port {port} of {host} is in use; choose another with --port") from error
-        raise UsageError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
 
 
 @final

@@ -74,13 +74,13 @@ def generate(
     state = DecodingState(model, prompts, max(streams.lengths), settings, row_seeds, hooks)
     first = read_prompts(state, streams)
     steps = DecodingSteps(state)
-    state.append(steps.live, *to_host(*state.sample(first, steps.live, 0)))
+    state.append(steps.live, *to_host(*state.sample(first, steps.live)))
     for step in range(1, settings.max_new_tokens + 1):
         state.mark_finished(steps.live)
         if step == settings.max_new_tokens or all(state.answers[index].finished for index in steps.live):
             break
         steps.drop_finished()
-        steps.run(step)
+        steps.run()
     return state.result()
 
 

@@ -60,6 +60,10 @@ class Answer:
     insertions: list[tuple[int, int]] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     finished: bool = False
+    # Of an answer in a batch whose answers differ in them (`continuous.py`); else those of the whole batch.
+    settings: GenerationSettings | None = None
+    stop: Stop | None = None
+    cancelled: bool = False
     inserted: int = 0  # insertions inside the answer, which the configuration limits
     # What the weaver has not read yet: vectors of the reasoner, and behind them token ids (none if it reads states).
     weaver_pending: list[Tensor] = field(default_factory=list)
@@ -69,6 +73,12 @@ class Answer:
     invoked_at: int | None = None  # index of the token before which the trigger invoked last
     ruled_out: dict[str, int] = field(default_factory=dict)
     work: dict[str, float] = field(default_factory=lambda: {"reasoner": 0.0, "weaver": 0.0, "trigger": 0.0})
+
+    @property
+    def over(self) -> bool:
+        """Whether it gets no more tokens: it has ended, was cancelled, or has reached a limit of its own."""
+        full = self.settings is not None and len(self.tokens) >= self.settings.max_new_tokens
+        return self.finished or self.cancelled or full
 
     def turn(self) -> AgentTurn:
         """The answer as a record."""
@@ -186,6 +196,41 @@ class DecodingState:
         for cache in (self.reasoner_cache, self.weaver_cache, self.trigger_cache):
             if cache is not None:
                 cache.move(source, target)
+
+    def take_in(self, index: int, row: int, other: DecodingState, source: int) -> None:
+        """Takes over an answer, which another state has begun, with its rows of every cache.
+
+        Args:
+            index: what the answer is called here.
+            row: the cache row that it gets.
+            other: the state that has begun it, after its first token.
+            source: the answer there.
+        """
+        assert self._token_uniforms is not None, "a running batch has a place for every answer's numbers"
+        assert self._decision_uniforms is not None, "likewise"
+        answer = self.answers[index] = other.answers[source]
+        answer.settings, answer.stop = other.settings, other.hooks.stop
+        self._token_uniforms[index] = [] if other._token_uniforms is None else other._token_uniforms[source]
+        draws = other._decision_uniforms
+        self._decision_uniforms[index] = [] if draws is None else draws[source]
+        own = (self.reasoner_cache, self.weaver_cache, self.trigger_cache)
+        for cache, begun in zip(
+            own, (other.reasoner_cache, other.weaver_cache, other.trigger_cache), strict=True
+        ):
+            if cache is not None and begun is not None:
+                cache.reserve(begun.capacity)
+                cache.copy_in(row, begun, source)
+
+    def run_on(self) -> None:
+        """Turns a new state into an empty batch that answers join (`take_in`) and leave."""
+        assert not self.static_steps, "a step of fixed shape samples all rows alike"
+        weaver, count = self.model.weaver.config, len(self.answers)
+        self.max_insertions = (
+            self.model.boundaries.config.max_inference_insertions if weaver.inference_latents else 0
+        )
+        self._token_uniforms = [[] for _ in range(count)]
+        self._decision_uniforms = [[] for _ in range(count)]
+        self.live = []
 
     # Passes
 
@@ -312,15 +357,32 @@ class DecodingState:
         if self.hooks.observe is not None:
             self.hooks.observe(index, None)
 
-    def uniforms(self, live: Sequence[int], step: int) -> list[float] | None:
-        """The random number of each answer's token of a step; None if decoding is greedy."""
-        return None if self._token_uniforms is None else [self._token_uniforms[index][step] for index in live]
+    def uniforms(self, live: Sequence[int]) -> list[float] | None:
+        """The random number of each answer's next token, 0 for one that needs none; None if there are none at all."""
+        drawn = self._token_uniforms
+        if drawn is None:
+            return None
+        return [drawn[index][len(self.answers[index].tokens)] if drawn[index] else 0.0 for index in live]
 
-    def sample(self, hidden: Tensor, live: Sequence[int], step: int) -> Sampled:
+    def sample(self, hidden: Tensor, live: Sequence[int]) -> Sampled:
         """Samples the next token of each answer from the state that predicts it; a GPU is not waited for."""
-        numbers = self.uniforms(live, step)
+        numbers = self.uniforms(live)
         uniforms = None if numbers is None else upload(numbers, self.device)
-        return sample(self.model.reasoner.logits(hidden), self.settings, uniforms)
+        logits = self.model.reasoner.logits(hidden)
+        alike: dict[tuple[float, float, int], list[int]] = {}
+        for row, index in enumerate(live):
+            own = self.answers[index].settings or self.settings
+            alike.setdefault((own.temperature, own.top_p, own.top_k), []).append(row)
+        if len(alike) == 1:
+            return sample(logits, self.answers[live[0]].settings or self.settings, uniforms)
+        assert uniforms is not None, "answers with settings of their own have numbers of their own"
+        tokens = torch.empty(len(live), dtype=torch.int64, device=self.device)
+        logprobs = torch.empty(len(live), dtype=logits.dtype, device=self.device)
+        for rows in alike.values():
+            at = upload(rows, self.device)
+            own = self.answers[live[rows[0]]].settings or self.settings
+            tokens[at], logprobs[at] = sample(logits[at], own, uniforms[at])
+        return Sampled(tokens, logprobs)
 
     def append(self, live: Sequence[int], tokens: Sequence[int | float], logprobs: Sequence[float]) -> None:
         """Adds a token to each answer."""
@@ -332,10 +394,11 @@ class DecodingState:
 
     def mark_finished(self, live: Sequence[int]) -> None:
         """Marks the answers that an end token or the caller's `stop` ended."""
-        ends, stop = self.model.reasoner.end_ids, self.hooks.stop
+        ends = self.model.reasoner.end_ids
         for index in live:
-            tokens = self.answers[index].tokens
-            self.answers[index].finished = tokens[-1] in ends or (stop is not None and stop(tokens))
+            answer = self.answers[index]
+            stop, tokens = answer.stop or self.hooks.stop, answer.tokens
+            answer.finished = tokens[-1] in ends or (stop is not None and stop(tokens))
 
     def result(self) -> Generation:
         """The answers as records."""

@@ -48,7 +48,7 @@ class DecodingSteps:
         """Moves the last rows into the rows of finished answers, so that the live answers stay in front."""
         row = 0
         while row < len(self.live):
-            if not self.state.answers[self.live[row]].finished:
+            if not self.state.answers[self.live[row]].over:
                 row += 1
                 continue
             last = self.live.pop()
@@ -56,13 +56,13 @@ class DecodingSteps:
                 self.state.move(len(self.live), row)
                 self.live[row] = last
 
-    def run(self, step: int) -> None:
+    def run(self) -> None:
         """Feeds every live answer its newest token, and latents where it inserts, and adds the next tokens."""
         asked = self._at_boundary()
         if self._tokens_first:
-            self._tokens_then_latents(asked, step)
+            self._tokens_then_latents(asked)
         else:
-            self._tokens_with_latents(asked, step)
+            self._tokens_with_latents(asked)
 
     def _at_boundary(self) -> list[int]:
         """Rows where the trigger is asked: behind a delimiter, below the limit on insertions, and not ruled out."""
@@ -80,15 +80,15 @@ class DecodingSteps:
 
     # One pass
 
-    def _tokens_with_latents(self, asked: list[int], step: int) -> None:
+    def _tokens_with_latents(self, asked: list[int]) -> None:
         """One pass for both: which answers insert is known before it."""
         state, live = self.state, self.live
         for index in live:
             state.answers[index].weaver_unread.append(state.answers[index].tokens[-1])
         probs = self._ask(asked, None)
-        inserting = self._decide(asked, [] if probs is None else probs.tolist(), step)
+        inserting = self._decide(asked, [] if probs is None else probs.tolist())
         if not inserting and self._static is not None:
-            self._run_static(self._static, step)
+            self._run_static(self._static)
             state.append(live, *to_host(*self._static.outputs[:, : len(live)]))
             return
         segment, embeddings = self._newest()
@@ -100,7 +100,7 @@ class DecodingSteps:
             states = state.read(packed, [segment, *state.latent_segments(inserting, latents)])
             behind = self._insert(inserting, latents, states[len(live) :])
             hidden = states[: len(live)].index_copy(0, upload(inserting, state.device), behind)
-        state.append(live, *to_host(*state.sample(hidden, live, step)))
+        state.append(live, *to_host(*state.sample(hidden, live)))
 
     def _newest(self) -> tuple[PassSegment, Tensor]:
         """Every live answer's newest token, to be fed: (n, H)."""
@@ -108,14 +108,14 @@ class DecodingSteps:
         embeddings = self.state.model.reasoner.backbone.embed(upload(tokens, self.state.device))
         return PassSegment(range(len(tokens)), [1] * len(tokens)), embeddings
 
-    def _run_static(self, static: StaticStep, step: int) -> None:
+    def _run_static(self, static: StaticStep) -> None:
         state = self.state
         state.count("reasoner", range(len(self.live)), [1] * len(self.live))
-        static.run([state.answers[index].tokens[-1] for index in self.live], state.uniforms(self.live, step))
+        static.run([state.answers[index].tokens[-1] for index in self.live], state.uniforms(self.live))
 
     # Two passes
 
-    def _tokens_then_latents(self, asked: list[int], step: int) -> None:
+    def _tokens_then_latents(self, asked: list[int]) -> None:
         """Two passes, if any answer inserts: weaver or trigger read the tokens' states, or are asked meanwhile."""
         state, live, static = self.state, self.live, self._static
         sampled = None
@@ -123,7 +123,7 @@ class DecodingSteps:
             segment, embeddings = self._newest()
             states = state.read(embeddings, [segment])
         else:
-            self._run_static(static, step)
+            self._run_static(static)
             # Every answer's next token, should it not insert.
             sampled = static.outputs[:, : len(live)]
             states = static.states[: len(live)]
@@ -138,17 +138,17 @@ class DecodingSteps:
         probs = self._ask(asked, states)
         waited_for = [*([] if sampled is None else sampled), *([] if probs is None else [probs])]
         numbers = to_host(*waited_for) if waited_for else []
-        inserting = self._decide(asked, [] if probs is None else numbers.pop(), step)
+        inserting = self._decide(asked, [] if probs is None else numbers.pop())
         inserting, latents = self._weave(inserting)
         behind = self._read_latents(inserting, latents) if inserting else None
         if sampled is None:
             if behind is not None:
                 states = states.index_copy(0, upload(inserting, state.device), behind)
-            state.append(live, *to_host(*state.sample(states, live, step)))
+            state.append(live, *to_host(*state.sample(states, live)))
             return
         tokens, logprobs = numbers
         if behind is not None:
-            again = to_host(*state.sample(behind, [live[row] for row in inserting], step))
+            again = to_host(*state.sample(behind, [live[row] for row in inserting]))
             for row, token, logprob in zip(inserting, *again, strict=True):
                 tokens[row], logprobs[row] = token, logprob
         state.append(live, tokens, logprobs)
@@ -175,14 +175,14 @@ class DecodingSteps:
             states = None
         return self.state.ask(Boundary(asked, unread, states))
 
-    def _decide(self, asked: list[int], probs: list[float], step: int) -> list[int]:
+    def _decide(self, asked: list[int], probs: list[float]) -> list[int]:
         """Rows that insert now."""
         by_row = dict(zip(asked, probs, strict=True))
         inserting = []
         for row, index in enumerate(self.live):
             if row not in by_row:
                 self.state.no_decision(index)
-            elif self.state.decide(index, by_row[row], step):
+            elif self.state.decide(index, by_row[row], len(self.state.answers[index].tokens)):
                 inserting.append(row)
         return inserting
 

@@ -486,6 +486,16 @@ class RowKVCache(KVCache):
             values[:, :, :used] = self._values[layer][:, :, :used].index_select(0, index)
         return chosen
 
+    def copy_in(self, row: int, other: RowKVCache, source: int) -> None:
+        """Overwrites a row with one of another cache: how a row that was begun elsewhere joins a running batch."""
+        length = other._lengths[source]
+        assert length <= self.capacity, "there is room for the row"
+        self._lengths[row] = length
+        for layer, like in other._keys.items():
+            keys, values = self.buffers(layer, like)
+            keys[row, :, :length] = like[source, :, :length]
+            values[row, :, :length] = other._values[layer][source, :, :length]
+
     def move(self, source: int, target: int) -> None:
         """Overwrites a row with another: how a finished row leaves without copying the batch."""
         length = self._lengths[source]

@@ -92,6 +92,7 @@ def save_checkpoint(
     *,
     with_trigger: bool,
     text: TextSettings | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a checkpoint directory, whole or not at all: after a failure an older one is still there.
 
@@ -101,6 +102,7 @@ def save_checkpoint(
         directory: the target. Its parent is made if it does not exist.
         with_trigger: whether the trigger was trained.
         text: how text became tokens in training; None: not known.
+        beside: further files by name, such as a model card.
 
     Raises:
         FileExistsError: if `directory` exists and is no checkpoint: it would be lost.
@@ -112,6 +114,8 @@ def save_checkpoint(
         if with_trigger:
             _write_tensors(model.trigger.own_parameters(), temporary / TRIGGER_FILE)
         (temporary / CONFIG_FILE).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+        for name, content in (beside or {}).items():
+            (temporary / name).write_text(content, encoding="utf-8")
 
 
 def read_config(directory: Path) -> MemGenConfig:

@@ -1,0 +1,1 @@
+"""An agent behind an OpenAI-compatible HTTP server, with a batch that requests join and leave."""
