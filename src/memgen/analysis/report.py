@@ -5,37 +5,30 @@ from __future__ import annotations
 import dataclasses
 import html
 import importlib.util
-import io
 import json
-import re
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 
-from memgen.analysis.clusters import MOST_BLOCKS
+from memgen.analysis.clusters import LEVEL, MOST_BLOCKS
 from memgen.analysis.collection import Collection, Floats
 from memgen.analysis.effects import REWARD, Effect
 from memgen.analysis.geometry import Quantiles
+from memgen.analysis.labels import PAGE
+from memgen.analysis.page import page, svg, table
 from memgen.analysis.pipeline import Analysis
+from memgen.analysis.verdict import ClusterEffects
 from memgen.files import write_whole
 
 REPORT, NUMBERS = "report.html", "analysis.json"
 _FEWEST_TO_DRAW = 8
 _MOST_COLOURS = 10
-
-_STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
-    "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .7em;text-align:left;border-bottom:1px solid #ddd}"
-    "svg{max-width:100%;height:auto}pre{white-space:pre-wrap;margin:0}"
-    ".verdict{background:#f3f6fa;padding:.7em 1em;border-left:4px solid #4477aa}"
-)
 
 
 def write(analysis: Analysis, collection: Collection, folder: Path) -> tuple[str, str]:
@@ -59,14 +52,14 @@ def write(analysis: Analysis, collection: Collection, folder: Path) -> tuple[str
 def report_html(analysis: Analysis, collection: Collection) -> str:
     """The page."""
     parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Memory analysis</title><style>{_STYLE}</style>',
         f"<h1>Latent memory of {html.escape(analysis.environment)}</h1>",
         *_verdict(analysis),
         *_geometry(analysis),
         *_clusters(analysis, collection),
         *_interventions(analysis),
+        *_labels(analysis),
     ]
-    return "\n".join([*parts, "</html>\n"])
+    return page("Memory analysis", parts)
 
 
 def _verdict(analysis: Analysis) -> list[str]:
@@ -127,11 +120,11 @@ def _geometry(analysis: Analysis) -> list[str]:
     ]
     return [
         "<h2>Geometry</h2><p>Medians, with 5 % and 95 % quantiles.</p>",
-        _table(("", "value"), rows),
+        table(("", "value"), rows),
         "<p>Distances between mean vectors, over all pairs. Euclidean distances also compare lengths.</p>",
-        _table(("", "Euclidean", "cosine"), distances),
+        table(("", "Euclidean", "cosine"), distances),
         "<p>What can be read off a block by logistic regression, on blocks that it has not seen.</p>",
-        _table(("target", "accuracy", "chance", "majority", "p", "classes", "blocks", "tested on"), probes)
+        table(("target", "accuracy", "chance", "majority", "p", "classes", "blocks", "tested on"), probes)
         if probes
         else "<p>There are no two classes of anything to tell apart.</p>",
     ]
@@ -152,7 +145,7 @@ def _clusters(analysis: Analysis, collection: Collection) -> list[str]:
             for c in study.counts
         ]
         parts.append(
-            _table(("N", "silhouette", "without clusters", "excess", "stability (adjusted Rand)"), rows)
+            table(("N", "silhouette", "without clusters", "excess", "stability (adjusted Rand)"), rows)
         )
         parts.append(_silhouette_figure(analysis))
     described = [
@@ -175,7 +168,7 @@ def _clusters(analysis: Analysis, collection: Collection) -> list[str]:
             "nearest tokens (cosine)",
             "boundary: what follows",
         )
-        parts.append(_table(header, described))
+        parts.append(table(header, described))
     return [*parts, *_maps(analysis, collection)]
 
 
@@ -208,7 +201,7 @@ def _maps(analysis: Analysis, collection: Collection) -> list[str]:
                 axes, (labels or {"blocks": ["block"] * len(shown)}).items(), strict=True
             ):
                 _scatter(axis, places, values, f"{name}, by {title}")
-            parts.append(_svg(figure))
+            parts.append(svg(figure))
     return ["<p>Maps to look at; no sentence of the verdict rests on them.</p>", *parts]
 
 
@@ -244,7 +237,7 @@ def _silhouette_figure(analysis: Analysis) -> str:
     axis.set_xlabel("N")
     axis.set_ylabel("silhouette")
     axis.legend()
-    return _svg(figure)
+    return svg(figure)
 
 
 def _interventions(analysis: Analysis) -> list[str]:
@@ -253,7 +246,7 @@ def _interventions(analysis: Analysis) -> list[str]:
         "<h2>Interventions</h2><p>The same items and seeds; differences are paired, p-values are those after Holm's "
         "correction within each table.</p>",
         _forest(overall),
-        _table(
+        table(
             ("condition", "reward", "filter rate", "failures"),
             [
                 (
@@ -275,15 +268,61 @@ def _interventions(analysis: Analysis) -> list[str]:
     for found in analysis.removals:
         parts += [
             f"<h3>N = {found.clusters}: removal of a cluster against a random removal at the same rate</h3>",
-            _table(
+            table(
                 ("removal", "filter rate", "rate of the random removal"),
                 [(r.condition, f"{r.rate:.0%}", f"{r.control_rate:.0%}") for r in found.results],
             ),
+            _causal(found),
             _effects(found.beyond_random),
             f"<h3>N = {found.clusters}: removal of one cluster against that of another</h3>",
             _effects(found.between),
         ]
     return parts
+
+
+def _causal(found: ClusterEffects) -> str:
+    """Clusters and types of failure: what a removal adds to the share of each, beyond the random removal."""
+    kinds = list(
+        dict.fromkeys(e.outcome.failure for e in found.beyond_random if e.outcome.failure is not None)
+    )
+    if not kinds:
+        return ""
+    effects = {(e.condition, e.outcome.failure): e for e in found.beyond_random}
+    rows = []
+    for result in found.results:
+        cells = [effects.get((result.condition, kind)) for kind in kinds]
+        rows.append((result.condition, *("" if e is None else _points(e) for e in cells)))
+    return (
+        "<p>Share of each type of failure, beyond the random removal, in points; * p (Holm) &lt;= 0.05.</p>"
+        + table(("removal", *kinds), rows)
+    )
+
+
+def _points(effect: Effect) -> str:
+    return f"{100 * effect.difference.mean:+.1f}{' *' if effect.adjusted <= LEVEL else ''}"
+
+
+def _labels(analysis: Analysis) -> list[str]:
+    """What people said about failures, and how far they agree."""
+    found = analysis.labelling
+    if found is None:
+        return [f"<h2>Failures</h2><p>Their types are those of rules. {PAGE} is a page to label them.</p>"]
+    rows = [
+        (
+            a.first,
+            a.second,
+            a.failures,
+            f"{a.share:.0%}",
+            "not defined" if a.kappa is None else f"{a.kappa:.3f}",
+        )
+        for a in found.agreements
+    ]
+    return [
+        f"<h2>Failures</h2><p>Their types are those of {html.escape(' and '.join(found.annotators))}: {found.agreed} of "
+        f"{found.failures} different failures have one; the others, and those of conditions without labels, count for the reward "
+        "alone. Annotators and rules are compared in the types that both know.</p>",
+        table(("", "", "failures", "agreement", "Cohen's kappa"), rows),
+    ]
 
 
 def _effects(effects: Sequence[Effect]) -> str:
@@ -299,7 +338,7 @@ def _effects(effects: Sequence[Effect]) -> str:
         )
         for effect in effects
     ]
-    return _table(("condition", "against", "outcome", "items", "difference", "p (Holm)", "test"), rows)
+    return table(("condition", "against", "outcome", "items", "difference", "p (Holm)", "test"), rows)
 
 
 def _forest(effects: Sequence[Effect]) -> str:
@@ -314,24 +353,7 @@ def _forest(effects: Sequence[Effect]) -> str:
     axis.axvline(0, color="#888888", linewidth=0.8)
     axis.set_yticks(range(len(effects)), [effect.condition for effect in reversed(effects)], fontsize=7)
     axis.set_xlabel("change of the mean reward, 95 % interval")
-    return _svg(figure)
-
-
-def _svg(figure: Figure) -> str:
-    """A figure as an element of a page, the same for the same data."""
-    written = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "memgen", "svg.fonttype": "path"}):
-        figure.savefig(written, format="svg", metadata={"Date": None})
-    text = written.getvalue()
-    # Without the XML header, whose DOCTYPE names a file elsewhere, and the metadata, which name a vocabulary.
-    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    def line(cells: Iterable[object], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + line(header, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+    return svg(figure)
 
 
 def _listed(pairs: Iterable[tuple[object, object]]) -> str:

@@ -1,0 +1,48 @@
+"""Parts of pages that need nothing from outside: the style, tables, and figures as elements."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Iterable, Sequence
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
+    "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .7em;text-align:left;border-bottom:1px solid #ddd}"
+    "svg{max-width:100%;height:auto}pre{white-space:pre-wrap;margin:0}"
+    ".verdict{background:#f3f6fa;padding:.7em 1em;border-left:4px solid #4477aa}"
+)
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A whole page.
+
+    Args:
+        title: plain text.
+        parts: elements of its body.
+    """
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    return "\n".join([f'<!doctype html><html lang="en">{head}', *parts, "</html>\n"])
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an element of a page, the same for the same data."""
+    written = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "memgen", "svg.fonttype": "path"}):
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    text = written.getvalue()
+    # Without the XML header, whose DOCTYPE names a file elsewhere, and the metadata, which name a vocabulary.
+    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of plain texts."""
+
+    def line(cells: Iterable[object], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line(header, "th") + "".join(line(row, "td") for row in rows) + "</table>"
