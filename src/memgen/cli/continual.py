@@ -8,7 +8,7 @@ import importlib.util
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +49,14 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(
             "memgen continual needs matplotlib for its figure: pip install 'memgen[analysis]' installs it"
         )
-    request = Request.from_argv(rest)
+
+    from memgen.continual.settings import ContinualSettings, read_settings
+
+    request = Request.from_argv(rest, [field.name for field in fields(ContinualSettings)])
     if request.run is not None:
         raise UsageError("memgen continual takes --out DIR, not --run")
     layers = request.layers()
     document = config.resolve(config.merge(layers), layers)
-
-    from memgen.continual.settings import read_settings
 
     try:
         settings = read_settings(document)
