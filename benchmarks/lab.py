@@ -19,13 +19,13 @@ from typing import Any
 
 from benchmarks.kept import children_cpu, kept
 from benchmarks.lab_report import machine, write_report
-from benchmarks.lora import train_lora
 from memgen.chat import load_tokenizer
 from memgen.conf_files import conf_file
 from memgen.generation.rollout import Actor, EpisodeSettings, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.lab.assets import RECIPE_VERSION, resolve_asset
 from memgen.lab.environment import Lab
+from memgen.lab.lora import train_lora
 from memgen.lab.report import MAX_NEW_TOKENS, OTHERS, base_hash, held_out
 from memgen.lab.text_world import TextWorld
 from memgen.lab.trained import base_name, fit, stage_file, stopping_at

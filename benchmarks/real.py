@@ -29,13 +29,13 @@ from omegaconf import OmegaConf
 
 from benchmarks.kept import children_cpu, kept
 from benchmarks.lab_report import machine
-from benchmarks.lora import train_lora
 from benchmarks.real_report import write_report
 from memgen.chat import conversation_ids, load_tokenizer
 from memgen.conf_files import conf_file
 from memgen.environments.base import Environment
 from memgen.files import new_folder
 from memgen.lab.assets import resolve_asset
+from memgen.lab.lora import train_lora
 from memgen.lab.report import held_out
 from memgen.lab.trained import fit, stage_file, stopping_at
 from memgen.model.adapters import LoraSettings

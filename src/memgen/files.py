@@ -95,8 +95,12 @@ def lock(path: Path) -> Iterator[None]:
         held.release()
 
 
-def hold(folder: Path) -> None:
+def hold(folder: Path, option: str = "--run DIR") -> None:
     """Holds a folder that only one process may write to, until `release` or the end of the process; again: does nothing.
+
+    Args:
+        folder: made if it does not exist.
+        option: the option that names another one, for the message.
 
     Raises:
         OSError: if another process holds it, also after a few seconds: one that was killed may still be ending.
@@ -111,7 +115,7 @@ def hold(folder: Path) -> None:
     except Timeout as error:
         raise OSError(
             f"another process is running in {folder}, and two would mix their files; wait for it or stop it, or choose "
-            "another folder (--run DIR)"
+            f"another folder ({option})"
         ) from error
     _HELD[place] = held
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -57,6 +57,10 @@ def parse(kind: type[Record], values: Mapping[str, Any]) -> Record:
 
 
 def _require_known(kind: Any, values: Any, prefix: str) -> None:
+    if get_origin(kind) is dict and isinstance(values, Mapping):  # its keys are names of the user's
+        for key, value in values.items():
+            _require_known(get_args(kind)[1], value, f"{prefix}{key}.")
+        return
     records = [found for found in (kind, *get_args(kind)) if isinstance(found, type) and is_dataclass(found)]
     if not records or not isinstance(values, Mapping):
         return

@@ -35,7 +35,8 @@ def run(tmp_path, monkeypatch):
             out=tmp_path / out,
             **{**settings(), **changes},
         )
-        return analyze(player, make_trainer(tmp_path), chosen), tmp_path / out
+        result = analyze(player, make_trainer(tmp_path), chosen)
+        return (result.analysis, result.collection), tmp_path / out
 
     return analyse
 

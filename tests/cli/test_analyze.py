@@ -12,6 +12,7 @@ import pytest
 
 from cli.played import CONFIG, prepare_trained
 from memgen.analysis import playing, report
+from memgen.analysis.labels import BELIEF, PLANNING
 from memgen.cli import main as front_end
 from memgen.results import statistics
 
@@ -49,6 +50,28 @@ def test_it_reports_and_says_the_same_again_without_playing(folder, capsys, monk
     assert (folder / "found" / "report.html").read_text() == page
     assert {path: path.read_bytes() for path in (folder / "found" / "conditions").iterdir()} == played
 
+    # People label the failures of that analysis; their types take the place of the rules'.
+    html = (folder / "found" / "label.html").read_text()
+    exported = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
+    failures = [json.loads(line) for line in (folder / "found" / "failures.jsonl").read_text().splitlines()]
+    assert [failure["id"] for failure in failures] == [failure["id"] for failure in exported["failures"]]
+    assert all(failure["messages"][-1]["role"] == "assistant" for failure in failures)
+    for annotator, kinds in (("A", [PLANNING, BELIEF]), ("B", [PLANNING, PLANNING])):
+        types = {failure["id"]: kinds[number % 2] for number, failure in enumerate(failures)}
+        text = {key: exported[key] for key in ("format", "export")} | {
+            "annotator": annotator,
+            "labels": types,
+        }
+        (folder / f"{annotator}.json").write_text(json.dumps(text))
+    assert analyze("--out", "found", "--labels", "A.json", "--labels", "B.json") == 0
+    assert f"A and B: Cohen's kappa 0.000 on {len(failures)} failures" in capsys.readouterr().out
+    numbers = json.loads((folder / "found" / "analysis.json").read_text())
+    assert numbers["labelling"]["agreed"] == (len(failures) + 1) // 2
+    kinds = {e["outcome"]["failure"] for found in numbers["removals"] for e in found["beyond_random"]}
+    assert kinds == {None, PLANNING}
+    assert "Cohen&#x27;s kappa" in (folder / "found" / "report.html").read_text()
+    assert {path: path.read_bytes() for path in (folder / "found" / "conditions").iterdir()} == played
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -56,9 +79,10 @@ def test_it_reports_and_says_the_same_again_without_playing(folder, capsys, monk
         (["--clusters", "1"], "clusters must be at least 2, got 1"),
         (["--data.test_examples", "1"], "the test split has 1 items, but an analysis needs at least 4"),
         (["--model.memgen.trigger.kind", "never"], "the trigger never invokes"),
+        (["--labels", "nowhere.json"], "nowhere.json does not exist (--labels)"),
         (["--ckpt_path", "last"], "memgen analyze needs a checkpoint directory: --checkpoint DIR"),
     ],
-    ids=["one cluster", "one item", "no invocation", "a checkpoint to resume from"],
+    ids=["one cluster", "one item", "no invocation", "no labels", "a checkpoint to resume from"],
 )
 def test_what_cannot_be_analysed_is_refused_in_one_line(folder, capsys, arguments, message):
     assert analyze(*arguments) == 2

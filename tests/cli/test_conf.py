@@ -14,7 +14,10 @@ from memgen.lab.trained import TRAINED, stage_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
-STAGES = sorted(CONF.glob("*.yaml"))
+# Every other file at the top is of a command of its own.
+STAGES = sorted(
+    path for path in CONF.glob("*.yaml") if "class_path" in yaml.safe_load(path.read_text()).get("model", {})
+)
 COMPLETE = sorted((CONF / "published").glob("**/*.yaml"))
 OVERLAYS = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("published", "slurm"))
 NEEDS = {CONF / "backbone" / "tiny.yaml": [CONF / "data" / "gsm8k.yaml"]}

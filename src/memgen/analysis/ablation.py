@@ -402,7 +402,8 @@ class Ablation(LightningModule):
                 )
         config = dataclasses.replace(config, weaver=weaver)
         base = model.reasoner.backbone
-        source = build_source(weaver, Surroundings(base, base, self.data.tokenizer_object))
+        tokenizer = self.data.tokenizer_object
+        source = build_source(weaver, Surroundings(base, base, tokenizer, tokenizer))
         if found is not None:
             holder = writing_by(model, source)
             holder.config, holder.tokenizer = config, model.tokenizer

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from memgen.analysis.effects import Effect
 from memgen.analysis.matrix import COSTS, Line, Matrix
-from memgen.analysis.page import STYLE, forest, svg, table
+from memgen.analysis.page import forest, page, svg, table
 from memgen.files import write_whole
 
 REPORT, NUMBERS = "report.html", "ablation.json"
@@ -77,7 +77,6 @@ def report_html(matrix: Matrix) -> str:
     """The page."""
     found = columns(matrix)
     parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(matrix.title)}</title><style>{STYLE}</style>',
         f"<h1>{html.escape(matrix.title)} on {html.escape(matrix.environment)}</h1>",
         f"<p>{matrix.items} test items, {html.escape(matrix.of)}, temperature {matrix.temperature:g}, seed "
         f"{matrix.seed}. The same items, template, limits and seeds in every line; costs are means per item. "
@@ -104,7 +103,7 @@ def report_html(matrix: Matrix) -> str:
             "<h2>On each task</h2><p>p-values are Holm's over this table.</p>",
             _effects(matrix.by_task),
         ]
-    return "\n".join([*parts, "</html>\n"])
+    return page(matrix.title, parts)
 
 
 def _effects(effects: Sequence[Effect]) -> str:

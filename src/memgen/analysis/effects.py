@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from memgen.analysis.failures import TYPES
+from memgen.analysis.labels import MEANINGS, NONE, UNLABELLED
 from memgen.results.statistics import Interval, mean_interval, paired_test
 
 REWARD = "reward"
@@ -34,11 +35,12 @@ class Outcome:
         return 1 if self.failure is None else -1
 
     def values(self, answers: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
-        """Its value for each valid answer of those items, by index."""
+        """Its value for each valid answer of those items, by index; a failure that people left without a label has no type."""
         return {
             index: answer["reward"] if self.failure is None else float(answer["failure"] == self.failure)
             for index, answer in answers.items()
             if answer["fault"] is None and self.task in (None, answer["task"])
+            if self.failure is None or answer["failure"] != UNLABELLED
         }
 
 
@@ -76,10 +78,11 @@ def outcomes(answers: Sequence[Mapping[int, Mapping[str, Any]]]) -> list[Outcome
     records = [record for condition in answers for record in condition.values()]
     tasks = sorted({record["task"] for record in records})
     seen = {record["failure"] for record in records}
+    kinds = [*TYPES, *(kind for kind in MEANINGS if kind != NONE)]
     return [
         Outcome(REWARD),
         *(Outcome(f"{REWARD} on {task}", task=task) for task in tasks if len(tasks) > 1),
-        *(Outcome(f"failure: {kind}", failure=kind) for kind in TYPES if kind in seen),
+        *(Outcome(f"failure: {kind}", failure=kind) for kind in kinds if kind in seen),
     ]
 
 

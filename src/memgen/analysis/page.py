@@ -18,7 +18,17 @@ STYLE = (
     "svg{max-width:100%;height:auto}pre{white-space:pre-wrap;margin:0}"
     ".verdict{background:#f3f6fa;padding:.7em 1em;border-left:4px solid #4477aa}"
 )
-"""Of every page."""
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A whole page.
+
+    Args:
+        title: plain text.
+        parts: elements of its body.
+    """
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    return "\n".join([f'<!doctype html><html lang="en">{head}', *parts, "</html>\n"])
 
 
 def forest(effects: Sequence[Effect]) -> str:

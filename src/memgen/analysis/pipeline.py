@@ -28,6 +28,14 @@ from memgen.analysis.interventions import (
     removals,
     whole_block_conditions,
 )
+from memgen.analysis.labels import (
+    Failure,
+    Labelling,
+    Labels,
+    collect_failures,
+    combine,
+    relabelled,
+)
 from memgen.analysis.playing import Answers, Player
 from memgen.analysis.probes import Probe, probes
 from memgen.analysis.verdict import ClusterEffects, RemovalResult, Verdict, verdict
@@ -101,6 +109,7 @@ class Analysis:
         assigned: the cluster of every block of the collection, from 0, by N.
         overall: every condition against the checkpoint as it is.
         removals: for each N.
+        labelling: what people said about failures; None: the types of failure are those of rules.
         notes: what was left out, and why.
         verdict: what follows.
     """
@@ -121,20 +130,39 @@ class Analysis:
     assigned: Mapping[int, list[int]]
     overall: tuple[Effect, ...]
     removals: tuple[ClusterEffects, ...]
+    labelling: Labelling | None
     notes: tuple[str, ...]
     verdict: Verdict
 
 
-def analyze(player: Player, trainer: Trainer, settings: AnalysisSettings) -> tuple[Analysis, Collection]:
+@dataclass(frozen=True)
+class Found:
+    """What an analysis leaves behind.
+
+    Attributes:
+        analysis: its result.
+        collection: the blocks.
+        failures: failed trajectories of the checkpoint as it is and of all removals of clusters, for people to label.
+    """
+
+    analysis: Analysis
+    collection: Collection
+    failures: list[Failure]
+
+
+def analyze(
+    player: Player, trainer: Trainer, settings: AnalysisSettings, labels: Sequence[Labels] = ()
+) -> Found:
     """Analyses the checkpoint of a player. What was played before is not played again.
 
     Args:
         player: plays the items.
         trainer: of one process.
         settings: of the analysis.
+        labels: people's types of failure, of one annotator or two; none: those of rules.
 
     Raises:
-        ValueError: if there are too few items, or too few answers with woven latents.
+        ValueError: if there are too few items, or too few answers with woven latents, or the labels are of other failures.
     """
     collection = player.collect(trainer)
     vocabulary = player.memgen.reasoner.backbone.embedding.detach()
@@ -147,6 +175,15 @@ def analyze(player: Player, trainer: Trainer, settings: AnalysisSettings) -> tup
     directions = Directions(vocabulary)
     planned = [removal for found in centroids for removal in removals(found, directions, settings.top_k)]
     answers, results = _play(player, trainer, collection, planned, sorted(scoring), settings.seed)
+    shown = [TRAINED.name, *dict.fromkeys(name for r in results for name in (r.condition, r.control))]
+    failures = collect_failures(
+        answers, shown, lambda index: player.items[index].example.target, settings.seed
+    )
+    labelling = combine(failures, labels) if labels else None
+    summaries = {name: _summary(found) for name, found in answers.items()}
+    if labelling is not None:
+        answers = relabelled(answers, labelling.types, shown)
+        summaries |= {name: _summary(answers[name]) for name in shown}
     measured = outcomes(list(answers.values()))
     others = [name for name in answers if name != TRAINED.name]
     overall = effects([(name, TRAINED.name) for name in others], answers, measured)
@@ -179,7 +216,7 @@ def analyze(player: Player, trainer: Trainer, settings: AnalysisSettings) -> tup
         fitting=len(fitting),
         scoring=len(scoring),
         reward=mean_interval(trained),
-        conditions={name: _summary(found) for name, found in answers.items()},
+        conditions=summaries,
         geometry=geometry.describe(collection, words, SUCCESS, settings.seed),
         probes=tuple(probes(collection, settings.seed)),
         study=study,
@@ -191,10 +228,11 @@ def analyze(player: Player, trainer: Trainer, settings: AnalysisSettings) -> tup
         assigned={count: labels.tolist() for count, labels in assigned.items()},
         overall=tuple(overall),
         removals=tuple(tested),
+        labelling=labelling,
         notes=tuple(notes),
         verdict=verdict(study, overall, tested),
     )
-    return analysis, collection
+    return Found(analysis, collection, failures)
 
 
 def halves(collection: Collection, seed: int) -> tuple[set[int], set[int]]:

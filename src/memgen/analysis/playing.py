@@ -43,7 +43,8 @@ FEWEST_ITEMS = 4
 
 Answers = dict[int, dict[str, Any]]
 """A record of each item's answer by the item's index: `id`, `task`, `reward`, `failure`, `fault`, `invoked`, `decisions`,
-`removed`."""
+`removed`,
+`text`, `messages`."""
 
 
 @final
@@ -277,7 +278,10 @@ class Player(LightningModule):
                     f"{self.folder} has the answers, but neither {folder.name} nor {self._item_folder.name} with their "
                     "latents; remove it, or choose another folder (--out DIR)"
                 )
-            rows = [{k: v for k, v in a.items() if k not in ("blocks", "parts", "decisions")} for a in valid]
+            rows = [
+                {k: v for k, v in a.items() if k not in ("blocks", "parts", "decisions", "messages")}
+                for a in valid
+            ]
             blocks = [block for answer in valid for block in answer["blocks"]]
             collection.merge_items(folder, rows, blocks, self._item_folder)
         if self._item_folder.is_dir():
@@ -323,6 +327,9 @@ def _answer(index: int, task: str, trajectory: Trajectory) -> dict[str, Any]:
         "failure": failure_type(trajectory),
         "fault": trajectory.fault,
         "text": "\n".join(turn.text for turn in trajectory.turns),
+        "messages": [
+            {"role": message["role"], "content": message["content"]} for message in trajectory.messages()
+        ],
         "tokens": trajectory.tokens,
         "invoked": trajectory.invocations,
         "decisions": [

@@ -16,12 +16,14 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 
-from memgen.analysis.clusters import MOST_BLOCKS
+from memgen.analysis.clusters import LEVEL, MOST_BLOCKS
 from memgen.analysis.collection import Collection, Floats
 from memgen.analysis.effects import REWARD, Effect
 from memgen.analysis.geometry import Quantiles
-from memgen.analysis.page import STYLE, forest, svg, table
+from memgen.analysis.labels import PAGE
+from memgen.analysis.page import forest, page, svg, table
 from memgen.analysis.pipeline import Analysis
+from memgen.analysis.verdict import ClusterEffects
 from memgen.files import write_whole
 
 REPORT, NUMBERS = "report.html", "analysis.json"
@@ -50,14 +52,14 @@ def write(analysis: Analysis, collection: Collection, folder: Path) -> tuple[str
 def report_html(analysis: Analysis, collection: Collection) -> str:
     """The page."""
     parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Memory analysis</title><style>{STYLE}</style>',
         f"<h1>Latent memory of {html.escape(analysis.environment)}</h1>",
         *_verdict(analysis),
         *_geometry(analysis),
         *_clusters(analysis, collection),
         *_interventions(analysis),
+        *_labels(analysis),
     ]
-    return "\n".join([*parts, "</html>\n"])
+    return page("Memory analysis", parts)
 
 
 def _verdict(analysis: Analysis) -> list[str]:
@@ -270,11 +272,57 @@ def _interventions(analysis: Analysis) -> list[str]:
                 ("removal", "filter rate", "rate of the random removal"),
                 [(r.condition, f"{r.rate:.0%}", f"{r.control_rate:.0%}") for r in found.results],
             ),
+            _causal(found),
             _effects(found.beyond_random),
             f"<h3>N = {found.clusters}: removal of one cluster against that of another</h3>",
             _effects(found.between),
         ]
     return parts
+
+
+def _causal(found: ClusterEffects) -> str:
+    """Clusters and types of failure: what a removal adds to the share of each, beyond the random removal."""
+    kinds = list(
+        dict.fromkeys(e.outcome.failure for e in found.beyond_random if e.outcome.failure is not None)
+    )
+    if not kinds:
+        return ""
+    effects = {(e.condition, e.outcome.failure): e for e in found.beyond_random}
+    rows = []
+    for result in found.results:
+        cells = [effects.get((result.condition, kind)) for kind in kinds]
+        rows.append((result.condition, *("" if e is None else _points(e) for e in cells)))
+    return (
+        "<p>Share of each type of failure, beyond the random removal, in points; * p (Holm) &lt;= 0.05.</p>"
+        + table(("removal", *kinds), rows)
+    )
+
+
+def _points(effect: Effect) -> str:
+    return f"{100 * effect.difference.mean:+.1f}{' *' if effect.adjusted <= LEVEL else ''}"
+
+
+def _labels(analysis: Analysis) -> list[str]:
+    """What people said about failures, and how far they agree."""
+    found = analysis.labelling
+    if found is None:
+        return [f"<h2>Failures</h2><p>Their types are those of rules. {PAGE} is a page to label them.</p>"]
+    rows = [
+        (
+            a.first,
+            a.second,
+            a.failures,
+            f"{a.share:.0%}",
+            "not defined" if a.kappa is None else f"{a.kappa:.3f}",
+        )
+        for a in found.agreements
+    ]
+    return [
+        f"<h2>Failures</h2><p>Their types are those of {html.escape(' and '.join(found.annotators))}: {found.agreed} of "
+        f"{found.failures} different failures have one; the others, and those of conditions without labels, count for the reward "
+        "alone. Annotators and rules are compared in the types that both know.</p>",
+        table(("", "", "failures", "agreement", "Cohen's kappa"), rows),
+    ]
 
 
 def _effects(effects: Sequence[Effect]) -> str:

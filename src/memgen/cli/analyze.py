@@ -12,7 +12,7 @@ from memgen.cli.config import Request
 from memgen.cli.errors import UsageError
 from memgen.cli.options import take_options
 
-_VALUED = ("--out", "--clusters", "--top-k", "--analysis-seed", "--null-draws")
+_VALUED = ("--out", "--clusters", "--top-k", "--analysis-seed", "--null-draws", "--labels")
 _FLAGS = ("--help", "-h")
 _PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _analyze(command: Any, options: argparse.Namespace) -> None:
     from memgen.analysis import report
+    from memgen.analysis.labels import PAGE, read_labels, write_failures
     from memgen.analysis.pipeline import AnalysisSettings, analyze
     from memgen.analysis.playing import Player
     from memgen.cli.run import stage_and_data
@@ -64,6 +65,7 @@ def _analyze(command: Any, options: argparse.Namespace) -> None:
         "seed": options.analysis_seed,
         "null_draws": options.null_draws,
     }
+    labels = [read_labels(Path(path)) for path in options.labels]
     settings = AnalysisSettings(**{key: value for key, value in given.items() if value is not None})
     player = Player(
         memgen=stage.config,
@@ -76,14 +78,20 @@ def _analyze(command: Any, options: argparse.Namespace) -> None:
         root=Path(resolved["trainer"].get("default_root_dir") or DEFAULT_ROOT),
         out=None if options.out is None else Path(options.out),
     )
-    analysis, collection = analyze(player, trainer, settings)
-    page, numbers = report.write(analysis, collection, player.folder)
+    result = analyze(player, trainer, settings, labels)
+    analysis = result.analysis
+    write_failures(result.failures, f"Failures of {analysis.environment}", player.folder)
+    page, numbers = report.write(analysis, result.collection, player.folder)
     for found in run_loggers(trainer.loggers):
         found.log_text(page, f"analysis/{report.REPORT}")
         found.log_text(numbers, f"analysis/{report.NUMBERS}")
         # The Trainer has ended the run already; this sends what came after.
         found.finalize()
     print("\n".join([analysis.verdict.headline, *analysis.verdict.sentences]))
+    for sides in () if analysis.labelling is None else analysis.labelling.agreements:
+        kappa = "not defined" if sides.kappa is None else f"{sides.kappa:.3f}"
+        print(f"{sides.first} and {sides.second}: Cohen's kappa {kappa} on {sides.failures} failures")
+    print(f"{len(result.failures)} failures to label: {player.folder / PAGE}")
     print(f"report: {player.folder / report.REPORT}")
 
 
@@ -100,6 +108,14 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         metavar="DIR",
         help="folder of collection, answers and report (default: runs/analysis/NAME, NAME by settings and code)",
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a file of labels that the page label.html of this analysis saved; twice: those of two annotators. They take the "
+        "place of the rules' types of failure",
     )
     parser.add_argument(
         "--clusters",

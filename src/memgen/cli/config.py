@@ -13,7 +13,7 @@ import contextlib
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -83,11 +83,12 @@ class Request:
     run: Path | None = None
 
     @classmethod
-    def from_argv(cls, argv: Sequence[str]) -> Request:
+    def from_argv(cls, argv: Sequence[str], keys: Collection[str] = ()) -> Request:
         """Reads `--config FILE`, `--print_config`, `--checkpoint DIR`, `--run DIR`, `--a.b.c value`, `--a.b.c=value`.
 
         Args:
             argv: the arguments after the command.
+            keys: keys at the top of the configuration, none of which is an option misspelt.
 
         Raises:
             UsageError: if an argument is no option, an option lacks its value, or there is no `--config`.
@@ -119,7 +120,7 @@ class Request:
                 overrides.append(("model.init_from", value))
             elif key == "run":
                 run = Path(value)
-            elif key not in OPTIONS and nearest(key, OPTIONS) is not None and "." not in key:
+            elif key not in (*OPTIONS, *keys) and nearest(key, OPTIONS) is not None and "." not in key:
                 raise UsageError(f"unknown option --{key}; did you mean --{nearest(key, OPTIONS)}?")
             else:
                 overrides.append((key, value))

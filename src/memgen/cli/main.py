@@ -43,6 +43,9 @@ COMMANDS = {
     "ablate": Command("what memory is worth, against every control", "memgen.cli.ablate"),
     "analyze": Command("what the latent memory is and does", "memgen.cli.analyze"),
     "oracle": Command("what a trigger can gain", "memgen.cli.oracle"),
+    "continual": Command(
+        "learn tasks one after another, and see what is left of each", "memgen.cli.continual"
+    ),
     "collect": Command("turn the agent's own experience into training data", "memgen.cli.collect"),
     "compare": Command("compare two tests item by item", "memgen.cli.compare"),
     "generate": Command("answer a prompt and mark where memory was woven in", "memgen.cli.generate"),

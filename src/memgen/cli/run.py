@@ -183,8 +183,17 @@ def built(request: Request) -> TrainerCommand:
     Raises:
         UsageError: if the configuration is refused.
     """
-    layers = _layers(request)
+    return built_from(request, _layers(request))
+
+
+def built_from(request: Request, layers: Sequence[Layer]) -> TrainerCommand:
+    """As `built`, of sources of which not all are files.
+
+    Raises:
+        UsageError: if the configuration is refused.
+    """
     merged = config.merge(layers)
+    _require_stage(merged, layers)
     document = config.resolve(merged, layers)
     _require_checkpoints(document)
     _quieten()

@@ -217,6 +217,8 @@ class WeaverSFT(Stage):
         self._warn_if_untrained()
 
     def _warn_if_untrained(self) -> None:
+        if self.memgen.trigger.probability == 0.0:
+            return  # It scores the bare reasoner.
         if self.init_from is None and self.trainer.ckpt_path is None:
             logger.warning("no checkpoint was given: this scores an untrained weaver (--checkpoint DIR)")
 

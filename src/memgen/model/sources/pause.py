@@ -70,7 +70,8 @@ class Pause(LatentSource):
     @property
     @override
     def dtype(self) -> torch.dtype:
-        return next(iter(self.vectors.values())).dtype
+        first: Tensor = next(iter(self.vectors.values()))
+        return first.dtype
 
     def block(self, kind: InsertionKind) -> Float[Tensor, "latent hidden"]:
         """The K vectors of a kind of insertion."""

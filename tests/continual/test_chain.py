@@ -1,0 +1,223 @@
+"""The order of trainings and tests of a chain, with commands that only write what the real ones would leave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memgen.continual import chain as chain_module
+from memgen.continual.chain import Chain, Stage, keep_settings
+from memgen.continual.settings import ContinualSettings, read_settings
+from memgen.results.score_files import Answered, Records
+from memgen.results.summary import summarise
+
+TASKS = {"a": {}, "b": {}, "c": {}}
+MODEL = {
+    "memgen": {
+        "backbone": {"name": "base", "dtype": "float32"},
+        "weaver": {"lora": {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj"]}},
+    },
+    "optimizer": {"lr": 1e-3},
+}
+ITEMS = 4
+
+
+class Interrupted(Exception):
+    """In the place of a signal."""
+
+
+def row(index, right, fault=None):
+    return {
+        "index": index, "id": str(index), "sample": 0, "reward": float(right), "parts": {}, "fault": fault, "tokens": 1,
+        "reasoner_positions": 1, "weaver_positions": 0, "trigger_positions": 0, "seconds": 0.0, "truncated": False,
+    }  # fmt: skip
+
+
+class Agent:
+    """Commands of an agent that has learnt exactly the task that it learnt last, and remembers where it began.
+
+    Args:
+        dies_at: number of the call that writes half of what it should and ends the process, or None.
+    """
+
+    def __init__(self, dies_at: int | None = None) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.dies_at = dies_at
+
+    def _called(self, what: str, path: Path) -> None:
+        self.calls.append((what, path.name))
+        if len(self.calls) == self.dies_at:
+            raise Interrupted
+
+    def fit(self, config, overrides, run):
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "half").touch()
+        self._called("fit", run)
+        start = overrides.get("model.init_from")
+        best = run / "best"
+        best.mkdir()
+        task = config.stem.rpartition("-")[2]
+        came = [] if start is None else (start / "history").read_text().split()
+        (best / "history").write_text(" ".join([*came, config.stem]))
+        # A trigger's training leaves the weaver as it is.
+        weaver = task if "weaver_sft" in config.stem else (start / "weaver.safetensors").read_text()
+        (best / "weaver.safetensors").write_text(weaver)
+
+    def test(self, config, overrides, records):
+        self._called("test", records)
+        task = config.stem.rpartition("-")[2]
+        if "model.init_from" in overrides:
+            knows = (overrides["model.init_from"] / "weaver.safetensors").read_text()
+        else:
+            base = Path(overrides.get("model.memgen.backbone.name", "none"))
+            knows = (base / "task").read_text() if base.is_dir() else ""
+            assert overrides["model.memgen.trigger.kind"] == "never"
+        folder = Records(records, {"data": {"items": ITEMS}}, {})
+        rows = [
+            row(i, task in knows, fault="lost" if task == "c" and i == 0 and knows == "" else None)
+            for i in range(ITEMS)
+        ]
+        folder.add([Answered(i, [{"index": i}], [rows[i]]) for i in range(ITEMS)])
+        folder.write_summary(summarise(rows))
+        folder.close()
+
+
+def lora(seen):
+    def train(base, environment, directory, *, replay, **given):
+        seen.append((Path(base).name, environment, replay, given))
+        (directory / "task").write_text(
+            environment + ("" if replay is None else "".join(replay.environments))
+        )
+
+    return train
+
+
+def chain(folder, agent, **given) -> Chain:
+    settings = read_settings({"chain": ["a", "b", "c"], "tasks": TASKS, **given})
+    document = {
+        "model": MODEL,
+        "trainer": {"max_steps": 7, "accumulate_grad_batches": 2},
+        "data": {"batch_size": 4},
+    }
+    stages = {
+        (stage, task): Stage(folder / f"{stage}-{task}.yaml", document, task)
+        for stage in ("weaver_sft", "trigger_rl")
+        for task in settings.tasks
+    }
+    return Chain(settings, stages, folder, agent)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What LoRA was trained with."""
+    calls: list = []
+    monkeypatch.setattr(chain_module, "train_lora", lora(calls))
+    return calls
+
+
+def test_every_method_goes_on_from_the_task_before(tmp_path, seen):
+    agent = Agent()
+    scores = chain(tmp_path, agent, lora_lr=0.5).run()
+    assert list(scores) == ["memgen", "memgen_trigger", "lora", "lora_replay"]
+    for method in ("memgen", "memgen_trigger", "lora"):
+        # Nothing before, then the last task alone.
+        assert scores[method].matrix().tolist() == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert scores["lora_replay"].matrix().tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    # An item that the environment failed once is left out of every row.
+    assert [len(found["c"]) for found in scores["memgen"].rewards] == [ITEMS - 1] * 4
+
+    def history(path):
+        return (tmp_path / path / "best" / "history").read_text().split()
+
+    assert history("weaver_sft/3-c") == ["weaver_sft-a", "weaver_sft-b", "weaver_sft-c"]
+    # The first trigger begins beside the first weaver, every other one from the trigger before, beside its own weaver.
+    assert history("trigger_rl/3-c") == ["weaver_sft-a", "trigger_rl-a", "trigger_rl-b", "trigger_rl-c"]
+    assert (tmp_path / "trigger_start/3-c/weaver.safetensors").read_text() == "c"
+    assert [call for call in agent.calls if call[0] == "fit"] == [
+        ("fit", name) for name in ("1-a", "2-b", "3-c", "1-a", "2-b", "3-c")
+    ]
+    assert [(base, task) for base, task, _, _ in seen] == [("base", "a"), ("1-a", "b"), ("2-b", "c")] * 2
+    replays = [
+        None if replay is None else (replay.environments, replay.items, replay.share)
+        for *_, replay, _ in seen
+    ]
+    assert replays == [None] * 4 + [(["a"], 256, 0.5), (["a", "b"], 256, 0.5)]
+    given = seen[-1][-1]
+    assert (given["steps"], given["batch_size"], given["optimizer"].lr, given["every_turn"]) == (
+        7,
+        8,
+        0.5,
+        True,
+    )
+
+
+def test_killed_at_any_moment_it_goes_on_and_does_nothing_twice(tmp_path, seen):
+    given = {"chain": ["a", "b"], "tasks": {"a": {}, "b": {}}, "methods": ["memgen_trigger", "lora_replay"]}
+    whole = Agent()
+    expected = chain(tmp_path / "whole", whole, **given).run()
+    assert len(whole.calls) == 14
+    for number in range(1, len(whole.calls) + 1):
+        folder = tmp_path / str(number)
+        killed, again = Agent(dies_at=number), Agent()
+        with pytest.raises(Interrupted):
+            chain(folder, killed, **given).run()
+        found = chain(folder, again, **given).run()
+        assert {name: scores.rewards for name, scores in found.items()} == {
+            name: scores.rewards for name, scores in expected.items()
+        }
+        assert killed.calls[:-1] + again.calls == whole.calls
+    done = Agent()
+    chain(tmp_path / "whole", done, **given).run()
+    assert done.calls == []
+
+
+def test_a_chain_of_one_task_is_tested_on_all_and_methods_without_a_trigger_train_none(tmp_path, seen):
+    agent = Agent()
+    scores = chain(tmp_path, agent, chain=["b"], methods=["memgen"]).run()
+    assert scores["memgen"].matrix().tolist() == [[0, 0, 0], [0, 1, 0]]
+    assert [name for what, name in agent.calls if what == "fit"] == ["1-b"]
+    assert seen == []
+
+
+def test_a_folder_refuses_other_settings(tmp_path):
+    keep_settings(tmp_path, {"chain": ("a", "b"), "seed": 0})
+    keep_settings(tmp_path, {"chain": ("a", "b"), "seed": 0})
+    before = (tmp_path / "settings.json").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"was begun with other settings: seed was 0 and is 1; .*choose --out DIR"
+    ):
+        keep_settings(tmp_path, {"chain": ("a", "b"), "seed": 1})
+    assert (tmp_path / "settings.json").read_bytes() == before
+    assert json.loads(before) == {"chain": ["a", "b"], "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": {"a": {}}}, "at least two tasks, got a"),
+        ({"tasks": {"a": {}, "b": None}}, "at least two tasks, got a"),
+        ({"chain": ["a", "a"]}, "chain names 'a' twice"),
+        ({"chain": ["d"]}, "chain names 'd', which is none of a, b, c"),
+        ({"chain": []}, "chain names no task"),
+        ({"chain": None}, "chain is not set"),
+        ({"methods": ["memory"]}, "methods names 'memory', which is none of memgen, memgen_trigger, lora, lora_replay"),
+        ({"methods": ["lora", "lora"]}, "methods names 'lora' twice"),
+        ({"methods": []}, "methods names no method"),
+        ({"replay": {"share": 1.0}}, r"replay\.share must be above 0 and below 1, got 1\.0"),
+        ({"replay": {"items": 0}}, r"replay\.items must be at least 1, got 0"),
+        ({"tasks": {"a": {"setting": {}}, "b": {}}}, r"tasks\.a\.setting is not a key of StageSettings"),
+        ({"tasks": {"../a": {}, "b": {}}}, "a task's name is a folder's"),
+        ({"model": {}}, "model is not a key of ContinualSettings"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_a_chain_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        read_settings({"chain": ["a"], "tasks": TASKS, **change})
+
+
+def test_an_overlay_takes_a_task_away_with_null():
+    found = read_settings({"chain": ["a"], "tasks": {**TASKS, "b": None}})
+    assert isinstance(found, ContinualSettings)
+    assert list(found.tasks) == ["a", "c"]
