@@ -70,7 +70,8 @@ class Pause(LatentSource):
     @property
     @override
     def dtype(self) -> torch.dtype:
-        return next(iter(self.vectors.values())).dtype
+        dtype: torch.dtype = next(iter(self.vectors.values())).dtype
+        return dtype
 
     def block(self, kind: InsertionKind) -> Float[Tensor, "latent hidden"]:
         """The K vectors of a kind of insertion."""
