@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from memgen.cli.config import Request
-from memgen.cli.errors import UsageError
 from memgen.cli.options import take_options
 
 _VALUED = ("--out", "--budget", "--oracle-seed")
@@ -51,23 +50,15 @@ def _oracle(command: Any, settings: Any, out: str | None) -> None:
     from memgen.analysis import oracle_report
     from memgen.analysis.oracle import FOLDER, explore
     from memgen.analysis.playing import Player
-    from memgen.data import EnvironmentData
+    from memgen.cli.run import stage_and_data
     from memgen.files import current
     from memgen.model.trigger import TriggerConfig
     from memgen.tracking.address import DEFAULT_ROOT
     from memgen.tracking.run_logger import run_loggers
     from memgen.training.checkpoint import TRIGGER_FILE
 
-    stage, data, trainer = command.model, command.datamodule, command.trainer
-    if not isinstance(data, EnvironmentData) or not hasattr(stage, "generation"):
-        raise UsageError("memgen oracle needs a stage of memgen and memgen.data.EnvironmentData")
-    resolved = command.resolved()
-    if stage.init_from is None or resolved.get("ckpt_path") is not None:
-        raise UsageError("memgen oracle needs a checkpoint directory: --checkpoint DIR")
-    if trainer.world_size > 1:
-        raise UsageError(
-            f"memgen oracle plays in one process, got {trainer.world_size}; set trainer.devices and trainer.num_nodes to 1"
-        )
+    stage, data = stage_and_data(command, "oracle", needs_checkpoint=True)
+    trainer, resolved = command.trainer, command.resolved()
     folder = current(Path(data.resolve_asset(stage.init_from)))
     has_trigger = stage.config.trigger.learned and (folder / TRIGGER_FILE).exists()
     # Any other trigger has no say, not even in the identity of what is recorded.
