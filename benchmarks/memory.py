@@ -55,8 +55,8 @@ class Subject:
 
 SUBJECTS = {
     "shop": Subject("Closed-book shop", "weaver", (), 300),
-    "bill": Subject("Bill of six items", "bill", ("data/lab_bill.yaml",), 300),
-    "text_world": Subject("Text world", "text_world", ("data/lab_text_world.yaml",), 200),
+    "bill": Subject("Bill of six items", "bill", ("data/lab_bill.yaml",), 160),
+    "text_world": Subject("Text world", "text_world", ("data/lab_text_world.yaml",), 160),
 }
 NULL_DRAWS = 39
 """Samples without clusters; the smallest p-value is 0.025."""

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.lab_report import mean_and_range, section
 from memgen.analysis.clusters import PAPER_COUNT
 from memgen.analysis.effects import REWARD
-from memgen.analysis.verdict import SAME_PARTITION
+from memgen.analysis.verdict import INDISCRIMINATE, SAME_PARTITION
 
 RULES = {"nearest": "nearest centroid", "top_k": "top 10"}
 
@@ -92,7 +92,8 @@ def _analysis(data: Mapping[str, Any]) -> list[str]:
             tables += [*_clusters(title, found), *_whole_blocks(title, found), *_removals(title, found)]
     if not tables:
         return []
-    seconds = [run.found["cpu_seconds"] for found in by_task.values() for run in found]
+    every = [run for found in by_task.values() for run in found]
+    seconds = [run.found["cpu_seconds"] for run in every]
     return [
         "",
         "## Clusters and interventions",
@@ -104,6 +105,9 @@ def _analysis(data: Mapping[str, Any]) -> list[str]:
         "",
         f"docs/analysis.md says what it does. {mean_and_range(seconds, 0)} CPU seconds a run.",
         "",
+        "Do the clusters do different things, beyond a random removal at the same rate? Yes in "
+        f"{sum(bool(run.found['verdict']['faculties']) for run in every)} of {len(every)} runs, by the rules of docs/analysis.md.",
+        "",
         *(_conclusion(data["subjects"][task]["title"], found) for task, found in by_task.items() if found),
         *tables,
     ]
@@ -112,15 +116,27 @@ def _analysis(data: Mapping[str, Any]) -> list[str]:
 def _conclusion(title: str, found: Sequence[Run]) -> str:
     """What the runs say about faculties, counted."""
     clustered = sum(run.found["verdict"]["clusters_found"] for run in found)
-    several = [run for run in found if run.found["verdict"]["faculties"]]
-    same = sum(any(_partitions(run)) for run in several)
-    text = (
-        f"- **{title}**: the latents form clusters in {clustered} of {len(found)} runs; several clusters have functions of their "
-        f"own, beyond a random removal at the same rate, in {len(several)}"
+    worse = sum(
+        any(removed["beyond_random"]["harms"] for row in run.found["removals"] for removed in row["removed"])
+        for run in found
     )
-    if several:
-        text += f"; in {same} of these the clusters are those of the boundary or the kind of insertion"
-    return text + "."
+    several = [run for run in found if run.found["verdict"]["faculties"]]
+    known = [run for run in found if any(_partitions(run))]
+    everything = sum(
+        all(
+            removed["rate"] >= INDISCRIMINATE
+            for row in run.found["removals"]
+            if row["rule"] == "top_k"
+            for removed in row["removed"]
+        )
+        for run in found
+    )
+    return (
+        f"- **{title}** ({len(found)} runs): the latents form clusters in {clustered}; removing some cluster does more harm than a "
+        f"random removal at the same rate in {worse}; several clusters have functions of their own in {len(several)}. The clusters "
+        f"of some N are those of the task, the boundary or the kind of insertion in {len(known)}. The paper's rule removes at least "
+        f"{INDISCRIMINATE:.0%} of all blocks, whatever the cluster, in {everything}."
+    )
 
 
 def _partitions(run: Run) -> list[bool]:

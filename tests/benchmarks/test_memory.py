@@ -115,8 +115,15 @@ def test_a_part_is_measured_once_and_the_rest_is_named_as_missing(commands, tmp_
 
 def test_the_conclusion_counts_what_the_runs_found(commands, tmp_path):
     text = run(tmp_path, "--only", "analyze", "--tasks", "shop")
-    assert "the latents form clusters in 6 of 6 runs" in text
-    assert "in 2; in 2 of these the clusters are those of the boundary or the kind of insertion." in text
+    assert "Yes in 2 of 6 runs" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("- **Closed-book shop** (6 runs)")]
+    assert (
+        "form clusters in 6; removing some cluster does more harm than a random removal at the same rate in 2;"
+        in line
+    )
+    assert "functions of their own in 2." in line
+    assert "the kind of insertion in 2." in line
+    assert line.endswith("whatever the cluster, in 0.")
     rows = [line for line in text.splitlines() if "| nearest centroid |" in line]
     assert rows[0] == "| 0 | 0 | 2 | nearest centroid | 50 / 50 | 40 / 40 | 80 / 80 | none | none |"
     assert (
