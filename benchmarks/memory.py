@@ -43,19 +43,25 @@ class Subject:
     Attributes:
         title: for the report.
         weaver: training of `benchmarks.lab` that learns it.
-        overlays: configuration files of its items on top of the stage's, below `conf/`.
+        overlays: configuration files of its items, below `conf/`.
         items: held-out items of an analysis; half of them are played under every condition.
+        trigger: training of the trigger on the weaver, or None.
+        mix: configuration files of the items that the trigger learns from: half of them are the task's.
     """
 
     title: str
     weaver: str
     overlays: tuple[str, ...]
     items: int
+    trigger: str | None = None
+    mix: tuple[str, ...] = ()
 
 
 SUBJECTS = {
-    "shop": Subject("Closed-book shop", "weaver", (), 300),
-    "bill": Subject("Bill of six items", "bill", ("data/lab_bill.yaml",), 160),
+    "shop": Subject("Closed-book shop", "weaver", ("data/lab.yaml",), 300, "trigger", ("data/lab_mix.yaml",)),
+    "bill": Subject(
+        "Bill of six items", "bill", ("data/lab_bill.yaml",), 160, "bill_trigger", ("data/lab_bill_mix.yaml",)
+    ),
     "text_world": Subject("Text world", "text_world", ("data/lab_text_world.yaml",), 160),
 }
 NULL_DRAWS = 39
@@ -94,27 +100,26 @@ class Bench:
     root: Path
     lab_root: Path
 
-    def checkpoint(self, cell: Cell) -> Path:
-        """The trained weaver, trained first if it is missing."""
-        trained = lab.Bench(self.lab_root, cell.base_seed, cell.seed)
-        return trained.train(SUBJECTS[cell.task].weaver)
+    def checkpoint(self, cell: Cell, training: str) -> Path:
+        """What a training of `benchmarks.lab` leaves, trained first if it is missing."""
+        return lab.Bench(self.lab_root, cell.base_seed, cell.seed).train(training)
 
     def analyze(self, cell: Cell) -> dict[str, Any]:
         """`memgen analyze`."""
         subject = SUBJECTS[cell.task]
-        out = self.root / cell.folder / "analyze"
-        command = (
-            *(
-                "analyze",
-                *_configs("weaver_sft", subject.overlays),
-                "--checkpoint",
-                str(self.checkpoint(cell)),
-            ),
-            *("--model.memgen.backbone.name", base_name(cell.base_seed)),
-            *("--data.test_examples", str(subject.items), "--null-draws", str(NULL_DRAWS)),
-            *("--trainer.logger", "false", "--out", str(out)),
-        )
-        return _run(command, lambda: _numbers(out / "analysis.json"))
+        own = ("--data.test_examples", str(subject.items), "--null-draws", str(NULL_DRAWS))
+        command = self.command("analyze", cell, "weaver_sft", subject.overlays, subject.weaver)
+        return _run([*command, *own], self.root / cell.folder / "analyze" / "analysis.json", _analysis)
+
+    def command(self, name: str, cell: Cell, stage: str, overlays: Sequence[str], training: str) -> list[str]:
+        """A command that plays the test items of a task with a checkpoint."""
+        files = [stage_file(stage), *map(conf_file, overlays)]
+        return [
+            *(name, *(argument for file in files for argument in ("--config", str(file)))),
+            *("--checkpoint", str(self.checkpoint(cell, training))),
+            *("--model.memgen.backbone.name", base_name(cell.base_seed), "--trainer.logger", "false"),
+            *("--out", str(self.root / cell.folder / name)),
+        ]
 
 
 PARTS: dict[str, Callable[[Bench, Cell], dict[str, Any]]] = {"analyze": Bench.analyze}
@@ -127,17 +132,14 @@ def cells(tasks: Sequence[str], base_seeds: Sequence[int], seeds: Sequence[int])
             yield from (Cell(task, base_seed, seed) for task in tasks)
 
 
-def _configs(stage: str, overlays: Sequence[str]) -> list[str]:
-    files = [stage_file(stage), *map(conf_file, overlays)]
-    return [argument for file in files for argument in ("--config", str(file))]
-
-
-def _run(command: Sequence[str], read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Runs a command; what it found, and what it took."""
+def _run(
+    command: Sequence[str], numbers: Path, read: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Runs a command; what the report needs of its numbers, and what it took."""
     clock, begin = children_cpu(), time.perf_counter()
     run_memgen(*command, stdout=sys.stderr)
     return {
-        **read(),
+        **read(json.loads(numbers.read_text(encoding="utf-8"))),
         "cpu_seconds": round(children_cpu() - clock, 1),
         "seconds": round(time.perf_counter() - begin, 1),
         "machine": machine(),
@@ -145,9 +147,7 @@ def _run(command: Sequence[str], read: Callable[[], dict[str, Any]]) -> dict[str
     }
 
 
-def _numbers(path: Path) -> dict[str, Any]:
-    """What the report needs of an analysis."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def _analysis(found: Mapping[str, Any]) -> dict[str, Any]:
     whole = (
         "items",
         "blocks",

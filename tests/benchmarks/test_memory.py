@@ -88,7 +88,7 @@ def commands(monkeypatch):
         (out / "analysis.json").write_text(json.dumps(found))
 
     monkeypatch.setattr(memory, "run_memgen", run_memgen)
-    monkeypatch.setattr(memory.Bench, "checkpoint", lambda bench, cell: Path("trained") / cell.task)
+    monkeypatch.setattr(memory.Bench, "checkpoint", lambda bench, cell, training: Path("trained") / training)
     return asked
 
 
