@@ -27,7 +27,7 @@ class Decision(IntEnum):
     """The trigger's decision before a token."""
 
     NOT_ASKED = -1
-    """No boundary, or the cap on insertions was reached: the trigger was not asked."""
+    """No boundary, a boundary that the settings rule out, or the cap on insertions was reached: the trigger was not asked."""
     SKIP = 0
     INVOKE = 1
 
@@ -240,6 +240,9 @@ class AgentTurn:
         observation: the text that the agent read between its previous turn and this one, truncated as it was read.
             Empty for the first turn, which reads `Trajectory.prompt`.
         work: the turn's share of the work.
+        ruled_out: boundaries at which the trigger was not asked although the cap left room, by the reason: each kind of
+            `boundaries.skip_inside`, and `cooldown`, if they are set. A boundary that several reasons rule out counts for
+            the first.
     """
 
     context: list[int]
@@ -252,6 +255,7 @@ class AgentTurn:
     text: str = ""
     observation: str = ""
     work: RowWork = field(default_factory=RowWork)
+    ruled_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def insertion_points(self) -> list[int]:

@@ -106,6 +106,21 @@ def test_what_is_recorded_is_not_played_again_and_other_settings_are_refused(fol
     assert "agent.weights was" in capsys.readouterr().err
 
 
+def test_ruled_out_boundaries_are_counted_and_are_settings_only_where_they_are_set(folder, capsys):
+    """Records that were made before boundaries could be ruled out go on."""
+    assert test("--records", "r") == 0
+    assert not {"skip_inside", "cooldown"} & set(read_records(folder / "r").settings["agent"]["boundaries"])
+    rules = ("--model.memgen.boundaries.skip_inside=[bracket]", "--model.memgen.boundaries.cooldown=40")
+    assert test("--records", "r", *rules) == 2
+    assert "agent.boundaries.cooldown was not set and is 40" in capsys.readouterr().err
+    assert test("--records", "ruled", *rules) == 0
+    out = capsys.readouterr().out
+    assert "test/ruled_out_bracket" in out
+    assert "test/ruled_out_cooldown" in out
+    counts = [line["ruled_out"] for line in without_times(folder / "ruled" / "scores.jsonl")]
+    assert all(set(found) == {"bracket", "cooldown"} for found in counts)
+
+
 def test_a_batch_size_is_no_setting_of_a_test(folder, caplog):
     assert test("--records", "r", "--data.val_batch_size", "4") == 0
     assert test("--records", "r", "--data.val_batch_size", "1") == 0

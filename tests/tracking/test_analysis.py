@@ -10,6 +10,20 @@ from memgen.results import statistics
 from memgen.tracking.store import client_of
 
 
+def test_tables_and_numbers_of_an_oracle_are_artifacts_too(root, monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
+    monkeypatch.chdir(root.parent)
+    prepare_trained(root.parent)
+    arguments = ["--checkpoint", "trained", "--budget", "3", "--trainer.logger", "true"]
+    assert front_end.main(["oracle", *CONFIG, *arguments, "--model.generation.max_new_tokens", "8"]) == 0
+    client = client_of("sqlite:///runs/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("memgen").experiment_id])
+    assert run.info.status == "FINISHED"
+    found = [item.path for item in client.list_artifacts(run.info.run_id, "oracle")]
+    assert found == ["oracle/oracle.json", "oracle/oracle.md"]
+    assert (next((root / "oracle").iterdir()) / "oracle.md").is_file()
+
+
 def test_report_and_numbers_are_artifacts_of_the_commands_run(root, monkeypatch, capsys):
     monkeypatch.setattr(statistics, "RESAMPLES", 200)
     monkeypatch.chdir(root.parent)

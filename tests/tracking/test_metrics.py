@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 import pytest
 
 from memgen.model.weaver import WeaverConfig
-from memgen.tracking.metrics import AnswerMetrics
+from memgen.tracking.metrics import AnswerMetrics, Measured
 from memgen.types import AgentTurn, Decision, Trajectory
 
 
@@ -55,6 +57,17 @@ def test_means_are_over_answers_and_parts_over_the_answers_that_have_them():
             "reward_price": 1.5 / 2,
         }
     )
+
+
+def test_boundaries_that_settings_ruled_out_are_counted_per_answer():
+    ruled_out = [{"number": 2, "cooldown": 0}, {"number": 1, "cooldown": 0}, {"number": 0, "cooldown": 0}]
+    first, second, third = (replace(turn([1], [2]), ruled_out=counts) for counts in ruled_out)
+    found = measured([answer(1.0, {}, first, second)], [answer(1.0, {}, third)])
+    assert found["ruled_out_number"] == 1.5
+    assert found["ruled_out_cooldown"] == 0.0
+    old = asdict(Measured.of(answer(1.0, {}, third), WEAVER))
+    del old["ruled_out"]
+    assert Measured.from_record(old) == replace(Measured.of(answer(1.0, {}, third), WEAVER), ruled_out={})
 
 
 def test_the_order_and_the_size_of_batches_do_not_matter():

@@ -314,6 +314,8 @@ def test_tensors_that_would_mean_something_else_are_refused_by_key(tmp_path, key
         ("boundaries__delimiters", (".",), 'boundaries.delimiters is ["."] (trained: ["a", "b"])'),
         ("boundaries__max_inference_insertions", 0, "boundaries.max_inference_insertions is 0 (trained: 3)"),
         ("boundaries__keep_turn_latents", True, "boundaries.keep_turn_latents is true"),
+        ("boundaries__skip_inside", ("number",), 'boundaries.skip_inside is ["number"] (trained: [])'),
+        ("boundaries__cooldown", 8, "boundaries.cooldown is 8 (trained: 0)"),
         ("trigger__kind", "always", "a trained trigger, which is not used"),
     ],
 )
@@ -368,7 +370,8 @@ def test_an_older_checkpoint_that_says_less_loads(tmp_path, caplog):
     def change(header):
         for key in ("tokenizer", "text", "trained_insertions"):
             del header[key]
-        del header["config"]["boundaries"]["keep_turn_latents"]
+        for key in ("keep_turn_latents", "skip_inside", "cooldown"):
+            del header["config"]["boundaries"][key]
 
     set_config(tmp_path / "c", change)
     load_checkpoint(rebuilt(tmp_path / "c"), tmp_path / "c")

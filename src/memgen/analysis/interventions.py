@@ -28,6 +28,8 @@ from memgen.seeds import seed_of
 Change = Callable[[int, int, Tensor], Tensor]
 """Called with an item's index, the number of the block in its episode and its latents (K, H); returns what to insert, an
 empty block if nothing."""
+Decisions = Callable[[int, int], bool]
+"""Called with an item's index and how often the trigger was asked in its episode before; True invokes."""
 Rule = Literal["nearest", "top_k"]
 RULES: tuple[Rule, ...] = ("nearest", "top_k")
 
@@ -44,11 +46,13 @@ class Condition:
         name: unique among the conditions of an analysis.
         change: what happens to each block; None: nothing.
         about: everything that decides what it does, as JSON values.
+        decide: decides in place of the trigger; None: the trigger does.
     """
 
     name: str
     change: Change | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    decide: Decisions | None = None
 
     @property
     def file_name(self) -> str:

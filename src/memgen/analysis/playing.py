@@ -23,25 +23,27 @@ from memgen.analysis.interventions import TRAINED, Condition
 from memgen.data import EnvironmentData, EvalBatch, Item
 from memgen.environments.base import Example
 from memgen.files import remove
-from memgen.generation.decode import Intervention
+from memgen.generation.decode import Decide, Intervention
 from memgen.generation.rollout import Actor, EpisodeSettings, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel
+from memgen.results.controls import always_invoking
 from memgen.results.ledger import Entry, Ledger, read_lines
 from memgen.results.recorded_test import code_hash, run_settings
 from memgen.seeds import episode_seeds
 from memgen.training.stage import build_model, require_context
-from memgen.types import Trajectory
+from memgen.types import Decision, Trajectory
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "analysis"
 """Folder of analyses below the folder of runs."""
 FEWEST_ITEMS = 4
-"""Clusters are fitted on one half of the items and interventions scored on the other, which needs two items each."""
+"""What is found on one half of the items is scored on the other, which needs two items each."""
 
 Answers = dict[int, dict[str, Any]]
-"""A record of each item's answer by the item's index: `id`, `task`, `reward`, `failure`, `fault`, `invoked`, `removed`."""
+"""A record of each item's answer by the item's index: `id`, `task`, `reward`, `failure`, `fault`, `invoked`, `decisions`,
+`removed`."""
 
 
 @final
@@ -56,8 +58,9 @@ class Player(LightningModule):
         init_from: a checkpoint directory or an asset's name.
         environment: the environment's settings, so that others are noticed.
         resolve_asset: turns an asset's name into a directory.
-        root: the folder of runs. Records go to `<root>/analysis/<environment>-<hash of the settings and the code>`.
+        root: the folder of runs. Records go to `<root>/<kind>/<environment>-<hash of the settings and the code>`.
         out: another folder for them.
+        kind: of the analysis.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Player(LightningModule):
         resolve_asset: Callable[[str], str],
         root: Path,
         out: Path | None = None,
+        kind: str = FOLDER,
     ) -> None:
         super().__init__()
         self.config = memgen
@@ -82,6 +86,7 @@ class Player(LightningModule):
         self.resolve_asset = resolve_asset
         self.root = root
         self.out = out
+        self.kind = kind
         self.memgen: MemGenModel
         self.folder: Path
         """Where everything is written; known once the model is built."""
@@ -116,8 +121,8 @@ class Player(LightningModule):
         data.setup("test")
         if len(self.items) < FEWEST_ITEMS:
             raise ValueError(
-                f"the test split has {len(self.items)} items, but an analysis needs at least {FEWEST_ITEMS}: clusters "
-                "are fitted on one half and interventions scored on the other (data.test_examples)"
+                f"the test split has {len(self.items)} items, but an analysis needs at least {FEWEST_ITEMS}: what is found "
+                "on one half is scored on the other (data.test_examples)"
             )
         model = build_model(self.config, data, self.resolve_asset, self.init_from)
         if model.trigger.probability == 0.0:
@@ -137,7 +142,7 @@ class Player(LightningModule):
         )
         text = json.dumps([self._settings, code_hash()], sort_keys=True)
         name = f"{data.environment.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        self.folder = self.out or self.root / FOLDER / name
+        self.folder = self.out or self.root / self.kind / name
         self.memgen = model
 
     @property
@@ -196,7 +201,8 @@ class Player(LightningModule):
         condition = self._conditions[name]
         data = self.data
         actor = Actor(
-            self.memgen,
+            # Nothing has to be read for a trigger that does not decide.
+            self.memgen if condition.decide is None else always_invoking(self.memgen),
             data.tokenizer_object,
             data.environment,
             self.generation,
@@ -211,6 +217,7 @@ class Player(LightningModule):
             episode_seeds(self.generation.seed, items.indices),
             keep_latents=collects,
             intervene=_intervention(condition, items.indices, removed),
+            decide=_decision(condition, items.indices),
         )
         blocks = self._collect(items, found.trajectories, found.latents) if found.latents is not None else {}
         lines = [
@@ -273,7 +280,7 @@ class Player(LightningModule):
                     f"{self.folder} has the answers, but neither {folder.name} nor {self._item_folder.name} with their "
                     "latents; remove it, or choose another folder (--out DIR)"
                 )
-            rows = [{k: v for k, v in a.items() if k not in ("blocks", "parts")} for a in valid]
+            rows = [{k: v for k, v in a.items() if k not in ("blocks", "parts", "decisions")} for a in valid]
             blocks = [block for answer in valid for block in answer["blocks"]]
             collection.merge_items(folder, rows, blocks, self._item_folder)
         if self._item_folder.is_dir():
@@ -300,6 +307,11 @@ def _intervention(
     return intervene
 
 
+def _decision(condition: Condition, indices: Sequence[int]) -> Decide | None:
+    decide = condition.decide
+    return None if decide is None else lambda place, asked: decide(indices[place], asked)
+
+
 def _task(data: EnvironmentData, example: Example) -> str:
     return str(example.meta.get("task", data.environment.name))
 
@@ -316,6 +328,12 @@ def _answer(index: int, task: str, trajectory: Trajectory) -> dict[str, Any]:
         "text": "\n".join(turn.text for turn in trajectory.turns),
         "tokens": trajectory.tokens,
         "invoked": trajectory.invocations,
+        "decisions": [
+            decision
+            for turn in trajectory.turns
+            for decision in turn.decisions
+            if decision != Decision.NOT_ASKED
+        ],
     }
 
 

@@ -39,6 +39,7 @@ COMMANDS = {
     "test": Command("score on the test split", "memgen.cli.run", trainer=True),
     "predict": Command("write a prediction for every item", "memgen.cli.run", trainer=True),
     "analyze": Command("what the latent memory is and does", "memgen.cli.analyze"),
+    "oracle": Command("what a trigger can gain", "memgen.cli.oracle"),
     "collect": Command("turn the agent's own experience into training data", "memgen.cli.collect"),
     "compare": Command("compare two tests item by item", "memgen.cli.compare"),
     "generate": Command("answer a prompt and mark where memory was woven in", "memgen.cli.generate"),

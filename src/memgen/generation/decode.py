@@ -17,12 +17,12 @@ from torch import Tensor
 
 from memgen.generation.prompt import prompt_streams, read_prompts
 from memgen.generation.sampling import GenerationSettings
-from memgen.generation.state import DecodingState, Hooks, Intervention, Observer, Stop, to_host
+from memgen.generation.state import Decide, DecodingState, Hooks, Intervention, Observer, Stop, to_host
 from memgen.generation.step import DecodingSteps
 from memgen.model.memgen import MemGenModel
 from memgen.types import Generation, InsertionPlan
 
-__all__ = ["Intervention", "Observer", "Stop", "generate"]
+__all__ = ["Decide", "Intervention", "Observer", "Stop", "generate"]
 
 
 @torch.no_grad()
@@ -38,6 +38,7 @@ def generate(
     earlier: InsertionPlan | None = None,
     earlier_latents: Sequence[Sequence[Tensor]] | None = None,
     stop: Stop | None = None,
+    decide: Decide | None = None,
 ) -> Generation:
     """Answers prompts, inserting latents where the trigger says so.
 
@@ -56,6 +57,7 @@ def generate(
             `earlier`.
         stop: ends an answer besides the end tokens; asked for each live answer after each token that is not an end
             token. An answer that it ends is marked as finished.
+        decide: decides in place of the trigger (analysis), which is asked all the same.
 
     Raises:
         ValueError: if a prompt is empty or does not fit into the reasoner's context with its answer, or if earlier
@@ -68,7 +70,7 @@ def generate(
         )
     _check(prompts, settings, row_seeds, intervene)
     streams = prompt_streams(model, prompts, earlier, earlier_latents)
-    hooks = Hooks(observe, intervene, stop, keep_latents)
+    hooks = Hooks(observe, intervene, stop, keep_latents, decide)
     state = DecodingState(model, prompts, max(streams.lengths), settings, row_seeds, hooks)
     first = read_prompts(state, streams)
     steps = DecodingSteps(state)

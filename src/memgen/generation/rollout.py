@@ -30,7 +30,7 @@ from memgen.environments.base import (
     Reward,
     checked_reward,
 )
-from memgen.generation.decode import Intervention, generate
+from memgen.generation.decode import Decide, Intervention, generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenModel
 from memgen.seeds import turn_seed
@@ -119,6 +119,7 @@ def rollout(
     *,
     keep_latents: bool = False,
     intervene: Intervention | None = None,
+    decide: Decide | None = None,
 ) -> Rollouts:
     """Plays `group_size` episodes of each item.
 
@@ -129,12 +130,15 @@ def rollout(
         keep_latents: whether to return the inserted latents.
         intervene: as in `generate`, with one episode per item; it is told of items, as indices into `examples`, and of
             the invocations in the whole episode.
+        decide: as in `generate`; it is told of episodes, as indices into the result, and of what was asked in the whole
+            episode.
 
     Raises:
         RuntimeError: if the model is in training mode: with dropout, another distribution would be trained on.
         ValueError: if a prompt is empty, has words that the tokenizer does not know, or does not fit into the context.
     """
-    return _Rollout(actor, examples, seeds, keep_latents=keep_latents, intervene=intervene).run()
+    player = _Rollout(actor, examples, seeds, keep_latents=keep_latents, intervene=intervene, decide=decide)
+    return player.run()
 
 
 @dataclass
@@ -165,6 +169,7 @@ class _Rollout:
         *,
         keep_latents: bool,
         intervene: Intervention | None,
+        decide: Decide | None,
     ) -> None:
         group = actor.generation.group_size
         if len(seeds) != len(examples) * group:
@@ -176,6 +181,7 @@ class _Rollout:
         self.seeds = list(seeds)
         self.keep_latents = keep_latents
         self.intervene = intervene
+        self.decide = decide
         self.keep_turns = actor.model.boundaries.config.keep_turn_latents
         self.work = dict.fromkeys(WorkCount.__dataclass_fields__, 0)
         self.seconds = 0.0
@@ -354,6 +360,7 @@ class _Rollout:
             earlier=_plan([p.turns for p in playing]) if earlier else None,
             earlier_latents=[p.latents for p in playing] if earlier else None,
             intervene=self._intervention(playing),
+            decide=self._decision(playing),
             stop=self._stop(),
             keep_latents=self.keep_latents or self.keep_turns,
         )
@@ -382,6 +389,13 @@ class _Rollout:
             return intervene(places, counts, latents)
 
         return in_episodes
+
+    def _decision(self, playing: Sequence[_Playing]) -> Decide | None:
+        decide = self.decide
+        if decide is None:
+            return None
+        before = [sum(turn.offered for turn in p.turns) for p in playing]
+        return lambda answer, asked: decide(playing[answer].place, before[answer] + asked)
 
     def _stop(self) -> Callable[[Sequence[int]], bool] | None:
         environment, decode = self.actor.environment, self.actor.tokenizer.decode

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memgen.generation.sampling import GenerationSettings, Sampled, row_uniforms, sample
 from memgen.model.cache import PassSegment, RowKVCache, upload
+from memgen.model.inside import TextReader
 from memgen.model.memgen import MemGenModel
 from memgen.model.trigger import Boundary
 from memgen.seeds import episode_seeds
@@ -29,6 +30,9 @@ Intervention = Callable[[Sequence[int], Sequence[int], list[Tensor]], list[Tenso
 """Called with answers, how often the trigger invoked for each before, and each one's latents (K, H); returns what to
 insert, of any number of latents up to K. An empty block inserts nothing; it counts towards the limit on insertions."""
 
+Decide = Callable[[int, int], bool]
+"""Called with an answer and how often the trigger was asked for it before; True invokes, whatever the trigger says."""
+
 Stop = Callable[[Sequence[int]], bool]
 """Called with an answer's new token ids so far; True ends the answer there. It must not keep or change them."""
 
@@ -41,6 +45,7 @@ class Hooks:
     intervene: Intervention | None = None
     stop: Stop | None = None
     keep_latents: bool = False
+    decide: Decide | None = None
 
 
 @dataclass
@@ -60,6 +65,9 @@ class Answer:
     weaver_pending: list[Tensor] = field(default_factory=list)
     weaver_unread: list[int] = field(default_factory=list)
     trigger_read: int = 0  # tokens of prompt + answer that the trigger has read
+    reader: TextReader | None = None  # reads the answer's text for boundaries.skip_inside
+    invoked_at: int | None = None  # index of the token before which the trigger invoked last
+    ruled_out: dict[str, int] = field(default_factory=dict)
     work: dict[str, float] = field(default_factory=lambda: {"reasoner": 0.0, "weaver": 0.0, "trigger": 0.0})
 
     def turn(self) -> AgentTurn:
@@ -75,6 +83,7 @@ class Answer:
             insertions=self.insertions,
             finished=self.finished,
             work=RowWork(**self.work),
+            ruled_out=self.ruled_out,
         )
 
 
@@ -106,7 +115,13 @@ class DecodingState:
         self.model, self.settings, self.hooks = model, settings, hooks
         self.device = model.device
         self.prompts = [list(prompt) for prompt in prompts]
-        self.answers = [Answer(prompt) for prompt in self.prompts for _ in range(settings.group_size)]
+        bounds = model.boundaries
+        reasons = [*bounds.config.skip_inside, *(["cooldown"] if bounds.config.cooldown else [])]
+        self.answers = [
+            Answer(prompt, reader=bounds.reader(), ruled_out=dict.fromkeys(reasons, 0))
+            for prompt in self.prompts
+            for _ in range(settings.group_size)
+        ]
         weaver = model.weaver.config
         limit = min(model.boundaries.config.max_inference_insertions, settings.max_new_tokens)
         self.max_insertions = limit if weaver.inference_latents else 0
@@ -243,13 +258,27 @@ class DecodingState:
 
     def decide(self, index: int, prob: float, step: int) -> bool:
         """Decides for an answer at a boundary, and records the decision. True: it inserts."""
-        if self.samples_decisions:
+        if self.hooks.decide is not None:
+            decisions = self.answers[index].decisions
+            invoke = self.hooks.decide(index, len(decisions) - decisions.count(Decision.NOT_ASKED))
+        elif self.samples_decisions:
             assert self._decision_uniforms is not None, "sampled decisions need random numbers"
             invoke = bool(self._decision_uniforms[index][step] < prob)
         else:
             invoke = prob > 0.5
+        if invoke:
+            self.answers[index].invoked_at = len(self.answers[index].tokens)
         self._record(index, Decision.INVOKE if invoke else Decision.SKIP, prob)
         return invoke
+
+    def rules_out(self, answer: Answer) -> bool:
+        """Whether the settings rule out the boundary behind an answer's newest token, which is counted."""
+        reason = None if answer.reader is None else answer.reader.inside
+        if reason is None and self.model.boundaries.rests(len(answer.tokens), answer.invoked_at):
+            reason = "cooldown"
+        if reason is not None:
+            answer.ruled_out[reason] += 1
+        return reason is not None
 
     def no_decision(self, index: int) -> None:
         """Records that the trigger was not asked."""

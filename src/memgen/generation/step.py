@@ -65,13 +65,18 @@ class DecodingSteps:
             self._tokens_with_latents(asked, step)
 
     def _at_boundary(self) -> list[int]:
-        """Rows where the trigger is asked: behind a delimiter, and below the limit on insertions."""
+        """Rows where the trigger is asked: behind a delimiter, below the limit on insertions, and not ruled out."""
         answers = [self.state.answers[index] for index in self.live]
         newest = np.asarray([answer.tokens[-1] for answer in answers])
         previous = np.asarray([(answer.prompt[-1:] + answer.tokens[-2:])[-2] for answer in answers])
         delimited = self.state.model.boundaries.after(newest, previous)
+        texts = self.state.model.boundaries.texts
+        for answer in answers:
+            if answer.reader is not None:
+                answer.reader.read(texts[answer.tokens[-1]])
         limit = self.state.max_insertions
-        return [row for row in np.flatnonzero(delimited).tolist() if answers[row].inserted < limit]
+        below = [row for row in np.flatnonzero(delimited).tolist() if answers[row].inserted < limit]
+        return [row for row in below if not self.state.rules_out(answers[row])]
 
     # One pass
 

@@ -142,7 +142,12 @@ class MemGenModel(nn.Module):
         """As `build`, on bases that are already loaded. None shares the reasoner's."""
         weaver = Weaver(weaver_base or base, config.weaver, base.hidden_size)
         trigger = build_trigger(config.trigger, trigger_base or base, base.hidden_size, trigger_translate)
-        boundaries = Boundaries.from_tokenizer(config.boundaries, tokenizer, base.embedding.shape[0])
+        boundaries = Boundaries.from_tokenizer(
+            config.boundaries,
+            tokenizer,
+            base.embedding.shape[0],
+            at_prompt_end=config.weaver.prompt_latents > 0,
+        )
         model = cls(Reasoner(base, end_ids(base, tokenizer)), weaver, trigger, boundaries)
         model.config, model.tokenizer = config, tokenizer_fingerprint(tokenizer)
         return model

@@ -97,7 +97,7 @@ def run_settings(
             "items": len(examples),
             "hash": data_hash(examples),
         },
-        "agent": {"weights": weights_hash(model), **asdict(config)},
+        "agent": {"weights": weights_hash(model), **_recorded_config(config)},
         "generation": asdict(generation),
         "episodes": asdict(episodes),
         "environment": dict(environment or {}),
@@ -106,6 +106,15 @@ def run_settings(
         **({"template_arguments": dict(data.template.arguments)} if data.template.arguments else {}),
         "precision": precision,
     }
+
+
+def _recorded_config(config: MemGenConfig) -> dict[str, Any]:
+    values = asdict(config)
+    # Only where they are set: records that were made before there were any go on.
+    for key, unset in (("skip_inside", ()), ("cooldown", 0)):
+        if values["boundaries"][key] == unset:
+            del values["boundaries"][key]
+    return values
 
 
 @final

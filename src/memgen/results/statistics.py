@@ -71,6 +71,37 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
     return Interval(mean, low, high, len(data))
 
 
+@dataclass(frozen=True)
+class Share:
+    """A share of some items, and its Wilson confidence interval (Wilson 1927).
+
+    Attributes:
+        count: number of items.
+        total: of so many.
+        low: lower end of the interval of the share; None if there are none.
+        high: upper end; None if there are none.
+    """
+
+    count: int
+    total: int
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return "none of 0"
+        return f"{self.count / self.total:.4f} ({LEVEL:.0%} interval {self.low:.4f} to {self.high:.4f})"
+
+
+def share(count: int, total: int) -> Share:
+    """A share with its interval, which is not empty at 0 and 1, as a bootstrap's would be."""
+    if not total:
+        return Share(count, total, None, None)
+    test = importlib.import_module("scipy.stats").binomtest(count, total)
+    interval = test.proportion_ci(LEVEL, method="wilson")
+    return Share(count, total, float(interval.low), float(interval.high))
+
+
 def pass_at_k(answers: int, right: int, k: int) -> float:
     """Unbiased estimate of the probability that at least one of k answers is correct (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
 

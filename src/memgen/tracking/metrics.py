@@ -44,6 +44,7 @@ class Measured:
         latents: number of inserted latents.
         invoked_at_prompt_end: whether latents were inserted at the end of a prompt.
         fault: environment error, or None. Answers with one are left out of all means.
+        ruled_out: boundaries that settings ruled out, by the reason (`AgentTurn.ruled_out`).
     """
 
     reward: float
@@ -55,11 +56,15 @@ class Measured:
     latents: int = 0
     invoked_at_prompt_end: bool = False
     fault: str | None = None
+    ruled_out: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, trajectory: Trajectory, weaver: WeaverConfig) -> Measured:
         """Measures an episode."""
         kinds = [InsertionKind(kind) for turn in trajectory.turns for _, kind in turn.insertions]
+        ruled_out = Counter[str]()
+        for turn in trajectory.turns:
+            ruled_out.update(turn.ruled_out)
         return cls(
             reward=trajectory.reward,
             parts=dict(trajectory.parts),
@@ -70,12 +75,15 @@ class Measured:
             latents=sum(weaver.latents(kind) for kind in kinds),
             invoked_at_prompt_end=InsertionKind.PROMPT in kinds,
             fault=trajectory.fault,
+            ruled_out=dict(ruled_out),
         )
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Measured:
         """The measurements in a record of `dataclasses.asdict`, which may have further keys."""
-        return cls(**{name: record[name] for name in cls.__dataclass_fields__})
+        # Records that were made before boundaries could be ruled out go on.
+        values = {"ruled_out": {}, **record}
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 
     @property
     def right(self) -> bool:
@@ -88,7 +96,7 @@ class AnswerMetrics(Metric):
     """Means over answers: reward and its components, exact match, finished share, length, turns, insertions.
 
     `exact_match` is the share of answers with a total reward of at least `SUCCESS`. Reward components are averaged over the
-    answers that have them. Episodes with an environment error count only in `faulted`, their share. Ranks may have
+    answers that have them, and so are counts of boundaries that settings ruled out. Episodes with an environment error count only in `faulted`, their share. Ranks may have
     different numbers of answers.
 
     Args:
@@ -107,8 +115,8 @@ class AnswerMetrics(Metric):
         self.add_state("count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("faults", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         # Names of reward components are known only from the rewards, so they are gathered as objects, not as states.
-        self._part_sums: Counter[str] = Counter()
-        self._part_counts: Counter[str] = Counter()
+        self._named_sums: Counter[str] = Counter()
+        self._named_counts: Counter[str] = Counter()
 
     @override
     def update(self, answers: Sequence[Trajectory | Measured]) -> None:
@@ -130,33 +138,35 @@ class AnswerMetrics(Metric):
                     float(answer.invoked_at_prompt_end),
                 )
             )
-            for name, value in answer.parts.items():
-                self._part_sums[name] += value  # type: ignore[assignment]
-                self._part_counts[name] += 1
+            named = {f"reward_{name}": value for name, value in answer.parts.items()}
+            named |= {f"ruled_out_{reason}": float(count) for reason, count in answer.ruled_out.items()}
+            for name, value in named.items():
+                self._named_sums[name] += value  # type: ignore[assignment]
+                self._named_counts[name] += 1
         if rows:
             self.totals += torch.tensor(rows, dtype=torch.float64).sum(dim=0).to(self.totals.device)
             self.count += len(rows)
 
     @override
     def compute(self) -> dict[str, Tensor]:
-        """The means by name (`reward_<name>` for reward components); empty if there was no answer."""
-        sums, counts = self._gathered_parts()
+        """The means by name (`reward_<name>` for reward components, `ruled_out_<reason>`); empty if there was no answer."""
+        sums, counts = self._gathered_by_name()
         if self.count + self.faults == 0:
             return {}
         means = {"faulted": (self.faults / (self.count + self.faults)).float()} if self.faults else {}
         if self.count == 0:
             return means
         means |= dict(zip(_FIELDS, (self.totals / self.count).float(), strict=True))
-        return means | {f"reward_{name}": torch.tensor(sums[name] / counts[name]) for name in sorted(counts)}
+        return means | {name: torch.tensor(sums[name] / counts[name]) for name in sorted(counts)}
 
     @override
     def reset(self) -> None:
         """Resets all sums."""
         super().reset()
-        self._part_sums, self._part_counts = Counter(), Counter()
+        self._named_sums, self._named_counts = Counter(), Counter()
 
-    def _gathered_parts(self) -> tuple[Counter[str], Counter[str]]:
-        mine = (self._part_sums, self._part_counts)
+    def _gathered_by_name(self) -> tuple[Counter[str], Counter[str]]:
+        mine = (self._named_sums, self._named_counts)
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return mine
         everyone: list[tuple[Counter[str], Counter[str]]] = [mine] * torch.distributed.get_world_size()

@@ -358,7 +358,7 @@ def _differences(trained: Mapping[str, Any], ours: Mapping[str, Any], keys: Sequ
         )
         same = (
             sorted(before) == sorted(now)
-            if key.endswith((".target_modules", ".delimiters"))
+            if key.endswith((".target_modules", ".delimiters", ".skip_inside"))
             else before == now
         )
         if not same:

@@ -41,6 +41,8 @@ INSERTION_COST = 0.01
 class TriggerRL(PolicyStage):
     """Trains a trigger by reinforcement. The trained units are the decisions that it was asked for.
 
+    `memgen oracle` says beforehand whether there is anything to gain by deciding (docs/analysis.md).
+
     Args:
         memgen: the model; `trigger.kind` is tokens or hidden_states.
         optimizer: AdamW, warm-up and cosine.
