@@ -73,11 +73,18 @@ def tiny_memgen(
     delimiters: tuple[str, ...] = DELIMITERS,
     probability: float = 0.5,
     double: bool = False,
+    source: str = "weaver",
+    arguments: dict[str, Any] | None = None,
     **backbone: Any,
 ) -> MemGenModel:
-    """A MemGenModel on a tiny base; `trained` moves every new tensor away from its initial value."""
+    """A MemGenModel on a tiny base; `trained` moves every new tensor away from its initial value.
+
+    `source` is the kind of what stands in the weaver's place, `arguments` are its own.
+    """
     config = MemGenConfig(
         weaver=WeaverConfig(
+            kind=source,
+            arguments=arguments or {},
             lora=lora,
             prompt_latents=prompt_latents,
             inference_latents=inference_latents,

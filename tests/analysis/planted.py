@@ -116,16 +116,18 @@ def planted_weave(letters: dict[str, str], noise: float = 0.1, offsets: int = 0)
     """
     generator = torch.Generator().manual_seed(7)
 
-    def weave(self, states, counts, kinds, rows, cache):
+    def weave(self, states, counts, kinds, rows, cache, texts=None):
         embedding = self.backbone.embedding
         encode = byte_tokenizer().encode
         found = []
         for part, kind in zip(states.split(list(counts)), kinds, strict=True):
-            letter = next(
+            seen = [
                 letter
                 for mark, letter in letters.items()
                 if bool((part == embedding[encode(mark)[0]]).all(dim=1).any())
-            )
+            ]
+            # Behind a delimiter the prompt is not read again.
+            letter = (seen or list(letters.values()))[0]
             vector = embedding[encode(letter)[0]].detach()
             size, length = self.config.latents(kind), vector.norm()
             block = vector + noise * length / vector.shape[0] ** 0.5 * torch.randn(

@@ -153,15 +153,12 @@ class Player(LightningModule):
     @override
     def predict_dataloader(self) -> DataLoader[tuple[str, EvalBatch]]:
         """Batches of what is not recorded yet, condition by condition."""
-        size = self.data.batch_settings.val_batch_size
         wanted = range(len(self.items)) if self._wanted is None else self._wanted
-        batches = []
-        for name, ledger in self._ledgers.items():
-            left = [index for index in wanted if index not in ledger.notes]
-            batches += [(name, tuple(left[i : i + size])) for i in range(0, len(left), size)]
-        # Lightning skips what has no batch, with a warning.
-        batches = batches or [(name, ()) for name in list(self._ledgers)[:1]]
-        return DataLoader(_Items(self.items), batch_size=None, sampler=batches)
+        left = {
+            name: [index for index in wanted if index not in ledger.notes]
+            for name, ledger in self._ledgers.items()
+        }
+        return condition_batches(self.items, left, self.data.batch_settings.val_batch_size)
 
     # Playing
 
@@ -335,6 +332,26 @@ def _answer(index: int, task: str, trajectory: Trajectory) -> dict[str, Any]:
             if decision != Decision.NOT_ASKED
         ],
     }
+
+
+def condition_batches(
+    items: Sequence[Item], left: Mapping[str, Sequence[int]], size: int
+) -> DataLoader[tuple[str, EvalBatch]]:
+    """Batches of the items that are left to play, condition by condition.
+
+    Args:
+        items: all items.
+        left: indices of the items left, by the condition's name; at least one condition.
+        size: items of a batch.
+    """
+    batches = [
+        (name, tuple(indices[i : i + size]))
+        for name, indices in left.items()
+        for i in range(0, len(indices), size)
+    ]
+    # Lightning skips what has no batch, with a warning.
+    batches = batches or [(name, ()) for name in list(left)[:1]]
+    return DataLoader(_Items(items), batch_size=None, sampler=batches)
 
 
 @final

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import html
 import importlib.util
-import io
 import json
-import re
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,19 +20,13 @@ from memgen.analysis.clusters import MOST_BLOCKS
 from memgen.analysis.collection import Collection, Floats
 from memgen.analysis.effects import REWARD, Effect
 from memgen.analysis.geometry import Quantiles
+from memgen.analysis.page import STYLE, forest, svg, table
 from memgen.analysis.pipeline import Analysis
 from memgen.files import write_whole
 
 REPORT, NUMBERS = "report.html", "analysis.json"
 _FEWEST_TO_DRAW = 8
 _MOST_COLOURS = 10
-
-_STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
-    "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .7em;text-align:left;border-bottom:1px solid #ddd}"
-    "svg{max-width:100%;height:auto}pre{white-space:pre-wrap;margin:0}"
-    ".verdict{background:#f3f6fa;padding:.7em 1em;border-left:4px solid #4477aa}"
-)
 
 
 def write(analysis: Analysis, collection: Collection, folder: Path) -> tuple[str, str]:
@@ -59,7 +50,7 @@ def write(analysis: Analysis, collection: Collection, folder: Path) -> tuple[str
 def report_html(analysis: Analysis, collection: Collection) -> str:
     """The page."""
     parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Memory analysis</title><style>{_STYLE}</style>',
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Memory analysis</title><style>{STYLE}</style>',
         f"<h1>Latent memory of {html.escape(analysis.environment)}</h1>",
         *_verdict(analysis),
         *_geometry(analysis),
@@ -127,11 +118,11 @@ def _geometry(analysis: Analysis) -> list[str]:
     ]
     return [
         "<h2>Geometry</h2><p>Medians, with 5 % and 95 % quantiles.</p>",
-        _table(("", "value"), rows),
+        table(("", "value"), rows),
         "<p>Distances between mean vectors, over all pairs. Euclidean distances also compare lengths.</p>",
-        _table(("", "Euclidean", "cosine"), distances),
+        table(("", "Euclidean", "cosine"), distances),
         "<p>What can be read off a block by logistic regression, on blocks that it has not seen.</p>",
-        _table(("target", "accuracy", "chance", "majority", "p", "classes", "blocks", "tested on"), probes)
+        table(("target", "accuracy", "chance", "majority", "p", "classes", "blocks", "tested on"), probes)
         if probes
         else "<p>There are no two classes of anything to tell apart.</p>",
     ]
@@ -152,7 +143,7 @@ def _clusters(analysis: Analysis, collection: Collection) -> list[str]:
             for c in study.counts
         ]
         parts.append(
-            _table(("N", "silhouette", "without clusters", "excess", "stability (adjusted Rand)"), rows)
+            table(("N", "silhouette", "without clusters", "excess", "stability (adjusted Rand)"), rows)
         )
         parts.append(_silhouette_figure(analysis))
     described = [
@@ -175,7 +166,7 @@ def _clusters(analysis: Analysis, collection: Collection) -> list[str]:
             "nearest tokens (cosine)",
             "boundary: what follows",
         )
-        parts.append(_table(header, described))
+        parts.append(table(header, described))
     return [*parts, *_maps(analysis, collection)]
 
 
@@ -208,7 +199,7 @@ def _maps(analysis: Analysis, collection: Collection) -> list[str]:
                 axes, (labels or {"blocks": ["block"] * len(shown)}).items(), strict=True
             ):
                 _scatter(axis, places, values, f"{name}, by {title}")
-            parts.append(_svg(figure))
+            parts.append(svg(figure))
     return ["<p>Maps to look at; no sentence of the verdict rests on them.</p>", *parts]
 
 
@@ -244,7 +235,7 @@ def _silhouette_figure(analysis: Analysis) -> str:
     axis.set_xlabel("N")
     axis.set_ylabel("silhouette")
     axis.legend()
-    return _svg(figure)
+    return svg(figure)
 
 
 def _interventions(analysis: Analysis) -> list[str]:
@@ -252,8 +243,8 @@ def _interventions(analysis: Analysis) -> list[str]:
     parts = [
         "<h2>Interventions</h2><p>The same items and seeds; differences are paired, p-values are those after Holm's "
         "correction within each table.</p>",
-        _forest(overall),
-        _table(
+        forest(overall),
+        table(
             ("condition", "reward", "filter rate", "failures"),
             [
                 (
@@ -275,7 +266,7 @@ def _interventions(analysis: Analysis) -> list[str]:
     for found in analysis.removals:
         parts += [
             f"<h3>N = {found.clusters}: removal of a cluster against a random removal at the same rate</h3>",
-            _table(
+            table(
                 ("removal", "filter rate", "rate of the random removal"),
                 [(r.condition, f"{r.rate:.0%}", f"{r.control_rate:.0%}") for r in found.results],
             ),
@@ -299,39 +290,7 @@ def _effects(effects: Sequence[Effect]) -> str:
         )
         for effect in effects
     ]
-    return _table(("condition", "against", "outcome", "items", "difference", "p (Holm)", "test"), rows)
-
-
-def _forest(effects: Sequence[Effect]) -> str:
-    """Differences of the reward with their intervals."""
-    figure = Figure(figsize=(8, 1 + 0.28 * len(effects)), layout="constrained")
-    axis = figure.subplots()
-    for row, effect in enumerate(reversed(effects)):
-        difference = effect.difference
-        low, high = (difference.mean if x is None else x for x in (difference.low, difference.high))
-        axis.plot([low, high], [row, row], color="#4477aa")
-        axis.plot([difference.mean], [row], "o", color="#4477aa", markersize=4)
-    axis.axvline(0, color="#888888", linewidth=0.8)
-    axis.set_yticks(range(len(effects)), [effect.condition for effect in reversed(effects)], fontsize=7)
-    axis.set_xlabel("change of the mean reward, 95 % interval")
-    return _svg(figure)
-
-
-def _svg(figure: Figure) -> str:
-    """A figure as an element of a page, the same for the same data."""
-    written = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "memgen", "svg.fonttype": "path"}):
-        figure.savefig(written, format="svg", metadata={"Date": None})
-    text = written.getvalue()
-    # Without the XML header, whose DOCTYPE names a file elsewhere, and the metadata, which name a vocabulary.
-    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    def line(cells: Iterable[object], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + line(header, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+    return table(("condition", "against", "outcome", "items", "difference", "p (Holm)", "test"), rows)
 
 
 def _listed(pairs: Iterable[tuple[object, object]]) -> str:

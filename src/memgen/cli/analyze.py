@@ -52,20 +52,12 @@ def _analyze(command: Any, options: argparse.Namespace) -> None:
     from memgen.analysis import report
     from memgen.analysis.pipeline import AnalysisSettings, analyze
     from memgen.analysis.playing import Player
-    from memgen.data import EnvironmentData
+    from memgen.cli.run import stage_and_data
     from memgen.tracking.address import DEFAULT_ROOT
     from memgen.tracking.run_logger import run_loggers
 
-    stage, data, trainer = command.model, command.datamodule, command.trainer
-    if not isinstance(data, EnvironmentData) or not hasattr(stage, "generation"):
-        raise UsageError("memgen analyze needs a stage of memgen and memgen.data.EnvironmentData")
-    resolved = command.resolved()
-    if stage.init_from is None or resolved.get("ckpt_path") is not None:
-        raise UsageError("memgen analyze needs a checkpoint directory: --checkpoint DIR")
-    if trainer.world_size > 1:
-        raise UsageError(
-            f"memgen analyze plays in one process, got {trainer.world_size}; set trainer.devices and trainer.num_nodes to 1"
-        )
+    stage, data = stage_and_data(command, "analyze", needs_checkpoint=True)
+    resolved, trainer = command.resolved(), command.trainer
     given = {
         "clusters": options.clusters,
         "top_k": options.top_k,

@@ -49,18 +49,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _collect(command: Any, options: argparse.Namespace) -> None:
-    from memgen.data import EnvironmentData
+    from memgen.cli.run import stage_and_data
     from memgen.results.collect import Collector, KeepRule
 
-    stage, data, trainer = command.model, command.datamodule, command.trainer
-    if not isinstance(data, EnvironmentData) or not hasattr(stage, "generation"):
-        raise UsageError("memgen collect needs a stage of memgen and memgen.data.EnvironmentData")
-    resolved = command.resolved()
-    if resolved.get("ckpt_path") is not None:
-        raise UsageError(
-            f"ckpt_path is {resolved['ckpt_path']}, a checkpoint to resume training from; memgen collect plays a checkpoint "
-            "directory: --checkpoint DIR"
-        )
+    stage, data = stage_and_data(command, "collect", needs_checkpoint=False)
+    resolved, trainer = command.resolved(), command.trainer
     sampling = getattr(stage, "rollout", stage.generation)
     given = {"group_size": options.samples, "temperature": options.temperature, "seed": options.seed}
     sampling = dataclasses.replace(

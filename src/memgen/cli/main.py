@@ -38,6 +38,7 @@ COMMANDS = {
     "validate": Command("score on the validation split", "memgen.cli.run", trainer=True),
     "test": Command("score on the test split", "memgen.cli.run", trainer=True),
     "predict": Command("write a prediction for every item", "memgen.cli.run", trainer=True),
+    "ablate": Command("what memory is worth, against every control", "memgen.cli.ablate"),
     "analyze": Command("what the latent memory is and does", "memgen.cli.analyze"),
     "oracle": Command("what a trigger can gain", "memgen.cli.oracle"),
     "collect": Command("turn the agent's own experience into training data", "memgen.cli.collect"),

@@ -26,6 +26,7 @@ from memgen.cli.gold import test_gold
 from memgen.cli.links import STATUS, lost_link
 from memgen.cli.names import Resolver, names_in
 from memgen.cli.options import take_options
+from memgen.data import EnvironmentData
 from memgen.files import current, timed_path
 from memgen.results.recorded_test import RecordedTest
 from memgen.run_context import RunContext, run_context
@@ -423,6 +424,39 @@ class TrainerCommand(LightningCLI):
     def _explain(self, error: ArgumentError) -> str:
         problem = self._find_problem()
         return _locate(problem, self._layers) if problem is not None else _one_line(str(error))
+
+
+def stage_and_data(
+    command: TrainerCommand, name: str, *, needs_checkpoint: bool
+) -> tuple[Any, EnvironmentData]:
+    """The stage and the data of a command that plays a split itself, in place of the Trainer's `predict`.
+
+    Args:
+        command: what was built.
+        name: the command's, for messages.
+        needs_checkpoint: whether it refuses to play a model without a checkpoint directory. Such a command also plays in
+            one process.
+
+    Raises:
+        UsageError: if the two are not memgen's, the checkpoint is absent or one to resume training from, or several
+            processes would play.
+    """
+    stage, data, trainer = command.model, command.datamodule, command.trainer
+    if not isinstance(data, EnvironmentData) or not hasattr(stage, "generation"):
+        raise UsageError(f"memgen {name} needs a stage of memgen and memgen.data.EnvironmentData")
+    resumed = command._get(command.config, "ckpt_path")
+    if resumed is not None:
+        raise UsageError(
+            f"ckpt_path is {resumed}, a checkpoint to resume training from; memgen {name} needs a checkpoint directory: "
+            "--checkpoint DIR"
+        )
+    if needs_checkpoint and stage.init_from is None:
+        raise UsageError(f"memgen {name} needs a checkpoint directory: --checkpoint DIR")
+    if needs_checkpoint and trainer.world_size > 1:
+        raise UsageError(
+            f"memgen {name} plays in one process, got {trainer.world_size}; set trainer.devices and trainer.num_nodes to 1"
+        )
+    return stage, data
 
 
 def _store_of(loggers: Any) -> str | None:

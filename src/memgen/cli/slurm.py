@@ -33,6 +33,8 @@ JOB_FILE = "job.json"
 SCRIPT = "job.sh"
 POINTS = "points"
 """Folder of a sweep's run for the runs of its points."""
+TEST = "test"
+"""Folder of a run for the records of its test, where the job makes one."""
 OVERRIDES = "overrides.txt"
 """In a point's folder: its overrides, one argument per line."""
 ARRAY_TASK = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
@@ -146,6 +148,7 @@ class Job:
         sbatch: more options of sbatch.
         parent: MLflow run whose children the points become.
         submitted: the command line that asked for it.
+        tests: whether `memgen test` scores the trained checkpoint afterwards, with its records in `TEST` of the run.
     """
 
     name: str
@@ -160,6 +163,7 @@ class Job:
     sbatch: tuple[str, ...] = ()
     parent: str | None = None
     submitted: str = ""
+    tests: bool = False
 
     @property
     def log(self) -> str:
@@ -219,7 +223,8 @@ def script(job: Job, site: Site, requeue_exit: int | None, command: Sequence[str
             f'mapfile -t overrides < "$run/{OVERRIDES}"',
         ]
     overrides = "" if job.points is None else ' "${overrides[@]}"'
-    words = [*site.container, *command, "fit"]
+    launch = " ".join(["srun", "--kill-on-bad-exit=0", "--wait=300", *site.srun, 'bash -c "$task" task \\'])
+    words = [*site.container, *command]
     body = [
         "",
         "# A task ignores SLURM's warning until memgen listens to it; it would die of it in between.",
@@ -227,11 +232,25 @@ def script(job: Job, site: Site, requeue_exit: int | None, command: Sequence[str
         "status=0",
         "# The tasks are terminated too, and end first; their status counts.",
         "trap 'true' TERM",
-        " ".join(["srun", "--kill-on-bad-exit=0", "--wait=300", *site.srun, 'bash -c "$task" task \\']),
-        f"  {shlex.join(words)} \\",
+        launch,
+        f"  {shlex.join([*words, 'fit'])} \\",
         *(f"  {line} \\" for line in _lines(job.arguments)),
         f'  --run "$run"{overrides} || status=$?',
         "",
+    ]
+    if job.tests:
+        body += [
+            'if [ "$status" -eq 0 ]; then',
+            '  trained="$run/best"',
+            '  [ -d "$trained" ] || trained="$run/last"',
+            f"  {launch}",
+            f"    {shlex.join([*words, 'test'])} \\",
+            *(f"    {line} \\" for line in _lines(job.arguments)),
+            f'   {overrides} --checkpoint "$trained" --records "$run/{TEST}" || status=$?',
+            "fi",
+            "",
+        ]
+    body += [
         f'if [ "$status" -eq {CONTINUES} ]; then',
         f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {site.max_requeues} ]; then',
         f'    echo "saved, but not continued: requeued {site.max_requeues} times (max_requeues)" >&2',

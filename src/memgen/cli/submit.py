@@ -14,7 +14,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from memgen.tracking.run_logger import RunLogger
 
 VALUED = ("--nodes", "--gpus", "--tasks", "--time", "--array", "--sbatch", "--site", "--name", "--run")
-FLAGS = ("--dry-run",)
+FLAGS = ("--dry-run", "--test")
 RUN_LOGGER = "memgen.tracking.run_logger.run_logger"
 
 
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     if any(argument in ("-h", "--help") for argument in argv):
         _parser().print_help()
         return 0
-    own, rest = take_options(_joined(argv), VALUED, FLAGS)
+    own, rest = take_options(joined(argv), VALUED, FLAGS)
     _require_known(rest)
     options = _parser().parse_args(own)
     site = slurm.read_site(options.site) if options.site else _default_site()
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
     )
     request = Request.from_argv([*rest, *machine])
     points = slurm.read_sweep(options.array) if options.array else None
-    description = _check(request, rest, machine, points)
+    description = check_points(request, [*rest, *machine], points)
 
     stage = description.resolved["model"]["class_path"].split(".")
     name = options.name or (stage[-2] if len(stage) > 1 else stage[-1])
@@ -112,6 +112,7 @@ def main(argv: list[str]) -> int:
         points=points,
         sbatch=extra,
         submitted=shlex.join(["memgen", "submit", *argv]),
+        tests=options.test,
     )
     if options.dry_run:
         print(_script(job, site), end="")
@@ -142,11 +143,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--name", help="of job and folder; default: the stage")
     parser.add_argument("--run", type=Path, help="the run's folder; one that has checkpoints goes on")
+    parser.add_argument(
+        "--test", action="store_true", help="test the trained checkpoint afterwards; records: RUN/test"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check, print the script and stop")
     return parser
 
 
-def _joined(argv: list[str]) -> list[str]:
+def joined(argv: list[str]) -> list[str]:
     """`--sbatch TEXT` as `--sbatch=TEXT`: the text looks like an option itself."""
     joined: list[str] = []
     remaining = list(argv)
@@ -194,16 +198,20 @@ def _default_site() -> Site:
     return slurm.read_site(DEFAULT_SITE) if DEFAULT_SITE.is_file() else Site()
 
 
-def _check(
-    request: Request, rest: list[str], machine: tuple[str, ...], points: tuple[tuple[str, ...], ...] | None
+def check_points(
+    request: Request, arguments: Sequence[str], points: Sequence[Sequence[str]] | None
 ) -> RunDescription:
-    """Builds the configuration of the run, or of every point of a sweep."""
+    """Builds the configuration of the run, and of every point of a sweep.
+
+    Raises:
+        UsageError: if one is refused; it names the point.
+    """
     from memgen.cli.run import describe
 
     description = describe(request)
     for number, point in enumerate(points or ()):
         try:
-            describe(Request.from_argv([*rest, *machine, *point]))
+            describe(Request.from_argv([*arguments, *point]))
         except UsageError as error:
             raise UsageError(f"point {number} of the sweep ({shlex.join(point)}): {error}") from error
     return description
@@ -292,7 +300,7 @@ def _record(job: Job, description: RunDescription) -> tuple[str, str] | None:
     from memgen.tracking.run_file import RUN_FILE
     from memgen.tracking.run_logger import open_parent
 
-    logger = _logger(description.resolved)
+    logger = logger_of(description.resolved)
     if logger is None:
         return None
     if (job.run / RUN_FILE).exists():
@@ -319,7 +327,8 @@ def _record(job: Job, description: RunDescription) -> tuple[str, str] | None:
     return identity, f"http://127.0.0.1:5000/{page} (after: memgen ui --store {uri})"
 
 
-def _logger(resolved: Mapping[str, Any]) -> RunLogger | None:
+def logger_of(resolved: Mapping[str, Any]) -> RunLogger | None:
+    """The RunLogger that a configuration asks for, without one for the machine's load; None if it asks for none."""
     from memgen.tracking.run_logger import run_logger
 
     chosen = (resolved.get("trainer") or {}).get("logger")

@@ -97,6 +97,14 @@ class Environment(ABC):
     def reward(self, example: Example, answer: str) -> Reward:
         """Scores a completion's text (special tokens removed)."""
 
+    def final_answer(self, example: Example, answer: str) -> str | None:
+        """The answer that a completion gives, in a form in which equal answers are equal texts: what a majority vote counts.
+
+        Returns:
+            None if it gives none, or the task has no exact answers. Environments whose tasks have them override it.
+        """
+        return None
+
     def rewards(self, examples: Sequence[Example], answers: Sequence[str]) -> list[Reward]:
         """Scores many completions. Environments whose rewards take time override it to score them in parallel."""
         return [self.reward(example, answer) for example, answer in zip(examples, answers, strict=True)]

@@ -76,6 +76,8 @@ class Actor:
         generation: how each turn is sampled; `group_size` episodes per item.
         episodes: limits.
         template: a chat template in place of the tokenizer's.
+        instruction: a text at the end of the last message that the agent reads before its first turn, on a line of its
+            own; empty: none.
     """
 
     model: MemGenModel
@@ -84,6 +86,16 @@ class Actor:
     generation: GenerationSettings
     episodes: EpisodeSettings = field(default_factory=EpisodeSettings)
     template: ChatTemplate | str | None = None
+    instruction: str = ""
+
+    def instructed(self, messages: Sequence[Message]) -> list[Message]:
+        """A prompt with the instruction."""
+        if not self.instruction:
+            return list(messages)
+        *before, last = messages
+        content = last["content"]
+        separator = "" if content.endswith("\n") else "\n"
+        return [*before, Message(role=last["role"], content=f"{content}{separator}{self.instruction}")]
 
     @property
     def max_turns(self) -> int:
@@ -238,7 +250,7 @@ class _Rollout:
             if first < index:
                 messages, context = playing[first].prompt, playing[first].context
             else:
-                messages = environment.messages(example)
+                messages = self.actor.instructed(environment.messages(example))
                 context = self._prompt(messages)
             playing.append(_Playing(example, seed, messages, context, episode=None, place=index))
         texts = self._turn(playing, grouped=True)
@@ -261,6 +273,7 @@ class _Rollout:
             messages = environment.messages(example)
             if observation.text:
                 messages = [*messages, Message(role="user", content=_characters(observation.text))]
+            messages = self.actor.instructed(messages)
             playing.append(_Playing(example, seed, messages, self._prompt(messages), episode, place))
         return playing
 

@@ -125,7 +125,7 @@ class DecodingState:
         weaver = model.weaver.config
         limit = min(model.boundaries.config.max_inference_insertions, settings.max_new_tokens)
         self.max_insertions = limit if weaver.inference_latents else 0
-        self.reads_states = weaver.reads == "hidden_states"
+        self.reads_states = model.weaver.reads_states
         """Whether the weaver reads the reasoner's hidden states: then the reasoner reads first."""
         switch = settings.static_step
         self.static_steps = switch == "on" or (switch == "auto" and self.device.type == "cuda")
@@ -149,11 +149,10 @@ class DecodingState:
             )
         # A GPU reads a number of slots that is a multiple of 8 without copying their mask.
         capacity = -(-capacity // 8) * 8 if self.static_steps else capacity
-        queries = max(weaver.prompt_latents, weaver.inference_latents)
         text = max(map(len, self.prompts)) + new
         count = len(self.prompts)
         self.reasoner_cache = RowKVCache(count, capacity, self.device)
-        self.weaver_cache = RowKVCache(count, capacity + queries, self.device)
+        self.weaver_cache = RowKVCache(count, capacity + self.model.weaver.forgotten, self.device)
         self.trigger_cache = self.model.trigger.kv_cache(count, text, self.device)
 
     def _draw_uniforms(self, row_seeds: Sequence[int] | None) -> None:
@@ -222,9 +221,12 @@ class DecodingState:
         """
         weaver = self.model.weaver
         kinds = [kind] * len(rows)
-        latents = weaver.weave(states, counts, kinds, rows, self.weaver_cache)
+        texts = None
+        if weaver.reads_text:
+            texts = [self.answers[answer].prompt + self.answers[answer].tokens for answer in answers]
+        latents = weaver.weave(states, counts, kinds, rows, self.weaver_cache, texts)
         size = weaver.config.latents(kind)
-        self.count("weaver", rows, [count + size for count in counts])
+        self.count("weaver", rows, weaver.positions(counts, kinds, texts))
         blocks = list(latents.split([size] * len(rows)))
         if self.hooks.intervene is None:
             return blocks
@@ -245,8 +247,11 @@ class DecodingState:
         return probs
 
     def count(self, model: str, rows: Sequence[int], positions: Sequence[int]) -> None:
-        """Counts a pass of reasoner, weaver or trigger that reads so many positions of each cache row."""
-        self.work[f"{model}_forwards"] += 1
+        """Counts a pass of reasoner, weaver or trigger that reads so many positions of each cache row.
+
+        A latent source may have none: then there was no pass.
+        """
+        self.work[f"{model}_forwards"] += int(any(positions))
         self.work[f"{model}_positions"] += sum(positions)
         size = self.settings.group_size
         for row, count in zip(rows, positions, strict=True):

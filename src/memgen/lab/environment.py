@@ -89,6 +89,11 @@ class LabEnvironment(Environment, ABC):
         """The problem as the user's one message."""
         return [{"role": "user", "content": example.question}]
 
+    @override
+    def final_answer(self, example: Example, answer: str) -> str | None:
+        """The words of the whole answer: its steps count too."""
+        return " ".join(answer.split()) or None
+
     def scored(self, example: Example, parts: dict[str, float]) -> Reward:
         """A reward whose total is the part `exact`, which in a mixture of tasks is also reported as `TASK/exact`."""
         if len(set(self.tasks)) > 1:

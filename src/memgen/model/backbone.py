@@ -229,9 +229,17 @@ class Backbone(nn.Module):
                 f"{self._called} has no norm behind its layers, so latents cannot be scaled to its embeddings; set "
                 "weaver.map_init to random"
             )
-        rows = self.embedding[:: max(1, self.embedding.shape[0] // 1024)]
+        rows = self._sampled_embeddings()
         hidden = norms[-1](rows).float().norm(dim=-1).mean()
         return float(rows.float().norm(dim=-1).mean() / hidden)
+
+    @torch.no_grad()
+    def embedding_norm(self) -> float:
+        """Mean norm of token embeddings."""
+        return float(self._sampled_embeddings().float().norm(dim=-1).mean())
+
+    def _sampled_embeddings(self) -> Tensor:
+        return self.embedding[:: max(1, self.embedding.shape[0] // 1024)]
 
     def add_adapter(self, name: str, settings: LoraSettings) -> None:
         """Adds a LoRA adapter that a pass may name.

@@ -22,11 +22,11 @@ from memgen.kernels import interleave
 from memgen.model.backbone import Backbone, BackboneConfig, load_backbone
 from memgen.model.boundary import Boundaries, BoundaryConfig
 from memgen.model.cache import PackedKVCache, PassSegment
+from memgen.model.latent_source import LatentSource, Surroundings, WeaverConfig, build_source, source_class
 from memgen.model.reasoner import Reasoner
 from memgen.model.stream import Stream
 from memgen.model.trigger import Trigger, TriggerConfig, build_trigger
 from memgen.model.vocabulary import tokenizer_fingerprint, translation
-from memgen.model.weaver import Weaver, WeaverConfig
 from memgen.types import InsertionKind, InsertionPlan, TokenBatch, WorkCount
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class MemGenModel(nn.Module):
 
     Args:
         reasoner: the frozen language model.
-        weaver: writes latents.
+        weaver: writes latents: MemGen's weaver, or another source in its place.
         trigger: decides at boundaries.
         boundaries: where it is asked.
     """
@@ -95,7 +95,9 @@ class MemGenModel(nn.Module):
     tokenizer: str | None = None
     """Fingerprint of the reasoner's tokenizer (`memgen.model.vocabulary`), likewise."""
 
-    def __init__(self, reasoner: Reasoner, weaver: Weaver, trigger: Trigger, boundaries: Boundaries) -> None:
+    def __init__(
+        self, reasoner: Reasoner, weaver: LatentSource, trigger: Trigger, boundaries: Boundaries
+    ) -> None:
         super().__init__()
         self.reasoner = reasoner
         self.weaver = weaver
@@ -119,7 +121,8 @@ class MemGenModel(nn.Module):
             resolve_asset: turns an asset name into a directory; other names pass through.
             trigger_translate: from the reasoner's token ids to those of the trigger's own base. None: by their text, if
                 the base has another tokenizer.
-            load_tokenizer: loads the tokenizer of the trigger's own base, to see whether it is another.
+            load_tokenizer: loads the tokenizer of the trigger's or the latent source's own base, to see whether it is
+                another.
         """
         base = load_backbone(config.backbone, resolve_asset)
         own_weaver, own_trigger = config.weaver.backbone, config.trigger.backbone
@@ -127,7 +130,12 @@ class MemGenModel(nn.Module):
         trigger_base = None if own_trigger is None else load_backbone(own_trigger, resolve_asset)
         if own_trigger is not None and config.trigger.kind == "tokens" and trigger_translate is None:
             trigger_translate = translation(tokenizer, load_tokenizer(resolve_asset(own_trigger.name)))
-        return cls.assemble(config, base, tokenizer, weaver_base, trigger_base, trigger_translate)
+        weaver_translate = None
+        if own_weaver is not None and source_class(config.weaver).reads_text:
+            weaver_translate = translation(tokenizer, load_tokenizer(resolve_asset(own_weaver.name)))
+        return cls.assemble(
+            config, base, tokenizer, weaver_base, trigger_base, trigger_translate, weaver_translate
+        )
 
     @classmethod
     def assemble(
@@ -138,9 +146,11 @@ class MemGenModel(nn.Module):
         weaver_base: Backbone | None = None,
         trigger_base: Backbone | None = None,
         trigger_translate: Callable[[Sequence[int]], list[int]] | None = None,
+        weaver_translate: Callable[[Sequence[int]], list[int]] | None = None,
     ) -> MemGenModel:
         """As `build`, on bases that are already loaded. None shares the reasoner's."""
-        weaver = Weaver(weaver_base or base, config.weaver, base.hidden_size)
+        around = Surroundings(base, weaver_base or base, tokenizer, weaver_translate)
+        weaver = build_source(config.weaver, around)
         trigger = build_trigger(config.trigger, trigger_base or base, base.hidden_size, trigger_translate)
         boundaries = Boundaries.from_tokenizer(
             config.boundaries,
@@ -171,7 +181,7 @@ class MemGenModel(nn.Module):
         """Makes exactly the given parts (weaver, trigger) trainable. Set once, before an optimizer is made."""
         self.requires_grad_(False)
         for part in parts:
-            assert isinstance(part, Weaver | Trigger), "the reasoner is never trained"
+            assert isinstance(part, LatentSource | Trigger), "the reasoner is never trained"
             for parameter in part.own_parameters().values():
                 parameter.requires_grad_(True)
 
@@ -301,7 +311,7 @@ class _Forward:
             total,
             self.model.reasoner.backbone.hidden_size,
             device=self.device,
-            dtype=weaver.weaver_to_reasoner.weight.dtype,
+            dtype=weaver.dtype,
         )
         return [
             Stream(tokens[:length], points, block)
@@ -339,7 +349,7 @@ class _Forward:
         weaver_done = self._share_for_weaver(rows)
         for number in range(max((len(self.insertions[row]) for row in rows), default=0)):
             active = [row for row in self.weaver_order if len(self.insertions[row]) > number]
-            if model.weaver.config.reads == "hidden_states":
+            if model.weaver.reads_states:
                 self._read({row: self.insertions[row][number].begin for row in active})
             self._weave(active, number, weaver_done)
         self._read({row: self.ends[row] for row in rows})
@@ -419,7 +429,7 @@ class _Forward:
             if begin < end:
                 spans.append((row, begin, end))
                 from_ = int(self.reads[row][0]) if first is None else first[self.group[row]]
-                if self.model.weaver.config.reads == "hidden_states":
+                if self.model.weaver.reads_states:
                     from_ = begin
                 from_ = min(max(from_, begin), end)
                 count = end - from_
@@ -447,22 +457,31 @@ class _Forward:
         spans = [(row, done[row], insertion.begin) for row, insertion in zip(rows, insertions, strict=True)]
         fed = [span for span in spans if span[1] < span[2]]
         if not fed:
-            hidden = weaver.reasoner_to_weaver.weight.new_zeros(0, self.latents.shape[1])
-        elif weaver.config.reads == "hidden_states":
+            hidden = self.latents.new_zeros(0, self.latents.shape[1])
+        elif weaver.reads_states:
             index = np.concatenate([self.state_index[row][begin:end] for row, begin, end in fed])
             hidden = self._all_states()[torch.from_numpy(index).to(self.device)]
         else:
             hidden = self._embeddings(fed)
         kinds = [InsertionKind(insertion.kind) for insertion in insertions]
         counts = [end - begin for _, begin, end in spans]
-        latents = weaver.weave(hidden, counts, kinds, rows, self.weaver_cache)
+        texts = None
+        if weaver.reads_text:
+            texts = [
+                self.streams[row].text(insertion.begin)
+                for row, insertion in zip(rows, insertions, strict=True)
+            ]
+        latents = weaver.weave(hidden, counts, kinds, rows, self.weaver_cache, texts)
+        if latents.requires_grad:
+            weaver.trained_kinds.update(kinds)
         places = np.concatenate([insertion.latents for insertion in insertions])
         # Latents of other rows in this round are numbered too, even where no state is needed: scatter, not cat.
         self.latents = self.latents.index_copy(
             0, torch.from_numpy(places).to(self.device), latents.to(self.latents.dtype)
         )
-        self.work["weaver_forwards"] += 1
-        self.work["weaver_positions"] += sum(counts) + latents.shape[0]
+        fed_positions = sum(weaver.positions(counts, kinds, texts))
+        self.work["weaver_forwards"] += int(fed_positions > 0)
+        self.work["weaver_positions"] += fed_positions
         for row, insertion in zip(rows, insertions, strict=True):
             done[row] = insertion.begin
 

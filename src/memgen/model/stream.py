@@ -63,3 +63,8 @@ class Stream:
     def predictors(self, tokens: Ints) -> Ints:
         """Stream positions whose state predicts the token behind each given one: the last latent, if any lies between."""
         return self._next[tokens]
+
+    def text(self, end: int) -> list[int]:
+        """Token ids in front of a stream position; no latents."""
+        tokens: list[int] = self.ids[:end][self.sources[:end] < 0].tolist()
+        return tokens

@@ -8,48 +8,19 @@ earlier latents included, through a linear map; K learned queries behind them ca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import override
 
-from memgen.model.adapters import LoraSettings
-from memgen.model.backbone import Backbone, BackboneConfig
+from memgen.model.backbone import Backbone
 from memgen.model.cache import KVCache, PassSegment
+from memgen.model.latent_source import LatentSource, Surroundings, WeaverConfig
 from memgen.types import InsertionKind
 
-
-@dataclass(frozen=True)
-class WeaverConfig:
-    """How latents are made."""
-
-    backbone: BackboneConfig | None = None
-    """A base of its own; None shares the reasoner's (one copy of the weights)."""
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    """The adapter that is trained."""
-    prompt_latents: int = 8
-    """K at the end of a prompt; 0 switches that insertion off."""
-    inference_latents: int = 8
-    """K after a delimiter; 0 switches those insertions off."""
-    reads: Literal["embeddings", "hidden_states"] = "embeddings"
-    """What it reads of the reasoner: input embeddings (released code) or last hidden states (paper, Eq. 5)."""
-    query_scale: float | None = None
-    """Initial scale of the normalised queries; None takes the standard deviation of its base's embeddings."""
-    map_init: Literal["random", "identity"] = "random"
-    """Start of the two linear maps. `random`: `nn.Linear`'s own (released code). `identity`: the weaver's base reads the
-    reasoner's embeddings unchanged, as the text that it was pretrained on, and its last hidden states become latents with
-    about the norm of token embeddings. Needs a base of the reasoner's width."""
-
-    def latents(self, kind: InsertionKind) -> int:
-        """K of a kind of insertion; 0 if it is switched off."""
-        return self.prompt_latents if kind == InsertionKind.PROMPT else self.inference_latents
-
-    def __post_init__(self) -> None:
-        for name in ("prompt_latents", "inference_latents"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"weaver.{name} must be 0 or more, got {getattr(self, name)}")
+__all__ = ["QueryBank", "Weaver", "WeaverConfig"]
 
 
 @final
@@ -75,7 +46,7 @@ class QueryBank(nn.Module):
 
 
 @final
-class Weaver(nn.Module):
+class Weaver(LatentSource):
     """LoRA adapter, learned queries and the maps between the two spaces.
 
     Args:
@@ -86,12 +57,13 @@ class Weaver(nn.Module):
 
     adapter = "weaver"
     """Name of its LoRA adapter on its base."""
+    settings = (
+        "reads", "prompt_latents", "inference_latents", "lora.r", "lora.alpha", "lora.target_modules",
+    )  # fmt: skip
 
     def __init__(self, backbone: Backbone, config: WeaverConfig, reasoner_hidden: int) -> None:
-        super().__init__()
-        self.config = config
-        self.trained_kinds: set[InsertionKind] = set()
-        """Kinds of insertion whose latents training has written, here or before the checkpoint that was loaded."""
+        super().__init__(config)
+        self.reads_states = config.reads == "hidden_states"
         self.backbone = backbone
         backbone.add_adapter(self.adapter, config.lora)
         hidden = backbone.hidden_size
@@ -114,6 +86,16 @@ class Weaver(nn.Module):
             QueryBank(config.inference_latents, hidden, scale) if config.inference_latents else None
         )
 
+    @classmethod
+    @override
+    def build(cls, config: WeaverConfig, around: Surroundings) -> Weaver:
+        return cls(around.base, config, around.reasoner.hidden_size)
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.weaver_to_reasoner.weight.dtype
+
     @torch.no_grad()
     def _start_as_identity(self) -> None:
         for map_, scale in (
@@ -123,8 +105,13 @@ class Weaver(nn.Module):
             nn.init.eye_(map_.weight).mul_(scale)
             nn.init.zeros_(map_.bias)
 
+    @override
+    def bases(self) -> dict[str, Backbone]:
+        return {"weaver": self.backbone}
+
+    @override
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that training moves, by its name in this module: maps, queries and the adapter."""
+        """Maps, queries and the adapter."""
         own = {
             name: parameter for name, parameter in self.named_parameters() if not name.startswith("backbone.")
         }
@@ -133,11 +120,27 @@ class Weaver(nn.Module):
         }
         return own | adapter
 
+    @override
     def is_untrained(self) -> bool:
         """Whether its adapter is as it was made: the second factor of every LoRA pair is 0 then."""
         pairs = self.backbone.adapters.parameters(self.adapter)
         return all(not bool(p.any()) for name, p in pairs.items() if ".lora_B." in name)
 
+    @override
+    def positions(
+        self,
+        counts: Sequence[int],
+        kinds: Sequence[InsertionKind],
+        texts: Sequence[Sequence[int]] | None = None,
+    ) -> list[int]:
+        return [count + self.config.latents(kind) for count, kind in zip(counts, kinds, strict=True)]
+
+    @property
+    @override
+    def forgotten(self) -> int:
+        return max(self.config.prompt_latents, self.config.inference_latents)
+
+    @override
     def weave(
         self,
         states: Float[Tensor, "time hidden"],
@@ -145,6 +148,7 @@ class Weaver(nn.Module):
         kinds: Sequence[InsertionKind],
         rows: Sequence[int],
         cache: KVCache,
+        texts: Sequence[Sequence[int]] | None = None,
     ) -> Float[Tensor, "latents hidden"]:
         """Writes the latents of one insertion per row.
 
@@ -157,6 +161,7 @@ class Weaver(nn.Module):
             kinds: which queries each row uses.
             rows: each row's row in the cache.
             cache: what the weaver read before.
+            texts: not read.
 
         Returns:
             Latents in the reasoner's embedding space, float32, packed row by row: K of its kind for each row.
@@ -169,8 +174,6 @@ class Weaver(nn.Module):
             )
             if bank is not None and kind in kinds
         }
-        if torch.is_grad_enabled() and self.weaver_to_reasoner.weight.requires_grad:
-            self.trained_kinds.update(kinds)
         projected = self.reasoner_to_weaver(states.to(self.reasoner_to_weaver.weight.dtype))
         parts: list[Tensor] = []
         sizes: list[int] = []

@@ -6,6 +6,8 @@ and the trained weaver with every item's latents given to another item, which ke
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +19,9 @@ from torch import Tensor
 from memgen.environments.base import Environment, Example, Reward
 from memgen.generation.decode import Intervention, generate
 from memgen.generation.sampling import GenerationSettings
+from memgen.model.latent_source import LatentSource
 from memgen.model.memgen import MemGenModel
-from memgen.model.trigger import ConstantTrigger
+from memgen.model.trigger import ConstantTrigger, Trigger
 from memgen.seeds import episode_seeds
 
 if TYPE_CHECKING:
@@ -95,6 +98,35 @@ def always_invoking(model: MemGenModel, insertions: int | None = None) -> MemGen
     """
     boundaries = model.boundaries if insertions is None else model.boundaries.capped(insertions)
     return MemGenModel(model.reasoner, model.weaver, ConstantTrigger(1.0), boundaries).eval()
+
+
+def bare_reasoner(model: MemGenModel) -> MemGenModel:
+    """The reasoner by itself: plain decoding, in which no trigger is asked and no weaver has a place."""
+    nothing = _with_latents(model.weaver, 0, 0)
+    return MemGenModel(model.reasoner, nothing, ConstantTrigger(0.0), model.boundaries.capped(0)).eval()
+
+
+def invoking_inside(model: MemGenModel) -> MemGenModel:
+    """The model with a trigger that invokes behind every delimiter, and never at the end of the prompt."""
+    weaver = _with_latents(model.weaver, 0, model.weaver.config.inference_latents)
+    return MemGenModel(model.reasoner, weaver, ConstantTrigger(1.0), model.boundaries).eval()
+
+
+def deciding_by(model: MemGenModel, trigger: Trigger) -> MemGenModel:
+    """The model with another trigger."""
+    return MemGenModel(model.reasoner, model.weaver, trigger, model.boundaries).eval()
+
+
+def writing_by(model: MemGenModel, source: LatentSource) -> MemGenModel:
+    """The model with another source of latents, which invokes at every boundary."""
+    return MemGenModel(model.reasoner, source, ConstantTrigger(1.0), model.boundaries).eval()
+
+
+def _with_latents(weaver: LatentSource, prompt: int, inference: int) -> LatentSource:
+    """The same weaver, tensors shared, with kinds of insertion switched off."""
+    twin = copy.copy(weaver)
+    twin.config = dataclasses.replace(weaver.config, prompt_latents=prompt, inference_latents=inference)
+    return twin
 
 
 def invoking_at(model: MemGenModel, probability: float) -> MemGenModel:

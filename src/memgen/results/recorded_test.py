@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -152,9 +153,28 @@ class ItemRecorder(Recorder):
     @override
     def play(self, actor: Actor, batch: EvalBatch, seeds: Sequence[int]) -> Rollouts:
         """Plays the items of a batch and records them."""
+        clock = time.process_time()
         rollouts = rollout(actor, batch.examples, seeds)
-        size = actor.generation.group_size
-        seconds = (rollouts.seconds + rollouts.environment_seconds) / len(rollouts.trajectories)
+        self.record(actor, batch, seeds, rollouts, time.process_time() - clock)
+        return rollouts
+
+    def record(
+        self, actor: Actor, batch: EvalBatch, seeds: Sequence[int], rollouts: Rollouts, cpu_seconds: float
+    ) -> None:
+        """Records a batch of items that were played.
+
+        Args:
+            actor: who played.
+            batch: the items.
+            seeds: of the episodes.
+            rollouts: the episodes.
+            cpu_seconds: CPU time of this process that they took.
+        """
+        size, count = actor.generation.group_size, len(rollouts.trajectories)
+        costs = {
+            "seconds": (rollouts.seconds + rollouts.environment_seconds) / count,
+            "cpu_seconds": cpu_seconds / count,
+        }
         single = not isinstance(actor.environment, InteractiveEnvironment)
         items = []
         for number, (index, example) in enumerate(zip(batch.indices, batch.examples, strict=True)):
@@ -164,11 +184,10 @@ class ItemRecorder(Recorder):
                 trajectory = rollouts.trajectories[place]
                 name = {"index": index, "id": example.id, "sample": sample}
                 answers.append(name | _answer(trajectory, seeds[place], single=single))
-                scores.append(name | _score(trajectory, example, self.weaver, trajectory.work, seconds))
+                scores.append(name | _score(trajectory, example, self.weaver, trajectory.work) | costs)
             items.append(Answered(index, answers, scores))
         self.records.add(items)
         self.rows += [row for item in items for row in item.scores]
-        return rollouts
 
 
 def _answer(trajectory: Trajectory, seed: int, *, single: bool) -> dict[str, Any]:
@@ -183,16 +202,14 @@ def _answer(trajectory: Trajectory, seed: int, *, single: bool) -> dict[str, Any
     }
 
 
-def _score(
-    trajectory: Trajectory, example: Example, weaver: WeaverConfig, work: RowWork, seconds: float
-) -> dict[str, Any]:
+def _score(trajectory: Trajectory, example: Example, weaver: WeaverConfig, work: RowWork) -> dict[str, Any]:
     return {
         "item": item_hash(example),
         **asdict(Measured.of(trajectory, weaver)),
         "reasoner_positions": work.reasoner,
         "weaver_positions": work.weaver,
         "trigger_positions": work.trigger,
-        "seconds": seconds,
+        "prompt_tokens": len(trajectory.turns[0].context) if trajectory.turns else 0,
     }
 
 

@@ -5,7 +5,7 @@ A folder holds
 - `answers.jsonl`: prompt and answer: `index`, `id`, `sample`, `seed`, `prompt` (messages), `answer` (the
   text that was scored; of several turns a list), `observations`, `insertion_points`, `token_ids`;
 - `scores.jsonl`: `index`, `id`, `sample`, `item` (a hash of the item), `reward`, `parts` (its components), tokens,
-  insertions, positions read by reasoner, weaver and trigger, seconds;
+  insertions, positions read by reasoner, weaver and trigger, tokens of the first prompt, seconds, CPU seconds;
 - `journal.jsonl`: settings, and the completed items (`memgen.results.ledger`);
 - `summary.json`, once all items are completed.
 

@@ -36,9 +36,10 @@ from memgen.files import sync as sync
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone, BackboneConfig
 from memgen.model.boundary import BoundaryConfig
+from memgen.model.latent_source import WeaverConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.trigger import TokenTrigger, TriggerConfig
-from memgen.model.weaver import WeaverConfig
+from memgen.model.weaver import Weaver
 from memgen.parsing import parse
 from memgen.types import InsertionKind
 
@@ -301,7 +302,7 @@ def compare(
     if model.config is None:
         return
     ours = json.loads(json.dumps(asdict(model.config)))
-    fixed: tuple[str, ...] = FIXED_KEYS
+    fixed = tuple(key for key in FIXED_KEYS if _matters(key, model))
     if with_trigger and parse(TriggerConfig, config["trigger"]).learned:
         fixed += FIXED_TRIGGER_KEYS if ours["trigger"]["kind"] == "tokens" else FIXED_TRIGGER_KEYS[:2]
     if wrong := _differences(config, ours, fixed):
@@ -330,6 +331,8 @@ def compare(
 
 
 FIXED_KEYS: tuple[str, ...] = (
+    "weaver.kind",
+    "weaver.arguments",
     "weaver.reads",
     "weaver.prompt_latents",
     "weaver.inference_latents",
@@ -337,7 +340,8 @@ FIXED_KEYS: tuple[str, ...] = (
     "weaver.lora.alpha",
     "weaver.lora.target_modules",
 )
-"""Settings below `model.memgen` that give the weaver's tensors their meaning."""
+"""Settings below `model.memgen` that give the weaver's tensors their meaning; of another latent source, some of them
+(`LatentSource.settings`)."""
 FIXED_TRIGGER_KEYS = (
     "trigger.kind",
     "trigger.arguments",
@@ -364,6 +368,11 @@ def _differences(trained: Mapping[str, Any], ours: Mapping[str, Any], keys: Sequ
         if not same:
             found.append(f"model.memgen.{key} is {json.dumps(now)} (trained: {json.dumps(before)})")
     return found
+
+
+def _matters(key: str, model: MemGenModel) -> bool:
+    """Whether one of `FIXED_KEYS` says something of the tensors of a model's latent source."""
+    return key in ("weaver.kind", "weaver.arguments") or key.removeprefix("weaver.") in model.weaver.settings
 
 
 def _value(settings: Mapping[str, Any], key: str) -> Any:
@@ -446,8 +455,7 @@ def require_trained(stage: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
 
 def _bases(model: MemGenModel) -> dict[str, Backbone]:
-    bases = {"reasoner": model.reasoner.backbone, "weaver": model.weaver.backbone}
-    return bases | model.trigger.bases()
+    return {"reasoner": model.reasoner.backbone} | model.weaver.bases() | model.trigger.bases()
 
 
 def _header(directory: Path) -> dict[str, Any]:
@@ -545,7 +553,16 @@ def _replacing(directory: Path, known_by: str) -> Iterator[Path]:
 
 
 def released_names(model: MemGenModel) -> dict[str, nn.Parameter]:
-    """Every trained tensor under the released code's parameter name."""
+    """Every trained tensor under the released code's parameter name.
+
+    Raises:
+        ValueError: if another latent source stands in the weaver's place.
+    """
+    if not isinstance(model.weaver, Weaver):
+        raise ValueError(  # noqa: TRY004 - a setting is wrong, not a type
+            f"the released format holds a weaver, this model has a {type(model.weaver).__name__} "
+            "(model.memgen.weaver.kind)"
+        )
     names: dict[str, nn.Parameter] = {}
     for name, parameter in model.weaver.own_parameters().items():
         if name.startswith(("reasoner_to_weaver.", "weaver_to_reasoner.")):
@@ -653,11 +670,12 @@ def export_released(model: MemGenModel, config: MemGenConfig, directory: Path) -
         raise ValueError(  # noqa: TRY004 - a setting is wrong, not a type
             f"the released format holds a trigger of kind tokens, this model's is {config.trigger.kind}"
         )
+    names = {name: parameter.detach().cpu().clone() for name, parameter in released_names(model).items()}
+    assert isinstance(model.weaver, Weaver), "others were refused"
     if model.weaver.prompt_queries is None or model.weaver.inference_queries is None:
         raise ValueError(
             "the released format holds both kinds of queries; this weaver has K = 0 for one of them"
         )
-    names = {name: parameter.detach().cpu().clone() for name, parameter in released_names(model).items()}
 
     def nested(prefix: str, modules: tuple[str, ...], tensors: tuple[str, ...] = ()) -> dict[str, Any]:
         leaves = {

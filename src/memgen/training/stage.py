@@ -21,9 +21,9 @@ from memgen.distributed.zero import require_whole
 from memgen.environments.base import Split
 from memgen.generation.rollout import Actor, EpisodeSettings
 from memgen.generation.sampling import GenerationSettings
+from memgen.model.latent_source import LatentSource
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.trigger import Trigger
-from memgen.model.weaver import Weaver
 from memgen.training.checkpoint import (
     CheckpointError,
     TextSettings,
@@ -82,7 +82,7 @@ class Stage(LightningModule, ABC):
 
     @property
     @abstractmethod
-    def component(self) -> Weaver | Trigger:
+    def component(self) -> LatentSource | Trigger:
         """The component of the model that this stage trains."""
 
     def trained(self) -> dict[str, nn.Parameter]:

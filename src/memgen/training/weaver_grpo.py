@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from memgen.generation.rollout import EpisodeSettings, Replay
 from memgen.generation.sampling import GenerationSettings
+from memgen.model.latent_source import LatentSource
 from memgen.model.memgen import MemGenConfig
-from memgen.model.weaver import Weaver
 from memgen.objectives.advantages import overlong_penalty
 from memgen.objectives.policy_gradient import TokenScores
 from memgen.objectives.policy_settings import PolicySettings
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @final
 class WeaverGRPO(PolicyStage):
-    """Trains a weaver by reinforcement. The trained units are the agent's tokens.
+    """Trains a weaver, or another latent source in its place, by reinforcement. The trained units are the agent's tokens.
 
     Args:
         memgen: the model.
@@ -84,7 +84,7 @@ class WeaverGRPO(PolicyStage):
 
     @property
     @override
-    def component(self) -> Weaver:
+    def component(self) -> LatentSource:
         return self.memgen.weaver
 
     @override

@@ -21,8 +21,8 @@ from memgen.data import EvalBatch, SFTBatch
 from memgen.distributed.collectives import over_ranks
 from memgen.generation.rollout import EpisodeSettings
 from memgen.generation.sampling import GenerationSettings
+from memgen.model.latent_source import LatentSource
 from memgen.model.memgen import MemGenConfig, MemGenModel, Woven
-from memgen.model.weaver import Weaver
 from memgen.objectives.sft import Curriculum, choose_points, token_loss
 from memgen.seeds import seed_of
 from memgen.training.checkpoint import inserted_kinds
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @final
 class WeaverSFT(Stage):
-    """Trains a weaver on reference answers.
+    """Trains a weaver, or another latent source in its place, on reference answers.
 
     Args:
         memgen: the model.
@@ -70,7 +70,7 @@ class WeaverSFT(Stage):
 
     @property
     @override
-    def component(self) -> Weaver:
+    def component(self) -> LatentSource:
         return self.memgen.weaver
 
     @override

@@ -221,6 +221,12 @@ class MathsEnvironment(QuestionEnvironment, ABC):
         """Compares in `reward_workers` processes at once."""
         return self._verifier.rewards([example.answer for example in examples], answers)
 
+    @override
+    def final_answer(self, example: Example, answer: str) -> str | None:
+        """The answer marked as final, in one way of writing: a vote does not see that 1/2 and 0.5 are equal."""
+        found = final_answer(answer)
+        return None if found is None else "".join(notation.comparable(found).split())
+
 
 # What follows runs in the worker process.
 

@@ -41,6 +41,11 @@ class ChoiceEnvironment(QuestionEnvironment, ABC):
         """1 if the boxed letter is the right one, else 0."""
         return choice_reward(example.answer, len(example.meta["options"]), answer)
 
+    @override
+    def final_answer(self, example: Example, answer: str) -> str | None:
+        """The letter in the box."""
+        return chosen_letter(answer)
+
 
 def choice_example(
     identifier: str, stem: str, options: Sequence[str], correct: str, explanation: str, **meta: Any

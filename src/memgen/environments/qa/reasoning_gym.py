@@ -245,6 +245,11 @@ class ReasoningGym(Environment):
         results = iter(self._pool.map(self._score, [pair for pair in pairs if pair[1]]))
         return [self._reward(example, next(results) if final else None) for example, final in pairs]
 
+    @override
+    def final_answer(self, example: Example, answer: str) -> str | None:
+        """What the library's scorer is given."""
+        return self._final(answer) or None
+
     def close(self) -> None:
         """Ends the workers. They start again when they are needed."""
         self._pool.close()

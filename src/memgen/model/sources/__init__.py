@@ -1,0 +1,1 @@
+"""Latent sources that the weaver is compared with, one file each (docs/comparators.md)."""
