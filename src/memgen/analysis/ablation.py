@@ -255,6 +255,8 @@ class Ablation(LightningModule):
 
     @override
     def prepare_data(self) -> None:
+        # Its context resolves names of assets; `setup` runs in every process, this in one of a machine.
+        self.data.trainer = self.trainer
         self.data.prepare_data()
 
     @override
