@@ -22,6 +22,7 @@ from memgen.model.trigger import TriggerConfig
 from memgen.model.weaver import Weaver
 from memgen.results import statistics
 from memgen.results.score_files import read_records
+from memgen.run_context import RunContext
 from memgen.training.checkpoint import save_checkpoint
 from sft_runs import make_trainer
 from tiny import LORA
@@ -266,6 +267,14 @@ def test_learned_pause_tokens_come_from_a_checkpoint_of_their_own(place):
     more = place.checkpoint("more", weaver=dataclasses.replace(pauses, prompt_latents=3))
     with pytest.raises(ValueError, match="inserts 3 latents at the end of a prompt and 2 at a delimiter"):
         place.play(f"pause:{more}", start=start, items=2, out="other")
+
+
+def test_a_tokenizer_that_is_an_asset_is_found_before_set_up(place):
+    ablation = place.ablation("vanilla", items=2)
+    ablation.data.tokenizer = "lab:base"
+    context = RunContext(resolve_asset=lambda name: str(place.base) if name == "lab:base" else name)
+    make_trainer(place.folder, callbacks=[context]).predict(ablation, return_predictions=False)
+    assert len(texts(ablation, "vanilla")) == 2
 
 
 @pytest.mark.parametrize(

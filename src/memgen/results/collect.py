@@ -233,7 +233,7 @@ class Collector(LightningModule):
 
     @override
     def prepare_data(self) -> None:
-        # Its context resolves names of assets; `setup` runs in every process, this in one of a machine.
+        # Through its Trainer the data finds assets.
         self.data.trainer = self.trainer
         self.data.prepare_data()
 
