@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +124,44 @@ def test_the_interval_of_a_share_is_wilsons(count, total):
     assert share(0, 0).low is None
 
 
+class Played:
+    """Plays items of three boundaries, some of which the environment fails."""
+
+    folder = "out"
+    data = SimpleNamespace(environment=SimpleNamespace(name="played"))
+
+    def __init__(self, failing, items=8):
+        self.failing, self.items, self.asked = failing, items, []
+
+    def play(self, trainer, conditions, items=None):
+        (condition,) = conditions
+        found = {}
+        for index in range(self.items) if items is None else items:
+            self.asked.append(index)
+            decisions = [int(condition.decide(index, number)) for number in range(3)]
+            fault = "the server is gone" if index in self.failing else None
+            found[index] = {
+                "id": str(index),
+                "task": "one",
+                "reward": float(decisions[1]),
+                "decisions": decisions,
+                "fault": fault,
+            }
+        return {condition.name: found}
+
+
+def test_items_that_the_environment_fails_are_left_out_and_not_tried_again():
+    player = Played({3})
+    found = explore(player, None, OracleSettings(budget=5), has_trigger=False)
+    assert (found.items, found.faulted) == (7, 1)
+    assert 3 not in {item.index for item in found.details}
+    assert player.asked.count(3) == 1
+    assert player.asked.count(0) == 5
+    assert "1 more are left out" in oracle_report.oracle_markdown(found)
+    with pytest.raises(ValueError, match="the environment failed on 5 of 8 items, and 3 are too few"):
+        explore(Played({0, 1, 2, 3, 4}), None, OracleSettings(budget=5), has_trigger=False)
+
+
 # Played
 
 
@@ -140,14 +179,14 @@ def player(tmp_path, monkeypatch):
     chosen = config(base, cap=2)
     folder = checkpoint(base, tmp_path / "checkpoint", chosen)
 
-    def build(items=12, wanted=None, memgen=chosen, **changes):
+    def build(items=12, out="out"):
         return Player(
-            memgen=memgen,
-            data=data(base, Marks(items=items, wanted=wanted or {"#": "X", "@": "\n"})),
+            memgen=chosen,
+            data=data(base, Marks(items=items, wanted={"#": "X", "@": "\n"})),
             init_from=str(folder),
             root=tmp_path,
-            out=tmp_path / "out",
-            **{**settings(), **changes},
+            out=tmp_path / out,
+            **settings(),
         )
 
     return build
@@ -190,9 +229,7 @@ def test_a_run_that_stopped_half_way_goes_on(player, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="the power is out"):
         explore(player(), make_trainer(tmp_path), OracleSettings(budget=5), has_trigger=False)
     found = explore(player(), make_trainer(tmp_path), OracleSettings(budget=5), has_trigger=False)
-    whole = explore(
-        player(out=tmp_path / "other"), make_trainer(tmp_path), OracleSettings(budget=5), has_trigger=False
-    )
+    whole = explore(player(out="other"), make_trainer(tmp_path), OracleSettings(budget=5), has_trigger=False)
     assert found == whole
 
 

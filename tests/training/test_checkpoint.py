@@ -127,7 +127,9 @@ def test_the_configuration_survives_a_round_trip(tmp_path):
         backbone=BackboneConfig(name="here", revision="r1", dtype="bfloat16"),
         weaver=WeaverConfig(backbone=BackboneConfig(name="there"), lora=LORA, reads="hidden_states"),
         trigger=TriggerConfig(kind="random", probability=0.25),
-        boundaries=BoundaryConfig(delimiters=("\n", "; "), keep_turn_latents=True),
+        boundaries=BoundaryConfig(
+            delimiters=("\n", "; "), keep_turn_latents=True, skip_inside=("bracket", "number"), cooldown=8
+        ),
     )
     save_checkpoint(tiny_memgen(), config, tmp_path / "c", with_trigger=False)
     assert read_config(tmp_path / "c") == config

@@ -372,9 +372,14 @@ def _shared(
         right = [trace.right for trace in traces]
         first = [r for r, index in zip(right, order, strict=True) if index in choosing]
         second = [r for r, index in zip(right, order, strict=True) if index not in choosing]
-        means = [float(np.mean(values)) for values in (first, second, right)]
-        insertions = float(np.mean([trace.insertions for trace in traces]))
-        found.append((policy, SharedPolicy(policy.name, *means, insertions)))
+        shared = SharedPolicy(
+            name=policy.name,
+            chosen_on=float(np.mean(first)),
+            scored_on=float(np.mean(second)),
+            accuracy=float(np.mean(right)),
+            insertions=float(np.mean([trace.insertions for trace in traces])),
+        )
+        found.append((policy, shared))
     return sorted(found, key=lambda entry: (-entry[1].chosen_on, entry[1].insertions))
 
 
