@@ -17,7 +17,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,14 @@ SUBJECTS = {
     ),
     "text_world": Subject("Text world", "text_world", ("data/lab_text_world.yaml",), 160),
 }
+CONDITIONS = (
+    "vanilla", "never", "always", "prompt_only", "delimiters", "random:0.5", "trained", "entropy:1", "pause", "swapped",
+    "bon:3", "cot",
+)  # fmt: skip
+_ITEMS = ("--data.test_examples", "200")
+"""Of an ablation and of an oracle."""
+BUDGET = 16
+"""Policies that an oracle tries on an item."""
 NULL_DRAWS = 39
 """Samples without clusters; the smallest p-value is 0.025."""
 
@@ -111,6 +119,27 @@ class Bench:
         command = self.command("analyze", cell, "weaver_sft", subject.overlays, subject.weaver)
         return _run([*command, *own], self.root / cell.folder / "analyze" / "analysis.json", _analysis)
 
+    def ablate(self, cell: Cell) -> dict[str, Any]:
+        """`memgen ablate`, on the items that the trigger learns from where there is one."""
+        subject = SUBJECTS[cell.task]
+        conditions = CONDITIONS if subject.trigger else [name for name in CONDITIONS if name != "trained"]
+        command = self.command("ablate", cell, *self._with_trigger(subject, subject.mix))
+        own = ("--conditions", ",".join(conditions), "--bon-temperature", "0.7", *_ITEMS)
+        return _run([*command, *own], self.root / cell.folder / "ablate" / "ablation.json", _ablation)
+
+    def oracle(self, cell: Cell) -> dict[str, Any]:
+        """`memgen oracle` on the task alone."""
+        subject = SUBJECTS[cell.task]
+        command = self.command("oracle", cell, *self._with_trigger(subject, subject.overlays))
+        own = ("--budget", str(BUDGET), *_ITEMS)
+        return _run([*command, *own], self.root / cell.folder / "oracle" / "oracle.json", _oracle)
+
+    def _with_trigger(self, subject: Subject, overlays: Sequence[str]) -> tuple[str, Sequence[str], str]:
+        """Stage, overlays and training of a trained trigger, or of the weaver where there is none."""
+        if subject.trigger is None:
+            return "weaver_sft", subject.overlays, subject.weaver
+        return "trigger_rl", overlays, subject.trigger
+
     def command(self, name: str, cell: Cell, stage: str, overlays: Sequence[str], training: str) -> list[str]:
         """A command that plays the test items of a task with a checkpoint."""
         files = [stage_file(stage), *map(conf_file, overlays)]
@@ -122,14 +151,21 @@ class Bench:
         ]
 
 
-PARTS: dict[str, Callable[[Bench, Cell], dict[str, Any]]] = {"analyze": Bench.analyze}
+PARTS: dict[str, Callable[[Bench, Cell], dict[str, Any]]] = {
+    "analyze": Bench.analyze,
+    "ablate": Bench.ablate,
+    "oracle": Bench.oracle,
+}
 
 
-def cells(tasks: Sequence[str], base_seeds: Sequence[int], seeds: Sequence[int]) -> Iterator[Cell]:
+def cells(
+    parts: Sequence[str], tasks: Sequence[str], base_seeds: Sequence[int], seeds: Sequence[int]
+) -> Iterator[tuple[str, Cell]]:
     """Seed by seed, so that an interrupted benchmark has something of everything."""
     for seed in seeds:
         for base_seed in base_seeds:
-            yield from (Cell(task, base_seed, seed) for task in tasks)
+            for task in tasks:
+                yield from ((part, Cell(task, base_seed, seed)) for part in parts)
 
 
 def _run(
@@ -165,6 +201,27 @@ def _analysis(found: Mapping[str, Any]) -> dict[str, Any]:
         "overall": [_difference(effect) for effect in map(_effect, found["overall"])],
         "removals": [row for removal in found["removals"] for row in _removals(removal)],
     }
+
+
+def _ablation(found: Mapping[str, Any]) -> dict[str, Any]:
+    whole = ("items", "environment", "first", "memory", "lines", "notes")
+    return {
+        **{key: found[key] for key in whole},
+        "against_first": [_difference(_effect(effect)) for effect in found["against_first"]],
+        "against_memory": [_difference(_turned(_effect(effect))) for effect in found["of_memory"]],
+    }
+
+
+def _turned(effect: Effect) -> Effect:
+    """The same comparison from the other side."""
+    found = effect.difference
+    low, high = (None if end is None else -end for end in (found.high, found.low))
+    turned = Interval(-found.mean, low, high, found.count)
+    return replace(effect, condition=effect.against, against=effect.condition, difference=turned)
+
+
+def _oracle(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if key not in ("details", "policies", "settings")}
 
 
 def _removals(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -244,22 +301,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     bench = Bench(options.root, options.lab_root)
     if not options.report:
-        for cell in cells(options.tasks, options.base_seeds, options.weaver_seeds):
-            for part in options.only:
-                kept(
-                    options.root / cell.folder / f"{part}.json",
-                    lambda part=part, cell=cell: PARTS[part](bench, cell),  # type: ignore[misc]
-                )
+        for part, cell in cells(options.only, options.tasks, options.base_seeds, options.weaver_seeds):
+            kept(
+                options.root / cell.folder / f"{part}.json",
+                lambda part=part, cell=cell: PARTS[part](bench, cell),  # type: ignore[misc]
+            )
     expected = [
-        f"{cell.folder}/{part}" for cell in cells(list(SUBJECTS), [0, 1], [0, 1, 2]) for part in PARTS
+        f"{cell.folder}/{part}" for part, cell in cells(list(PARTS), list(SUBJECTS), [0, 1], [0, 1, 2])
     ]
     found = {
         str(path.relative_to(options.root).with_suffix("")): json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(options.root.glob("*/*/*.json"))
     }
     described = {
-        "subjects": {name: {"title": s.title, "items": s.items} for name, s in SUBJECTS.items()},
+        "subjects": {
+            name: {"title": s.title, "items": s.items, "mixed": bool(s.mix)} for name, s in SUBJECTS.items()
+        },
         "null_draws": NULL_DRAWS,
+        "budget": BUDGET,
+        "conditions": CONDITIONS,
         "missing": [cell for cell in expected if cell not in found],
         "cells": found,
     }

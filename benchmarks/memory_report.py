@@ -64,6 +64,8 @@ def report(data: Mapping[str, Any]) -> str:
         f"Made by `python -m benchmarks.memory` on {when or 'no day yet'}: {'; '.join(machines) or 'no machine yet'}. The figures",
         "are those of the command beside each table. The paper's figures are in [paper.md](paper.md).",
         *_analysis(data),
+        *_ablation(data),
+        *_oracle(data),
         *_missing(data["missing"]),
     ]
     return "\n".join(lines) + "\n"
@@ -103,7 +105,8 @@ def _analysis(data: Mapping[str, Any]) -> list[str]:
         f"{data['null_draws']}",
         "```",
         "",
-        f"docs/analysis.md says what it does. {mean_and_range(seconds, 0)} CPU seconds a run.",
+        f"docs/analysis.md says what it does. {mean_and_range(seconds, 0)} CPU seconds a run. In the text world, a wrong answer is an",
+        "episode that has used up its six turns without an action that was not possible.",
         "",
         "Do the clusters do different things, beyond a random removal at the same rate? Yes in "
         f"{sum(bool(run.found['verdict']['faculties']) for run in every)} of {len(every)} runs, by the rules of docs/analysis.md.",
@@ -132,7 +135,7 @@ def _conclusion(title: str, found: Sequence[Run]) -> str:
         for run in found
     )
     return (
-        f"- **{title}** ({len(found)} runs): the latents form clusters in {clustered}; removing some cluster does more harm than a "
+        f"- **{title}** ({len(found)} run{'s' * (len(found) > 1)}): the latents form clusters in {clustered}; removing some cluster does more harm than a "
         f"random removal at the same rate in {worse}; several clusters have functions of their own in {len(several)}. The clusters "
         f"of some N are those of the task, the boundary or the kind of insertion in {len(known)}. The paper's rule removes at least "
         f"{INDISCRIMINATE:.0%} of all blocks, whatever the cluster, in {everything}."
@@ -247,7 +250,118 @@ def _removals(title: str, found: Sequence[Run]) -> list[str]:
     return section(f"{title}: one cluster removed", header, table, level=3)
 
 
+# memgen ablate
+
+
+def _ablation(data: Mapping[str, Any]) -> list[str]:
+    tables = []
+    for task, subject in data["subjects"].items():
+        found = runs(data, task, "ablate")
+        if found:
+            mixed = " among tasks that need no memory" if subject["mixed"] else ""
+            tables += _matrix(f"{subject['title']}{mixed}", found)
+    if not tables:
+        return []
+    return [
+        "",
+        "## With, without and with what only looks like memory",
+        "",
+        "```",
+        "memgen ablate --config conf/STAGE.yaml --config OVERLAY --checkpoint DIR --data.test_examples N --bon-temperature 0.7 \\",
+        f"    --conditions {','.join(data['conditions'])}",
+        "```",
+        "",
+        "docs/ablation.md says what each condition is. Costs are means per answer.",
+        *tables,
+    ]
+
+
+def _matrix(title: str, found: Sequence[Run]) -> list[str]:
+    lines = [{line["name"]: line for line in run.found["lines"]} for run in found]
+    table = []
+    for name in dict.fromkeys(name for own in lines for name in own):
+        own = [by_name[name] for by_name in lines if name in by_name]
+        against = [
+            effect["mean"]
+            for run in found
+            for effect in run.found["against_first"]
+            if effect["condition"] == name
+        ]
+        behind = [
+            effect["harms"]
+            for run in found
+            for effect in run.found["against_memory"]
+            if effect["condition"] == name
+        ]
+        table.append(
+            [
+                name,
+                mean_and_range([100 * line["reward"]["mean"] for line in own], 1),
+                mean_and_range([100 * mean for mean in against], 1),
+                f"{sum(behind)} of {len(behind)}" if behind else "",
+                *(
+                    mean_and_range([line["costs"][cost] for line in own], digits)
+                    for cost, digits in (("latents", 1), ("positions", 0), ("tokens", 1))
+                ),
+                f"{1000 * sum(line['costs']['cpu_seconds'] for line in own) / len(own):.1f}",
+            ]
+        )
+    first, memory = found[0].found["first"], found[0].found["memory"]
+    header = [
+        "condition", "reward", f"difference to {first}, points", f"worse than {memory}, p <= 0.05 after Holm", "latents",
+        "positions", "tokens", "CPU ms",
+    ]  # fmt: skip
+    return section(
+        f"{title} ({len(found)} runs, {found[0].found['items']} items each)", header, table, level=3
+    )
+
+
+# memgen oracle
+
+
+def _oracle(data: Mapping[str, Any]) -> list[str]:
+    table = []
+    for task, subject in data["subjects"].items():
+        for run in runs(data, task, "oracle"):
+            found = run.found
+            scores = [found[name] for name in ("never", "always", "shared", "optimum", "trigger")]
+            shares = [*found["rescued"].values(), *found["broken"].values()]
+            table.append(
+                [
+                    subject["title"],
+                    *run.name,
+                    *(
+                        ""
+                        if score is None
+                        else f"{100 * score['accuracy']['mean']:.1f} ({score['insertions']:.1f})"
+                        + (f", {score['name']}" if score is found["shared"] else "")
+                        for score in scores
+                    ),
+                    *(f"{share['count']} of {share['total']}" for share in shares),
+                ]
+            )
+    if not table:
+        return []
+    header = [
+        "task", "reasoner", "weaver seed", "never", "always", "best shared policy, on its other half", "best of each item (upper bound)",
+        "trained trigger", "failures of never that some policy solves", "failures of always", "successes of never that some "
+        "insertion breaks", "successes of always that some omission breaks",
+    ]  # fmt: skip
+    return [
+        *section("What a trigger can gain", header, table),
+        "",
+        f"`memgen oracle --config conf/STAGE.yaml --config OVERLAY --checkpoint DIR --data.test_examples N --budget {data['budget']}`.",
+        "Accuracy in per cent, insertions per answer in brackets. The best policy of each item is chosen with its reward at hand: an",
+        "upper bound, and what chance gives to the best of many is in it.",
+    ]
+
+
 def _missing(names: Sequence[str]) -> list[str]:
     if not names:
         return ["", "Every cell was measured."]
-    return ["", "## Cells that were not measured", "", f"{len(names)}:", "", *(f"- {name}" for name in names)]
+    by_run: dict[str, list[str]] = {}
+    for name in names:
+        run, _, command = name.rpartition("/")
+        by_run.setdefault(run, []).append(command)
+    lines = [f"- {run}: {', '.join(commands)}" for run, commands in by_run.items()]
+    return ["", "## Cells that were not measured", "", f"{len(names)}:", "", *lines]

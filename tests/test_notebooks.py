@@ -136,7 +136,7 @@ def test_an_environment_of_ones_own_is_learnt(tmp_path, lab_home, monkeypatch):
     text = printed(run_on_lab("05_your_own_environment", tmp_path, lab_home, monkeypatch))
     assert "the reference answer earns 1.0" in text
     never, always = (
-        float(re.search(r"test/reward\W+([0-9.]+)", part)[1])
+        float(re.search(r"^reward ([0-9.]+) ", part, re.M)[1])
         for part in text.split("--- the trigger invokes")[1:]
     )
     assert never + 0.5 < always

@@ -75,6 +75,45 @@ def analysis(*, faculties: bool):
     }  # fmt: skip
 
 
+def oracle():
+    """As `oracle.json`, of a checkpoint without a trained trigger."""
+
+    def score(name, mean, insertions):
+        return {"name": name, "accuracy": {"mean": mean}, "insertions": insertions}
+
+    share = {"count": 3, "total": 4, "low": 0.3, "high": 0.95}
+    return {
+        "settings": {}, "environment": "lab", "items": 8, "never": score("never", 0.0, 0.0), "always": score("always", 0.5, 4.0),
+        "rescued": {"never": share, "always": share}, "broken": {"never": share, "always": share}, "policies": [{}],
+        "shared": score("boundary 1 alone", 0.75, 1.0), "optimum": score("upper bound", 1.0, 1.2), "trigger": None,
+        "details": [{}], "headline": "", "sentences": [],
+    }  # fmt: skip
+
+
+def ablation(conditions):
+    """As `ablation.json`: memory is worth 0.9, everything else 0.2."""
+    costs = {
+        "latents": 4.0,
+        "insertions": 1.0,
+        "positions": 30.0,
+        "tokens": 11.0,
+        "seconds": 0.01,
+        "cpu_seconds": 0.002,
+    }
+    rewards = {name: 0.9 if name in ("trained", "always") else 0.2 for name in conditions}
+    memory = "trained" if "trained" in rewards else "always"
+    return {
+        "title": "Ablation", "environment": "lab", "of": "", "items": 50, "temperature": 0.0, "seed": 0, "first": conditions[0],
+        "memory": memory, "by_task": [], "notes": [],
+        "lines": [
+            {"name": name, "items": 50, "faulted": 0, "reward": {"mean": reward}, "finished": 1.0, "samples": 1.0, "costs": costs}
+            for name, reward in rewards.items()
+        ],
+        "against_first": [effect(name, conditions[0], rewards[name] - 0.2, 0.001) for name in conditions[1:]],
+        "of_memory": [effect(memory, name, 0.9 - rewards[name], 0.001) for name in conditions if name != memory],
+    }  # fmt: skip
+
+
 @pytest.fixture
 def commands(monkeypatch):
     """The commands that were run. Weaver seed 1 has faculties, others have none."""
@@ -84,8 +123,17 @@ def commands(monkeypatch):
         asked.append(list(arguments))
         out = Path(arguments[arguments.index("--out") + 1])
         out.mkdir(parents=True)
-        found = analysis(faculties="seed1" in out.parent.name)
-        (out / "analysis.json").write_text(json.dumps(found))
+        analysed = analysis(faculties="seed1" in out.parent.name)
+        conditions = (
+            arguments[arguments.index("--conditions") + 1].split(",") if arguments[0] == "ablate" else [""]
+        )
+        made = {
+            "analyze": ("analysis", analysed),
+            "ablate": ("ablation", ablation(conditions)),
+            "oracle": ("oracle", oracle()),
+        }
+        name, found = made[arguments[0]]
+        (out / f"{name}.json").write_text(json.dumps(found))
 
     monkeypatch.setattr(memory, "run_memgen", run_memgen)
     monkeypatch.setattr(memory.Bench, "checkpoint", lambda bench, cell, training: Path("trained") / training)
@@ -105,8 +153,8 @@ def test_a_part_is_measured_once_and_the_rest_is_named_as_missing(commands, tmp_
     assert first[first.index("--checkpoint") + 1] == "trained/bill"
     assert first[first.index("--model.memgen.backbone.name") + 1] == "lab:reasoner?seed=1"
     assert sum(argument.endswith("lab_bill.yaml") for argument in first) == 1
-    assert "- bill/base1_seed2/analyze\n" in text
-    assert "- bill/base1_seed0/analyze\n" not in text
+    assert "- bill/base1_seed2: analyze, ablate, oracle\n" in text
+    assert "- bill/base1_seed0: ablate, oracle\n" in text
     assert run(tmp_path, *some) == text
     assert len(commands) == 2
     assert run(tmp_path, "--report") == text
@@ -133,8 +181,56 @@ def test_the_conclusion_counts_what_the_runs_found(commands, tmp_path):
     assert "| remove all | 5.0 (5.0 to 5.0) | -85.0 (-85.0 to -85.0) | 6 of 6 | wrong answer 95 % |" in text
 
 
+def test_each_condition_is_compared_with_the_first_and_with_memory(commands, tmp_path):
+    text = run(tmp_path, "--only", "ablate", "--tasks", "bill", "text_world", "--weaver-seeds", "0")
+    bills = [command for command in commands if "trained/bill_trigger" in command]
+    assert len(bills) == 2
+    assert all(any(word.endswith("lab_bill_mix.yaml") for word in command) for command in bills)
+    # The text world has no trained trigger.
+    assert (
+        sum("trained" in command[command.index("--conditions") + 1].split(",") for command in commands) == 2
+    )
+    bill, world = text.split("### Bill of six items among tasks that need no memory (2 runs, 50 items each)")[
+        1
+    ].split("### ")
+    assert (
+        "| swapped | 20.0 (20.0 to 20.0) | 0.0 (0.0 to 0.0) | 2 of 2 | 4.0 (4.0 to 4.0) | 30 (30 to 30) |"
+        in bill
+    )
+    assert "| always | 90.0 (90.0 to 90.0) | 70.0 (70.0 to 70.0) | 0 of 2 |" in bill
+    assert "| always | 90.0 (90.0 to 90.0) | 70.0 (70.0 to 70.0) |  |" in world
+
+
+def test_the_oracle_stands_beside_what_a_policy_of_all_items_reaches(commands, tmp_path):
+    text = run(
+        tmp_path,
+        "--only",
+        "oracle",
+        "--tasks",
+        "text_world",
+        "shop",
+        "--weaver-seeds",
+        "2",
+        "--base-seeds",
+        "0",
+    )
+    world, shop = commands
+    # The shop has a trained trigger, and is asked alone.
+    assert shop[shop.index("--checkpoint") + 1] == "trained/trigger"
+    assert [Path(shop[place + 1]).name for place, word in enumerate(shop) if word == "--config"] == [
+        "trigger_rl.yaml",
+        "lab.yaml",
+    ]
+    assert world[world.index("--checkpoint") + 1] == "trained/text_world"
+    (row,) = [line for line in text.splitlines() if line.startswith("| Text world |")]
+    assert row.startswith(
+        "| Text world | 0 | 2 | 0.0 (0.0) | 50.0 (4.0) | 75.0 (1.0), boundary 1 alone | 100.0 (1.2) |  | 3 of 4 |"
+    )
+
+
 def test_without_a_cell_the_report_says_so(tmp_path):
     text = run(tmp_path, "--report")
     assert "no day yet" in text
     assert "## Clusters and interventions" not in text
-    assert f"{len(memory.PARTS) * 18}:" in text
+    cells = [*memory.cells(list(memory.PARTS), list(memory.SUBJECTS), [0, 1], [0, 1, 2])]
+    assert f"{len(cells)}:" in text
