@@ -243,17 +243,17 @@ def _cost(runs: Sequence[Run]) -> list[str]:
     table = []
     for name in sorted({key for run in runs for key in run.results if key.startswith("fit_")}):
         seconds = [float(run.results[name]["cpu_seconds"]) for run in runs if name in run.results]
-        table.append([name.removeprefix("fit_"), _range(seconds, 0)])
+        table.append([name.removeprefix("fit_"), mean_and_range(seconds, 0)])
     return section(
         "CPU seconds of a training command, start-up and validation included", ["", "CPU s"], table
     )
 
 
-def section(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A heading and a table; nothing if there are no rows."""
+def section(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], level: int = 2) -> list[str]:
+    """A heading of a level and a table; nothing if there are no rows."""
     if not any(any(cell for cell in row[1:]) for row in rows):
         return []
-    lines = ["", f"## {title}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    lines = ["", f"{'#' * level} {title}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     return lines + [f"| {' | '.join(row)} |" for row in rows if any(row[1:])]
 
 
@@ -269,7 +269,9 @@ def _pairs(
 
 def _spread(runs: Sequence[Run], condition: str, task: str) -> str:
     """Mean and range over the runs."""
-    return _range([score.mean for run in runs if (score := run.score(condition, task)) is not None], 1)
+    return mean_and_range(
+        [score.mean for run in runs if (score := run.score(condition, task)) is not None], 1
+    )
 
 
 def _mean_insertions(runs: Sequence[Run], condition: str, tasks: Sequence[str]) -> str:
@@ -282,7 +284,8 @@ def _mean_insertions(runs: Sequence[Run], condition: str, tasks: Sequence[str]) 
     return f"{np.mean(found):.2f}" if found else ""
 
 
-def _range(values: Sequence[float], digits: int) -> str:
+def mean_and_range(values: Sequence[float], digits: int) -> str:
+    """Mean and range of some values; nothing if there are none."""
     if not values:
         return ""
     mean, low, high = (f"{value:.{digits}f}" for value in (np.mean(values), min(values), max(values)))

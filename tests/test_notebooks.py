@@ -12,8 +12,10 @@ from nbclient import NotebookClient
 from memgen.lab.assets import resolve_asset
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
-TRAINING = {"01_quick_tour", "02_real_model"}
-"""Those that train, and build the lab's reasoner if it is not there."""
+TRAINING = {
+    "01_quick_tour", "02_real_model", "03_anatomy_of_an_answer", "04_memory_analysis", "05_your_own_environment",
+}  # fmt: skip
+"""Those that train, or ask for a trained weaver, and build the lab's reasoner if it is not there."""
 
 
 def code_cells(notebook) -> list:
@@ -120,3 +122,58 @@ def test_the_quick_tour_shows_what_memory_is_worth(tmp_path, lab_home, monkeypat
         assert abs(trigger - plain) < abs(always - plain)
     # Nothing is left in the folder that the reader works in.
     assert not list(tmp_path.iterdir())
+
+
+def run_on_lab(name: str, folder, lab_home, monkeypatch):
+    """A notebook of this name, with its outputs."""
+    monkeypatch.setenv("MEMGEN_HOME", str(lab_home))
+    notebook = run(*[path for path in NOTEBOOKS if path.stem == name], folder)
+    assert not list(folder.iterdir()), "nothing is left in the folder that the reader works in"
+    return notebook
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_anatomy_shows_what_blocks_are_worth(tmp_path, lab_home, monkeypatch):
+    lines = printed(run_on_lab("03_anatomy_of_an_answer", tmp_path, lab_home, monkeypatch)).splitlines()
+    gains = {
+        found[1].strip(): float(found[2])
+        for line in lines
+        if (found := re.match(r"(.+?) +(\S+) nats$", line))
+    }
+    # The text says so: it must be what a reader sees.
+    assert gains["no block"] == 0.0
+    assert gains["all blocks"] > 1.0
+    assert len([name for name in gains if name.endswith("alone")]) == 4
+    assert sum(line.startswith("block ") and "latents behind" in line for line in lines) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_memory_analysis_sets_every_removal_beside_a_random_one(tmp_path, lab_home, monkeypatch):
+    lines = printed(run_on_lab("04_memory_analysis", tmp_path, lab_home, monkeypatch)).splitlines()
+    (reward,) = [line for line in lines if line.startswith("as trained: reward")]
+    trained, without = (float(number) for number in re.findall(r"[0-9]\.[0-9]+", reward))
+    assert without + 0.5 < trained
+    removed = [line for line in lines if re.match(r"cluster [0-9] of [0-9] removed", line)]
+    assert len(removed) >= 8
+    assert all(len(re.findall(r"[0-9]+%| [01]\.[0-9]{2}", line)) == 3 for line in removed)
+    assert sum(line.startswith(("Faculties:", "No faculties:")) for line in lines) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_an_environment_of_ones_own_is_learnt(tmp_path, lab_home, monkeypatch):
+    text = printed(run_on_lab("05_your_own_environment", tmp_path, lab_home, monkeypatch))
+    assert "the reference answer earns 1.0" in text
+    never, always = (
+        float(re.search(r"^reward ([0-9.]+) ", part, re.M)[1])
+        for part in text.split("--- the trigger invokes")[1:]
+    )
+    assert never + 0.5 < always

@@ -46,6 +46,8 @@ trainer:
   enable_progress_bar: false
 """
 CONFIG = ("--config", "stage.yaml")
+NAMED = ("--model.memgen.backbone.name", "lab:base", "--data.tokenizer", "lab:base")
+"""The base by the name of an asset, which `named_base` resolves."""
 SLOW = ("--data.environment.seconds", "0.1")
 
 
@@ -53,6 +55,11 @@ def prepare(folder: Path) -> None:
     (folder / "stage.yaml").write_text(STAGE)
     (folder / "base").mkdir()
     save_backbone(tiny_causal_lm(max_position_embeddings=2048), byte_tokenizer(), folder / "base")
+
+
+def named_base(name: str) -> str:
+    """As `memgen.lab.assets.resolve_asset`, for a base that is called lab:base."""
+    return "base" if name == "lab:base" else name
 
 
 def prepare_trained(folder: Path) -> None:

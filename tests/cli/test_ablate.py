@@ -7,9 +7,10 @@ import json
 
 import pytest
 
-from cli.played import CONFIG, prepare_trained
+from cli.played import CONFIG, NAMED, named_base, prepare_trained
 from memgen.analysis import ablation
 from memgen.cli import main as front_end
+from memgen.cli import names
 from memgen.results import statistics
 
 
@@ -57,6 +58,13 @@ def test_it_prints_a_table_and_the_same_again_without_playing(folder, capsys, mo
 def test_what_cannot_be_played_is_refused_in_one_line(folder, capsys, arguments, message):
     assert ablate(*arguments) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_base_may_be_named_as_an_asset(folder, capsys, monkeypatch):
+    monkeypatch.setattr(names, "resolve_asset", named_base)
+    assert ablate(*NAMED, "--data.test_examples", "1") == 2
+    # So it has come to the items.
+    assert "the test split has 1 items" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(folder, capsys, monkeypatch):

@@ -10,10 +10,11 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from cli.played import CONFIG, prepare_trained
+from cli.played import CONFIG, NAMED, named_base, prepare_trained
 from memgen.analysis import playing, report
 from memgen.analysis.labels import BELIEF, PLANNING
 from memgen.cli import main as front_end
+from memgen.cli import names
 from memgen.results import statistics
 
 
@@ -87,6 +88,13 @@ def test_it_reports_and_says_the_same_again_without_playing(folder, capsys, monk
 def test_what_cannot_be_analysed_is_refused_in_one_line(folder, capsys, arguments, message):
     assert analyze(*arguments) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_base_may_be_named_as_an_asset(folder, capsys, monkeypatch):
+    monkeypatch.setattr(names, "resolve_asset", named_base)
+    assert analyze(*NAMED, "--data.test_examples", "1") == 2
+    # So it has come to the items.
+    assert "the test split has 1 items" in capsys.readouterr().err
 
 
 def test_without_a_checkpoint_it_asks_for_one(folder, capsys):

@@ -7,8 +7,9 @@ import signal
 
 import pytest
 
-from cli.played import CONFIG, SLOW, prepare, start, wait_for_lines
+from cli.played import CONFIG, NAMED, SLOW, named_base, prepare, start, wait_for_lines
 from memgen.cli import main as front_end
+from memgen.cli import names
 from memgen.cli.options import take_options
 
 KEEP = ("--samples", "3", "--min-reward", "0.5", "--max-per-item", "2")
@@ -36,6 +37,12 @@ def test_it_says_what_it_kept_and_goes_on_from_nothing_to_do(folder, capsys):
     again = capsys.readouterr()
     assert again.out == out
     assert (folder / "t.jsonl").read_text().splitlines() == lines
+
+
+def test_a_base_may_be_named_as_an_asset(folder, capsys, monkeypatch):
+    monkeypatch.setattr(names, "resolve_asset", named_base)
+    assert collect("t.jsonl", *NAMED) == 0
+    assert "t.jsonl is complete" in capsys.readouterr().out
 
 
 def test_other_settings_are_refused_in_one_line_that_names_them(folder, capsys):
