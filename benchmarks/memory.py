@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,8 @@ from memgen.analysis.clusters import LEVEL
 from memgen.analysis.effects import REWARD, Effect, Outcome
 from memgen.analysis.interventions import RULES
 from memgen.analysis.verdict import ClusterEffects, RemovalResult
-from memgen.lab.trained import base_name, conf_file, run_memgen, stage_file
+from memgen.conf_files import conf_file
+from memgen.lab.trained import STDERR, base_name, run_memgen, stage_file
 from memgen.results.statistics import Interval
 
 logger = logging.getLogger(__name__)
@@ -134,6 +134,16 @@ class Bench:
         own = ("--budget", str(BUDGET), *_ITEMS)
         return _run([*command, *own], self.root / cell.folder / "oracle" / "oracle.json", _oracle)
 
+    def continual(self, cell: Cell) -> dict[str, Any]:
+        """`memgen continual`."""
+        out = self.root / cell.folder / "continual"
+        command = (
+            *("continual", "--config", str(conf_file("continual.yaml")), "--seed", str(cell.seed)),
+            *("--all.settings.model.memgen.backbone.name", base_name(cell.base_seed)),
+            *("--all.settings.trainer.logger", "false", "--out", str(out)),
+        )
+        return _run(command, out / "continual.json", dict)
+
     def _with_trigger(self, subject: Subject, overlays: Sequence[str]) -> tuple[str, Sequence[str], str]:
         """Stage, overlays and training of a trained trigger, or of the weaver where there is none."""
         if subject.trigger is None:
@@ -151,10 +161,26 @@ class Bench:
         ]
 
 
-PARTS: dict[str, Callable[[Bench, Cell], dict[str, Any]]] = {
-    "analyze": Bench.analyze,
-    "ablate": Bench.ablate,
-    "oracle": Bench.oracle,
+@dataclass(frozen=True)
+class Part:
+    """What a command is run on.
+
+    Attributes:
+        run: makes a cell.
+        tasks: those of its cells.
+    """
+
+    run: Callable[[Bench, Cell], dict[str, Any]]
+    tasks: tuple[str, ...] = tuple(SUBJECTS)
+
+
+CHAIN = "chain"
+"""In the place of a task: all those of conf/continual.yaml."""
+PARTS = {
+    "analyze": Part(Bench.analyze),
+    "ablate": Part(Bench.ablate),
+    "oracle": Part(Bench.oracle),
+    "continual": Part(Bench.continual, (CHAIN,)),
 }
 
 
@@ -165,7 +191,9 @@ def cells(
     for seed in seeds:
         for base_seed in base_seeds:
             for task in tasks:
-                yield from ((part, Cell(task, base_seed, seed)) for part in parts)
+                yield from (
+                    (part, Cell(task, base_seed, seed)) for part in parts if task in PARTS[part].tasks
+                )
 
 
 def _run(
@@ -173,7 +201,7 @@ def _run(
 ) -> dict[str, Any]:
     """Runs a command; what the report needs of its numbers, and what it took."""
     clock, begin = children_cpu(), time.perf_counter()
-    run_memgen(*command, stdout=sys.stderr)
+    run_memgen(*command, stdout=STDERR)
     return {
         **read(json.loads(numbers.read_text(encoding="utf-8"))),
         "cpu_seconds": round(children_cpu() - clock, 1),
@@ -283,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="commands (all)")
     parser.add_argument(
-        "--tasks", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS), help="tasks (all)"
+        "--tasks", nargs="+", choices=[*SUBJECTS, CHAIN], default=[*SUBJECTS, CHAIN], help="tasks (all)"
     )
     parser.add_argument("--weaver-seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--base-seeds", type=int, nargs="+", default=[0, 1], metavar="N")
@@ -304,10 +332,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part, cell in cells(options.only, options.tasks, options.base_seeds, options.weaver_seeds):
             kept(
                 options.root / cell.folder / f"{part}.json",
-                lambda part=part, cell=cell: PARTS[part](bench, cell),  # type: ignore[misc]
+                lambda part=part, cell=cell: PARTS[part].run(bench, cell),  # type: ignore[misc]
             )
     expected = [
-        f"{cell.folder}/{part}" for part, cell in cells(list(PARTS), list(SUBJECTS), [0, 1], [0, 1, 2])
+        f"{cell.folder}/{part}" for part, cell in cells(list(PARTS), [*SUBJECTS, CHAIN], [0, 1], [0, 1, 2])
     ]
     found = {
         str(path.relative_to(options.root).with_suffix("")): json.loads(path.read_text(encoding="utf-8"))

@@ -66,6 +66,7 @@ def report(data: Mapping[str, Any]) -> str:
         *_analysis(data),
         *_ablation(data),
         *_oracle(data),
+        *_continual(data),
         *_missing(data["missing"]),
     ]
     return "\n".join(lines) + "\n"
@@ -353,6 +354,43 @@ def _oracle(data: Mapping[str, Any]) -> list[str]:
         f"`memgen oracle --config conf/STAGE.yaml --config OVERLAY --checkpoint DIR --data.test_examples N --budget {data['budget']}`.",
         "Accuracy in per cent, insertions per answer in brackets. The best policy of each item is chosen with its reward at hand: an",
         "upper bound, and what chance gives to the best of many is in it.",
+    ]
+
+
+# memgen continual
+
+
+def _continual(data: Mapping[str, Any]) -> list[str]:
+    found = runs(data, "chain", "continual")
+    if not found:
+        return []
+    tasks = found[0].found["tasks"]
+    methods = dict.fromkeys(method for run in found for method in run.found["methods"])
+    matrix, summary = [], []
+    for method in methods:
+        own = [run.found["methods"][method] for run in found if method in run.found["methods"]]
+        for step, row in enumerate(own[0]["matrix"]):
+            cells = [mean_and_range([100 * each["matrix"][step][task] for each in own], 1) for task in tasks]
+            matrix.append([method, row["after"], *cells])
+        measures = [name for name, value in own[0]["measures"].items() if value is not None]
+        summary.append(
+            [
+                method,
+                *(
+                    mean_and_range([100 * each["measures"][name]["mean"] for each in own], 1)
+                    for name in measures
+                ),
+            ]
+        )
+    items = ", ".join(f"{count} of {task}" for task, count in found[0].found["items"].items())
+    return [
+        "",
+        "## Tasks learnt one after another",
+        "",
+        "`memgen continual --config conf/continual.yaml --seed N`; docs/continual.md says what is measured. "
+        f"{len(found)} runs; items: {items}.",
+        *section("Mean reward after each task", ["method", "after", *tasks], matrix, level=3),
+        *section("Measures, points", ["method", *measures], summary, level=3),
     ]
 
 

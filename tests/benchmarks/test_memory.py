@@ -232,5 +232,5 @@ def test_without_a_cell_the_report_says_so(tmp_path):
     text = run(tmp_path, "--report")
     assert "no day yet" in text
     assert "## Clusters and interventions" not in text
-    cells = [*memory.cells(list(memory.PARTS), list(memory.SUBJECTS), [0, 1], [0, 1, 2])]
+    cells = [*memory.cells(list(memory.PARTS), [*memory.SUBJECTS, memory.CHAIN], [0, 1], [0, 1, 2])]
     assert f"{len(cells)}:" in text
