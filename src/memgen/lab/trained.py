@@ -59,7 +59,7 @@ TRAINED = {
     "weaver_grpo": TrainedAsset("weaver_grpo", start="weaver_sft_half", minutes=3),
     "trigger_rl": TrainedAsset("trigger_rl", start="weaver_sft", minutes=2),
     "smollm2_weaver_sft_half": TrainedAsset(
-        "weaver_sft", (*SMOLLM2_SHOP, "smollm2/weaver_sft.yaml"), stop_at=0.3, check_every=40, minutes=11
+        "weaver_sft", (*SMOLLM2_SHOP, "smollm2/weaver_sft.yaml"), stop_at=0.3, check_every=40, minutes=17
     ),
     "smollm2_weaver_sft": TrainedAsset(
         "weaver_sft",
@@ -67,16 +67,16 @@ TRAINED = {
         goes_on="smollm2_weaver_sft_half",
         stop_at=0.98,
         check_every=40,
-        minutes=11,
+        minutes=5,
     ),
     "smollm2_weaver_grpo": TrainedAsset(
         "weaver_grpo",
         (*SMOLLM2_SHOP, "smollm2/weaver_grpo.yaml"),
         start="smollm2_weaver_sft_half",
-        minutes=20,
+        minutes=16,
     ),
     "smollm2_trigger_rl": TrainedAsset(
-        "trigger_rl", (*SMOLLM2_MIX, "smollm2/trigger_rl.yaml"), start="smollm2_weaver_sft", minutes=10
+        "trigger_rl", (*SMOLLM2_MIX, "smollm2/trigger_rl.yaml"), start="smollm2_weaver_sft", minutes=23
     ),
 }
 """By name. Those called half are stopped early, so that reinforcement has something to do: by their score, because the step
