@@ -165,7 +165,7 @@ def test_items_that_the_environment_fails_are_left_out_and_not_tried_again():
 # Played
 
 
-def weave_x(self, states, counts, kinds, rows, cache):
+def weave_x(self, states, counts, kinds, rows, cache, texts=None):
     letter = self.backbone.embedding[byte_tokenizer().encode("X")[0]].detach()
     return torch.cat([letter.expand(self.config.latents(kind), -1) for kind in kinds])
 

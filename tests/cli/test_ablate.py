@@ -9,8 +9,8 @@ import pytest
 
 from cli.played import CONFIG, NAMED, named_base, prepare_trained
 from memgen.analysis import ablation
+from memgen.api import names
 from memgen.cli import main as front_end
-from memgen.cli import names
 from memgen.results import statistics
 
 

@@ -13,8 +13,8 @@ import pytest
 from cli.played import CONFIG, NAMED, named_base, prepare_trained
 from memgen.analysis import playing, report
 from memgen.analysis.labels import BELIEF, PLANNING
+from memgen.api import names
 from memgen.cli import main as front_end
-from memgen.cli import names
 from memgen.results import statistics
 
 

@@ -8,8 +8,8 @@ import signal
 import pytest
 
 from cli.played import CONFIG, NAMED, SLOW, named_base, prepare, start, wait_for_lines
+from memgen.api import names
 from memgen.cli import main as front_end
-from memgen.cli import names
 from memgen.cli.options import take_options
 
 KEEP = ("--samples", "3", "--min-reward", "0.5", "--max-per-item", "2")

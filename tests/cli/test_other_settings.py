@@ -115,13 +115,13 @@ def test_what_no_file_sets_is_taken_from_the_checkpoint(folder, capsys):
 
 
 def test_generate_renders_and_ends_as_training_did(folder, monkeypatch):
+    from memgen import chat
+    from memgen.api import agent
     from memgen.cli import generate
 
     seen = []
-    from memgen import chat
-
     monkeypatch.setattr(
-        chat, "prompt_ids", lambda tokenizer, messages, template: seen.append(template) or [65, 66]
+        agent, "prompt_ids", lambda tokenizer, messages, template: seen.append(template) or [65, 66]
     )
     argv = ["--checkpoint", "run/best", "--prompt", "x", "--max-new-tokens", "2"]
     header = json.loads((folder / "run/best/memgen.json").read_text())

@@ -55,7 +55,7 @@ def test_init_args_give_the_same_configuration(folder, capsys):
 
 def test_assets_are_made_once_and_before_the_trainer_starts(folder, monkeypatch):
     from cli.dummy_stage import Stage
-    from memgen.cli import names
+    from memgen.api import names
 
     events = []
     monkeypatch.setattr(names, "resolve_asset", lambda name: events.append(name) or f"/made/{name}")
@@ -70,7 +70,7 @@ def test_assets_are_made_once_and_before_the_trainer_starts(folder, monkeypatch)
 
 
 def test_printing_a_configuration_makes_no_asset(folder, monkeypatch, capsys):
-    from memgen.cli import names
+    from memgen.api import names
 
     monkeypatch.setattr(names, "resolve_asset", lambda name: pytest.fail(f"{name} was made"))
     assert "lab:weaver_sft" in printed_config(capsys, *CONFIG, "--model.init_from", "lab:weaver_sft")

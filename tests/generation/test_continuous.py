@@ -71,8 +71,9 @@ def test_an_answer_is_the_same_alone_and_where_others_join_and_leave(trigger, re
         assert turns[name].work == expected.work
         ours, theirs = (torch.tensor(turn.logprobs) for turn in (turns[name], expected))
         assert_close(f"logprobs of {name}", ours, theirs)
-    if trigger != "never":
-        assert any(turn.invocations > 1 for turn in turns.values())
+    # A learned trigger that was never trained may invoke seldom.
+    least = {"always": 2, "random": 2, "never": 0}.get(trigger, 1)
+    assert max(turn.invocations for turn in turns.values()) >= least
 
 
 @pytest.mark.parametrize("seed", range(1, 3))
