@@ -46,16 +46,15 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "make setup: needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make setup PYTHON=python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  rm -rf $(VENV); echo "make setup: $(PYTHON) cannot create a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	# What is imported is compiled then; compiling all would take a third of the time.
-	$(BIN)/python -m pip install --quiet --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
 setup-worlds: setup
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev,alfworld,scienceworld]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,alfworld,scienceworld]"
 
 setup-reasoning-gym: setup
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev,reasoning-gym]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,reasoning-gym]"
 
 demo: setup
 	$(BIN)/memgen demo $(DEMO_ARGS)

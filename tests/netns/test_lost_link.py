@@ -177,7 +177,7 @@ def test_a_lost_link_ends_both_processes_and_the_run_goes_on_over_a_new_one(link
     try:
         assert again.wait(START) == [0, 0], again.text()
         assert step_of(folder) == saved + 5
-        assert "resume" in again.logs[0].read_text(), again.text()
+        assert f"the run goes on from step {saved} (" in again.logs[0].read_text(), again.text()
         client = client_of(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
         experiment = client.get_experiment_by_name("memgen")
         (record,) = client.search_runs([experiment.experiment_id])

@@ -169,6 +169,9 @@ class ResumeCheckpoint(Checkpoint):
                 f"ranks go on from different checkpoints: one from step {int(-steps[1])}, another from step "
                 f"{int(steps[0])}; is {self.run} the same folder on every node?"
             )
+        resumed = run_context(trainer).resumed_from
+        if resumed is not None and trainer.is_global_zero:
+            logger.warning("the run goes on from step %d (%s)", trainer.global_step, resumed)
         if self._validation_due:
             self._validate(trainer)
         self._agreement = Agreement(_over_ranks if world_size() > 1 else None, self.limit)
