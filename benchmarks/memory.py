@@ -47,6 +47,7 @@ class Subject:
         items: held-out items of an analysis; half of them are played under every condition.
         trigger: training of the trigger on the weaver, or None.
         mix: configuration files of the items that the trigger learns from: half of them are the task's.
+        inside: whether there are boundaries inside of its answers.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Subject:
     items: int
     trigger: str | None = None
     mix: tuple[str, ...] = ()
+    inside: bool = True
 
 
 SUBJECTS = {
@@ -62,12 +64,15 @@ SUBJECTS = {
     "bill": Subject(
         "Bill of six items", "bill", ("data/lab_bill.yaml",), 160, "bill_trigger", ("data/lab_bill_mix.yaml",)
     ),
-    "text_world": Subject("Text world", "text_world", ("data/lab_text_world.yaml",), 160),
+    "text_world": Subject("Text world", "text_world", ("data/lab_text_world.yaml",), 160, inside=False),
 }
 CONDITIONS = (
     "vanilla", "never", "always", "prompt_only", "delimiters", "random:0.5", "trained", "entropy:1", "pause", "swapped",
-    "bon:3", "cot",
+    "bon:3",
 )  # fmt: skip
+"""Not `cot`: the lab's tokenizer has no words for an instruction."""
+_INSIDE = ("prompt_only", "delimiters")
+"""Conditions that need boundaries inside of answers."""
 _ITEMS = ("--data.test_examples", "200")
 """Of an ablation and of an oracle."""
 BUDGET = 16
@@ -122,7 +127,8 @@ class Bench:
     def ablate(self, cell: Cell) -> dict[str, Any]:
         """`memgen ablate`, on the items that the trigger learns from where there is one."""
         subject = SUBJECTS[cell.task]
-        conditions = CONDITIONS if subject.trigger else [name for name in CONDITIONS if name != "trained"]
+        left_out = (() if subject.trigger else ("trained",)) + (() if subject.inside else _INSIDE)
+        conditions = [name for name in CONDITIONS if name not in left_out]
         command = self.command("ablate", cell, *self._with_trigger(subject, subject.mix))
         own = ("--conditions", ",".join(conditions), "--bon-temperature", "0.7", *_ITEMS)
         return _run([*command, *own], self.root / cell.folder / "ablate" / "ablation.json", _ablation)
