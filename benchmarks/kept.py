@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,3 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     result = make()
     write_whole(path, json.dumps(result))
     return result
-
-
-def children_cpu() -> float:
-    """CPU seconds of all processes that this one has started and that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kept import children_cpu, kept
+from benchmarks.kept import kept
 from benchmarks.lab_report import machine, write_report
 from memgen.chat import load_tokenizer
 from memgen.conf_files import conf_file
@@ -28,7 +28,7 @@ from memgen.lab.environment import Lab
 from memgen.lab.lora import train_lora
 from memgen.lab.report import MAX_NEW_TOKENS, OTHERS, base_hash, held_out
 from memgen.lab.text_world import TextWorld
-from memgen.lab.trained import base_name, fit, stage_file, stopping_at
+from memgen.lab.trained import base_name, children_cpu, fit, stage_file, stopping_at
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import BackboneConfig
 from memgen.model.boundary import BoundaryConfig

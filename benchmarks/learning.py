@@ -20,11 +20,11 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from benchmarks.kept import children_cpu, kept
+from benchmarks.kept import kept
 from benchmarks.lab_report import machine
 from memgen.conf_files import conf_file
 from memgen.files import write_whole
-from memgen.lab.trained import fit, stage_file
+from memgen.lab.trained import children_cpu, fit, stage_file
 
 FILES = ("backbone/smollm2-135m.yaml", "data/lab_english.yaml", "smollm2/weaver_sft.yaml")
 VARIANTS: dict[str, dict[str, Any]] = {

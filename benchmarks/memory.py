@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import lab
-from benchmarks.kept import children_cpu, kept
+from benchmarks.kept import kept
 from benchmarks.lab_report import machine
 from benchmarks.memory_report import write_report
 from memgen.analysis.clusters import LEVEL
@@ -30,7 +30,7 @@ from memgen.analysis.effects import REWARD, Effect, Outcome
 from memgen.analysis.interventions import RULES
 from memgen.analysis.verdict import ClusterEffects, RemovalResult
 from memgen.conf_files import conf_file
-from memgen.lab.trained import STDERR, base_name, run_memgen, stage_file
+from memgen.lab.trained import STDERR, base_name, children_cpu, run_memgen, stage_file
 from memgen.results.statistics import Interval
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ import torch
 from jsonargparse import ArgumentParser
 from omegaconf import OmegaConf
 
-from benchmarks.kept import children_cpu, kept
+from benchmarks.kept import kept
 from benchmarks.lab_report import machine
 from benchmarks.real_report import write_report
 from memgen.chat import conversation_ids, load_tokenizer
@@ -37,7 +37,7 @@ from memgen.files import new_folder
 from memgen.lab.assets import resolve_asset
 from memgen.lab.lora import train_lora
 from memgen.lab.report import held_out
-from memgen.lab.trained import fit, stage_file, stopping_at
+from memgen.lab.trained import children_cpu, fit, stage_file, stopping_at
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import BackboneConfig
 from memgen.model.boundary import BoundaryConfig

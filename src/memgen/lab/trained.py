@@ -108,7 +108,7 @@ def build_trained(name: str, seed: int, base_seed: int, version: int, start: str
             " ".join(f"--config {file}" for file in files),
             asset.minutes,
         )
-        clock, cpu = time.perf_counter(), _children_cpu()
+        clock, cpu = time.perf_counter(), children_cpu()
         run = _run_folder(name, seed, base_seed, version)
         fit(files, _overrides(asset, seed, base_seed, start), run)
         shutil.copytree(
@@ -118,7 +118,7 @@ def build_trained(name: str, seed: int, base_seed: int, version: int, start: str
             "Trained %s in %.0f s, %.1f CPU minutes.",
             full_name,
             time.perf_counter() - clock,
-            (_children_cpu() - cpu) / 60,
+            (children_cpu() - cpu) / 60,
         )
 
     path = build_once(memgen_home(), f"lab-{name}", _recipe(name, seed, base_seed, version), build)
@@ -129,7 +129,8 @@ def build_trained(name: str, seed: int, base_seed: int, version: int, start: str
     return path
 
 
-def _children_cpu() -> float:
+def children_cpu() -> float:
+    """CPU seconds of all processes that this one has started and that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

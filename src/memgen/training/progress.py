@@ -102,17 +102,18 @@ class ProgressLine(ProgressBar):
     ) -> None:
         if not self._due():
             return
-        self._show(self._training(trainer, pl_module))
+        self._show(self._training(trainer))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stay(self._training(trainer, pl_module))
+        # On all ranks, also where nothing is shown: reading metrics may reduce them.
+        self._stay(self._training(trainer))
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._clear()
 
-    def _training(self, trainer: Trainer, pl_module: LightningModule) -> str:
+    def _training(self, trainer: Trainer) -> str:
         steps: float = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
         step, left = trainer.global_step, None
         if self._begun is not None and step > self._begun[1]:
