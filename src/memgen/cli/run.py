@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
 
+from memgen.analysis.subject import Subject
 from memgen.cli import config, explain, reference
 from memgen.cli.config import Document, Layer, Request
 from memgen.cli.errors import UsageError, refuses_input
@@ -482,6 +483,35 @@ def stage_and_data(
             f"memgen {name} plays in one process, got {trainer.world_size}; set trainer.devices and trainer.num_nodes to 1"
         )
     return stage, data
+
+
+def subject_of(
+    command: TrainerCommand, name: str, out: Path | None, *, needs_checkpoint: bool = True
+) -> Subject:
+    """What a command that plays a split itself is to play.
+
+    Args:
+        command: what was built.
+        name: the command's, for messages.
+        out: folder of its records, or None for the usual one.
+        needs_checkpoint: as for `stage_and_data`.
+
+    Raises:
+        UsageError: likewise.
+    """
+    stage, data = stage_and_data(command, name, needs_checkpoint=needs_checkpoint)
+    resolved = command.resolved()
+    return Subject(
+        memgen=stage.config,
+        data=data,
+        generation=stage.generation,
+        episodes=stage.episodes,
+        init_from=stage.init_from,
+        environment=resolved["data"]["environment"],
+        resolve_asset=data.resolve_asset,
+        root=Path(resolved["trainer"].get("default_root_dir") or DEFAULT_ROOT),
+        out=out,
+    )
 
 
 def _store_of(loggers: Any) -> str | None:

@@ -159,7 +159,13 @@ class ItemRecorder(Recorder):
         return rollouts
 
     def record(
-        self, actor: Actor, batch: EvalBatch, seeds: Sequence[int], rollouts: Rollouts, cpu_seconds: float
+        self,
+        actor: Actor,
+        batch: EvalBatch,
+        seeds: Sequence[int],
+        rollouts: Rollouts,
+        cpu_seconds: float,
+        further: Mapping[str, Any] | None = None,
     ) -> None:
         """Records a batch of items that were played.
 
@@ -169,11 +175,13 @@ class ItemRecorder(Recorder):
             seeds: of the episodes.
             rollouts: the episodes.
             cpu_seconds: CPU time of this process that they took.
+            further: what else is to stand in the scores of every answer.
         """
         size, count = actor.generation.group_size, len(rollouts.trajectories)
         costs = {
             "seconds": (rollouts.seconds + rollouts.environment_seconds) / count,
             "cpu_seconds": cpu_seconds / count,
+            **(further or {}),
         }
         single = not isinstance(actor.environment, InteractiveEnvironment)
         items = []
