@@ -119,7 +119,7 @@ def execute(
     if command == "fit" and request.run is not None and document.get("ckpt_path") is None:
         last = last_checkpoint(request.run)
         document["ckpt_path"] = None if last is None else str(last)
-    _require_checkpoints(document)
+    require_checkpoints(document)
     if document.get("ckpt_path") is not None:
         # Our .ckpt files hold no pickled objects.
         document.setdefault("weights_only", True)
@@ -196,7 +196,7 @@ def built_from(request: Request, layers: Sequence[Layer]) -> TrainerCommand:
     merged = config.merge(layers)
     _require_stage(merged, layers)
     document = config.resolve(merged, layers)
-    _require_checkpoints(document)
+    require_checkpoints(document)
     _quieten()
     return TrainerCommand(
         command="fit", request=request, layers=layers, document=document, without_trainer=True
@@ -578,7 +578,7 @@ def _require_stage(merged: DictConfig, layers: Sequence[Layer]) -> None:
             raise UsageError(_locate(explain.Problem(f"{section}.class_path", reason), layers))
 
 
-def _require_checkpoints(document: Document) -> None:
+def require_checkpoints(document: Document) -> None:
     """Refuses a checkpoint that does not exist before anything is loaded."""
     start = document["model"].get("init_from")
     # A name with a colon, such as lab:weaver_sft, is resolved by the stage.

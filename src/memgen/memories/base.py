@@ -278,15 +278,7 @@ class TextMemory(ABC, Generic[Settings]):
     @final
     def fitting(self, passages: Iterable[Passage], state: ReadState) -> list[Passage]:
         """The passages that fit into the budget, whole, those in front first."""
-        if state.budget is None:
-            return list(passages)
-        kept, left = [], state.budget
-        for passage in passages:
-            length = self.count_tokens(passage.text)
-            if length <= left:
-                kept.append(passage)
-                left -= length
-        return kept
+        return list(passages) if state.budget is None else within(passages, state.budget, self.count_tokens)
 
     def _written(self, cause: dict[str, Any], learn: Callable[[], None]) -> WriteReport:
         before, failed = self.usage, self.fallbacks
@@ -320,6 +312,17 @@ class TextMemory(ABC, Generic[Settings]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def within(passages: Iterable[Passage], budget: int, count_tokens: Callable[[str], int]) -> list[Passage]:
+    """The passages that have together at most so many tokens, whole, those in front first."""
+    kept, left = [], budget
+    for passage in passages:
+        length = count_tokens(passage.text)
+        if length <= left:
+            kept.append(passage)
+            left -= length
+    return kept
 
 
 def with_memory(
