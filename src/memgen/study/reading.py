@@ -138,11 +138,17 @@ def _pieces(text: str) -> list[str]:
 
 
 def _cut(pieces: Sequence[str], length: int, words: Words) -> str:
-    """As many pieces as have together at most so many tokens, from the front again and again."""
-    low, high = 1, max(1, length)
-    repeated = [pieces[index % len(pieces)] for index in range(high)]
+    """As many pieces as have together at most so many tokens, at least one, from the front again and again."""
+
+    def first(count: int) -> str:
+        return "".join(pieces[index % len(pieces)] for index in range(count)).rstrip()
+
     # A piece has a token at least, so the text of more than `length` pieces is too long.
+    low, high = 1, max(1, length)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if words.count("".join(repeated[:middle])) <= length else (low, middle - 1)
-    return "".join(repeated[:low])
+        if words.count(first(middle)) <= length:
+            low = middle
+        else:
+            high = middle - 1
+    return first(low)
