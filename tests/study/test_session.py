@@ -309,6 +309,18 @@ def test_a_memory_that_the_weaver_reads_is_written_by_the_study(place):
     assert rows[-1]["retrievals"] > 0
 
 
+def test_a_latent_source_that_learns_is_asked_item_by_item_in_the_order_of_the_seed(place, monkeypatch):
+    start = place.checkpoint("checkpoint", config(place.base, cap=1))
+    asked = []
+    real = ItemRecorder.play
+    monkeypatch.setattr(
+        ItemRecorder, "play", lambda self, *a: (asked.append(list(a[1].indices)), real(self, *a))[1]
+    )
+    place.play({"checkpoint": start, "learns": True}, seed=3)
+    place.play(memory("exp_recent"), seed=3, out="other")
+    assert asked == [[answer["index"]] for answer in place.answers("other")]
+
+
 def test_an_item_that_the_environment_failed_is_neither_scored_nor_written(tmp_path):
     place = Place(tmp_path, LetterGame(fails=(2,)))
     _, rows = place.play(memory("exp_recent", window=10))

@@ -28,6 +28,7 @@ def test_a_method_that_keeps_nothing_is_played_once_for_all_protocols_and_seeds(
         **GOOD["methods"],
         "shots": {"examples": 2},
         "own": {"checkpoint": "runs/{seed}/best", "tasks": ["a"]},
+        "bank": {"checkpoint": "c", "learns": True},
     }
     settings = read_settings({**GOOD, "methods": methods, "seeds": [4, 5]})
     found = [cell for cell in cells(settings, sampled=False) if cell.task == "a"]
@@ -36,6 +37,7 @@ def test_a_method_that_keeps_nothing_is_played_once_for_all_protocols_and_seeds(
         "a/rag/online-4", "a/rag/frozen-4", "a/rag/online-5", "a/rag/frozen-5",
         "a/shots/4", "a/shots/5",
         "a/own/4", "a/own/5",
+        "a/bank/online-4", "a/bank/online-5",
     ]  # fmt: skip
     assert Cell("own", "b", 4, None) not in cells(settings, sampled=False)
     # Sampled answers differ by their seed.
@@ -69,6 +71,7 @@ def test_marks_are_filled_in_wherever_they_stand():
         ({"methods": {"a": {"control": "pause", "checkpoint": "c"}}}, "control pause is new pause tokens"),
         ({"methods": {"a": {"control": "oracle", "examples": 1}}}, "control oracle puts the solution"),
         ({"methods": {"a": {"memory": {"method": "exp_rag", "into": "weaver"}}}}, "needs a checkpoint of a latent source"),
+        ({"methods": {"a": {"learns": True}}}, "learns is of a checkpoint's latent source"),
         ({"methods": {"a": {"memroy": {}}}}, "methods.a.memroy is not a key of MethodSettings"),
         ({"scribe": {"kind": "http"}}, "scribe.kind http needs scribe.url and scribe.model"),
         ({"scribe": {"url": "http://h/v1"}}, "scribe.url and scribe.model are for scribe.kind http, but it is none"),

@@ -86,21 +86,25 @@ def _run(settings: StudySettings, out: Path, command: str) -> int:
     from memgen.files import hold, release
     from memgen.study import report
     from memgen.study.results import tables
-    from memgen.study.settings import cells
+    from memgen.study.settings import SEED, cells
 
-    documents = {cell: document_of(settings, cell, out) for cell in cells(settings, sampled=False)}
-    _require_playable(settings, documents.values())
-    temperature = _temperature(documents.values())
+    alike: dict[tuple[str, ...], Cell] = {}
+    for cell in cells(settings, sampled=False):
+        seed = str(cell.seed) if settings.methods[cell.method].uses(SEED) else ""
+        alike.setdefault((cell.method, cell.task, seed), cell)
+    documents = [document_of(settings, cell, out) for cell in alike.values()]
+    _require_playable(settings, documents)
+    temperature = _temperature(documents)
     hold(out, "--out DIR")
     try:
         keep_settings(out, {key: value for key, value in asdict(settings).items() if key not in MORE})
-        recorded = any(_value(document, "trainer.logger") is not False for document in documents.values())
+        recorded = any(_value(document, "trainer.logger") is not False for document in documents)
         with _parent(settings, out) if recorded else contextlib.nullcontext() as parent:
             played = {
                 cell: _played(settings, cell, out, recorded=recorded)
-                for cell in cells(settings, sampled=_sampled(temperature, documents.values()))
+                for cell in cells(settings, sampled=_sampled(temperature, documents))
             }
-            bases = sorted({str(_value(d, "model.memgen.backbone.name")) for d in documents.values()})
+            bases = sorted({str(_value(d, "model.memgen.backbone.name")) for d in documents})
             found = tables(settings, played, title="Study", of=", ".join(bases), temperature=temperature)
             texts = report.write(found, settings, command, out)
             if parent is not None:
@@ -170,11 +174,11 @@ def document_of(settings: StudySettings, cell: Cell, out: Path) -> Document:
         UsageError: if a file is missing, or a reference points nowhere.
     """
     from memgen.study.session import MEMORY_FILE
-    from memgen.study.settings import MEMORY, SEED, TASK, filled
+    from memgen.study.settings import FOLDER, MEMORY, SEED, TASK, filled
 
     given = settings.methods[cell.method]
-    memory = (out / CELLS / cell.name / MEMORY_FILE).absolute()
-    marks = {SEED: str(cell.seed), TASK: cell.task, MEMORY: str(memory)}
+    folder = (out / CELLS / cell.name).absolute()
+    marks = {SEED: str(cell.seed), TASK: cell.task, MEMORY: str(folder / MEMORY_FILE), FOLDER: str(folder)}
     parts = {
         "all": settings.all,
         f"tasks.{cell.task}": settings.tasks[cell.task],
@@ -220,12 +224,12 @@ def _played(settings: StudySettings, cell: Cell, out: Path, *, recorded: bool) -
     from memgen.continual.chain import keep_settings
     from memgen.results.score_files import read_records
     from memgen.study.results import Played, learning_costs
-    from memgen.study.session import TEST
+    from memgen.study.session import TEST, anywhere
 
     folder = out / CELLS / cell.name
     document = document_of(settings, cell, out)
     sections = {key: document.get(key) for key in ("model", "data")}
-    keep_settings(folder, {**sections, "method": asdict(settings.methods[cell.method])})
+    keep_settings(folder, anywhere({**sections, "method": asdict(settings.methods[cell.method])}, folder))
     if not (folder / DONE).is_file():
         _play(settings, cell, document, folder, recorded=recorded)
     done = json.loads((folder / DONE).read_text(encoding="utf-8"))

@@ -132,6 +132,8 @@ class ItemRecorder(Recorder):
         self.weaver = weaver
         self.rows: list[Row] = []
         """Scores of the items seen so far, played now or in an earlier run."""
+        self.further: dict[str, Any] = {}
+        """What else is to stand in the scores of what is recorded next."""
 
     @override
     def remaining(self, batch: EvalBatch) -> EvalBatch:
@@ -159,13 +161,7 @@ class ItemRecorder(Recorder):
         return rollouts
 
     def record(
-        self,
-        actor: Actor,
-        batch: EvalBatch,
-        seeds: Sequence[int],
-        rollouts: Rollouts,
-        cpu_seconds: float,
-        further: Mapping[str, Any] | None = None,
+        self, actor: Actor, batch: EvalBatch, seeds: Sequence[int], rollouts: Rollouts, cpu_seconds: float
     ) -> None:
         """Records a batch of items that were played.
 
@@ -175,13 +171,12 @@ class ItemRecorder(Recorder):
             seeds: of the episodes.
             rollouts: the episodes.
             cpu_seconds: CPU time of this process that they took.
-            further: what else is to stand in the scores of every answer.
         """
         size, count = actor.generation.group_size, len(rollouts.trajectories)
         costs = {
             "seconds": (rollouts.seconds + rollouts.environment_seconds) / count,
             "cpu_seconds": cpu_seconds / count,
-            **(further or {}),
+            **self.further,
         }
         single = not isinstance(actor.environment, InteractiveEnvironment)
         items = []

@@ -47,7 +47,7 @@ from memgen.results.score_files import Records, read_records
 from memgen.results.summary import Row, summarise
 from memgen.seeds import episode_seeds, seed_of
 from memgen.study.reading import Words, at_random, read, said_in, solved, task_text, worked_examples
-from memgen.study.settings import MEMORIES, Cell, StudySettings
+from memgen.study.settings import FOLDER, MEMORIES, Cell, StudySettings
 from memgen.training.stage import build_model, require_context
 from memgen.types import Trajectory
 
@@ -222,10 +222,15 @@ class Session(LightningModule):
         """The items of the phase."""
         return self._learning if self._phase == LEARN else self.data.items[TEST]
 
+    @property
+    def _in_order(self) -> bool:
+        """Whether an answer depends on the items before it."""
+        return self.memory is not None or self.method.learns
+
     def order(self) -> list[int]:
         """Indices of the phase's items in the order in which they come."""
         order = list(range(len(self.items)))
-        if self.memory is not None and self._phase == TEST:
+        if self._in_order and self._phase == TEST:
             random.Random(seed_of("study", self.cell.task, self.cell.seed, TEST)).shuffle(order)
         return order
 
@@ -289,8 +294,7 @@ class Session(LightningModule):
         memory = self.memory
         if memory is None:
             return _Costs(0, 0, 0, 0, 0)
-        reader = getattr(self.memgen.weaver, "memory", None)
-        inside = reader.retrievals if isinstance(reader, TextMemory) else 0
+        inside = sum(reader.retrievals for reader in _readers(self.memgen))
         usage = memory.usage
         return _Costs(
             retrievals=memory.retrievals + inside,
@@ -355,8 +359,9 @@ class Session(LightningModule):
             **{key: getattr(study, key) for key in SAME},
             "scribe": dataclasses.asdict(study.scribe),
         }
-        # Where the memory's file lies decides nothing.
-        settings = json.loads(json.dumps(settings).replace(str(self.folder), "{folder}"))
+        # What the cell's own memory holds follows from its items.
+        settings["agent"].pop("external", None)
+        settings = anywhere(settings, self.folder)
         about = {"memgen": memgen.__version__, "code": code_hash(), "init_from": self.subject.init_from}
         self._records = Records(self.folder / self._phase, settings, about)
         if self._records.about.get("code") != code_hash():
@@ -368,9 +373,8 @@ class Session(LightningModule):
         """Batches of what is not recorded yet; one item each where a memory learns in between."""
         assert self._records is not None, "set up before"
         left = [index for index in self.order() if index not in self._records.done]
-        size = 1 if self.memory is not None else self.data.batch_settings.val_batch_size
-        if self.method.control == "oracle":
-            size = 1
+        alone = self._in_order or self.method.control == "oracle"
+        size = 1 if alone else self.data.batch_settings.val_batch_size
         return condition_batches(self.items, {self._phase: left}, size)
 
     @override
@@ -383,14 +387,20 @@ class Session(LightningModule):
         wall, cpu, before = time.perf_counter(), time.process_time(), self._costs()
         actor = self._actor(self._passages(items.examples[0]))
         seeds = episode_seeds(actor.generation.seed, items.indices)
-        intervene = swapped_latents(actor, self.items, items) if self.method.control == "swapped" else None
+        self._recorder.further = {**self._costs().since(before), **self._state()}
+        swapped = self.method.control == "swapped"
+        if self.memory is None and not swapped:
+            # As `memgen test` plays, with whatever a latent source keeps of good episodes.
+            self._recorder.play(actor, items, seeds)
+            return len(items.examples)
+        intervene = swapped_latents(actor, self.items, items) if swapped else None
         found = rollout(actor, items.examples, seeds, intervene=intervene)
-        if self.memory is not None and self._writes:
-            self._write(self.memory, items.examples[0], found.trajectories[0])
-        further = {**self._costs().since(before), **self._state()}
         if self.memory is not None:
-            further["seconds"] = time.perf_counter() - wall
-        self._recorder.record(actor, items, seeds, found, time.process_time() - cpu, further)
+            if self._writes:
+                self._write(self.memory, items.examples[0], found.trajectories[0])
+            further = {**self._costs().since(before), **self._state()}
+            self._recorder.further = {**further, "seconds": time.perf_counter() - wall}
+        self._recorder.record(actor, items, seeds, found, time.process_time() - cpu)
         return len(items.examples)
 
     def _actor(self, passages: Sequence[Passage]) -> Actor:
@@ -478,6 +488,21 @@ class Session(LightningModule):
             self._records.close()
         if self.memory is not None:
             self.memory.close()
+
+
+def anywhere(settings: Any, folder: Path) -> Any:
+    """Settings as JSON values, in which it does not matter where a cell's folder lies."""
+    text = json.dumps(settings)
+    for path in (folder.absolute(), folder):
+        text = text.replace(json.dumps(str(path))[1:-1], FOLDER)
+    return json.loads(text)
+
+
+def _readers(model: MemGenModel) -> list[TextMemory[Any]]:
+    """The text memories that a latent source has opened: its own, and those of what it reads besides the stream."""
+    parts = [model.weaver, *getattr(model.weaver, "external", ())]
+    memories = [getattr(part, "memory", None) for part in parts]
+    return [memory for memory in memories if isinstance(memory, TextMemory)]
 
 
 def memory_class(name: str) -> type[TextMemory[Any]]:

@@ -29,8 +29,8 @@ MEMORIES: Mapping[str, str] = {
     "raw_trajectories": "memgen.memories.raw_trajectories.RawTrajectories",
 }
 """Import path of each text memory of ours, by its name."""
-SEED, TASK, MEMORY = "{seed}", "{task}", "{memory}"
-"""What stands for the seed, the task and the memory's file in the texts of a method."""
+SEED, TASK, MEMORY, FOLDER = "{seed}", "{task}", "{memory}", "{folder}"
+"""What stands for the seed, the task, the memory's file and the cell's folder in the texts of a method."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,20 @@ class MethodSettings:
     overlays: tuple[str, ...] = ()
     """Configuration files for this method, as paths or below `conf/`."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Values on top of them. Texts may have `{task}`, `{seed}` and `{memory}`."""
+    """Values on top of them. Texts may have `{task}`, `{seed}`, `{memory}` and `{folder}`."""
+    learns: bool = False
+    """Whether its latent source keeps something of the items that it answers, in a file in `{folder}` (a latent bank): it is
+    then played item by item in each seed's order, online."""
     tasks: tuple[str, ...] = ()
     """The tasks that it plays; empty: all."""
 
     def __post_init__(self) -> None:
         if self.examples < 0:
             raise ValueError(f"examples must be 0 or more, got {self.examples}")
+        if self.learns and (self.checkpoint is None or self.memory is not None or self.control is not None):
+            raise ValueError(
+                "learns is of a checkpoint's latent source, without a text memory and without a control"
+            )
         if self.examples and self.memory is not None:
             raise ValueError("a method has worked examples or a memory, not both")
         prompt = self.memory is not None and self.memory.into == "prompt"
@@ -239,6 +246,8 @@ def cells(settings: StudySettings, *, sampled: bool) -> list[Cell]:
             if task in (method.tasks or settings.tasks):
                 for seed in settings.seeds:
                     for protocol in settings.protocols:
+                        if method.learns and protocol == "frozen":
+                            continue
                         found[cell_of(settings, name, task, seed, protocol, sampled=sampled)] = None
     return list(found)
 
@@ -248,7 +257,7 @@ def cell_of(
 ) -> Cell:
     """The cell whose answers are those of a method under a seed and a protocol."""
     method = settings.methods[name]
-    if method.memory is not None:
+    if method.memory is not None or method.learns:
         return Cell(name, task, seed, protocol)
     seeded = sampled or method.examples > 0 or method.control == "pause" or method.uses(SEED)
     return Cell(name, task, seed if seeded else settings.seeds[0], None)
@@ -273,7 +282,7 @@ def read_settings(document: Mapping[str, Any]) -> StudySettings:
 
 
 def filled(values: Any, marks: Mapping[str, str]) -> Any:
-    """A document with something in the place of `{seed}`, `{task}` and `{memory}`."""
+    """A document with something in the place of `{seed}`, `{task}`, `{memory}` and `{folder}`."""
     if isinstance(values, Mapping):
         return {key: filled(value, marks) for key, value in values.items()}
     if isinstance(values, list | tuple):
