@@ -21,7 +21,7 @@ from memgen.cli.options import take_options
 
 if TYPE_CHECKING:
     from memgen.study.results import Played
-    from memgen.study.settings import Cell, StudySettings
+    from memgen.study.settings import Cell, MethodSettings, StudySettings, TaskSettings
     from memgen.tracking.run_logger import RunLogger
 
 DEFAULT_OUT = "runs/study"
@@ -179,7 +179,7 @@ def document_of(settings: StudySettings, cell: Cell, out: Path) -> Document:
     given = settings.methods[cell.method]
     folder = (out / CELLS / cell.name).absolute()
     marks = {SEED: str(cell.seed), TASK: cell.task, MEMORY: str(folder / MEMORY_FILE), FOLDER: str(folder)}
-    parts = {
+    parts: dict[str, MethodSettings | TaskSettings] = {
         "all": settings.all,
         f"tasks.{cell.task}": settings.tasks[cell.task],
         f"methods.{cell.method}": given,

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Final, Literal, final
 
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
@@ -53,7 +53,8 @@ from memgen.types import Trajectory
 
 logger = logging.getLogger(__name__)
 
-TEST, LEARN = "test", "learn"
+TEST: Final = "test"
+LEARN: Final = "learn"
 MEMORY_FILE, LEARNED = "memory.sqlite", "learned.json"
 SAME = ("experiences", "learn_from", "budget", "k", "embedder", "known_words_only")
 """Settings of the study that decide what a memory holds and what of it is read."""
