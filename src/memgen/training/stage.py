@@ -315,7 +315,7 @@ def require_context(
             f"data.max_length is {data.item_settings.max_length}, but the reasoner's context is {context}; lower it"
         )
     weaver, cap = model.weaver.config, model.boundaries.config.max_inference_insertions
-    items = data.items.get(split, [])
+    items = [*data.items.get(split, []), *(data.replayed if split == "train" else [])]
     longest = max((len(i.conversation.ids) for i in items if i.conversation is not None), default=0)
     latents = weaver.prompt_latents + min(cap, longest) * weaver.inference_latents
     if longest + latents > context:
