@@ -15,6 +15,7 @@ from memgen.chat import load_tokenizer
 from memgen.environments.trajectories import Trajectories
 from memgen.memories.raw_trajectories import RawTrajectories
 from memgen.model.backbone import BackboneConfig
+from memgen.model.external import RetrievalSettings
 from memgen.training.checkpoint import open_checkpoint, save_checkpoint
 from memgen.types import InsertionKind
 from sft_runs import make_trainer, save_tiny
@@ -24,6 +25,8 @@ SOURCES = {
     "soft prompt": {"kind": "pause", "arguments": {"tied": False}},
     "softcot": {"kind": "softcot", "backbone": "other"},
     "composer": {"kind": "memgen.generation.composer.Composer", "arguments": {"memory": "memory.sqlite"}},
+    "retrieval into the weaver": {"retrieval": RetrievalSettings()},
+    "retrieval alone into the weaver": {"retrieval": RetrievalSettings(parametric=False)},
 }
 
 every_source = pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
@@ -47,6 +50,8 @@ def with_source(stage, folder, source):
         changes["backbone"] = BackboneConfig(name=str(folder / changes["backbone"]))
     if "memory" in changes.get("arguments", {}):
         changes["arguments"] = {"memory": str(folder / "memory.sqlite")}
+    if "retrieval" in changes:
+        changes["retrieval"] = dataclasses.replace(changes["retrieval"], memory=str(folder / "memory.sqlite"))
     stage.config = dataclasses.replace(
         stage.config, weaver=dataclasses.replace(stage.config.weaver, **changes)
     )

@@ -29,7 +29,9 @@ from memgen.generation.decode import generate
 from memgen.generation.sampling import GenerationSettings
 from memgen.lab.assets import resolve_asset
 from memgen.model.backbone import BackboneConfig
+from memgen.model.external import RetrievalSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel
+from memgen.parsing import parse
 from memgen.seeds import episode_seeds
 from memgen.training.checkpoint import (
     CONFIG_FILE,
@@ -49,6 +51,8 @@ Question = str | Sequence[Message]
 """What is answered: a user's message, or the messages of a conversation."""
 Template = Literal["checkpoint", "tokenizer", "chatml"]
 """Which chat template renders a question."""
+Recorded = Literal["checkpoint"]
+"""What the checkpoint says."""
 MARK = "⟦memory⟧"
 """What an insertion looks like as text."""
 
@@ -142,6 +146,7 @@ class Agent:
         device: str | None = None,
         chat_template: Template = "checkpoint",
         template_arguments: Mapping[str, Any] | None = None,
+        retrieval: RetrievalSettings | Mapping[str, Any] | Recorded | None = "checkpoint",
     ) -> Agent:
         """Loads a checkpoint and the base that it names.
 
@@ -151,6 +156,8 @@ class Agent:
             device: cpu, cuda, cuda:1, ...; None: the CPU.
             chat_template: the checkpoint's own, the tokenizer's, or ChatML.
             template_arguments: values for the template's variables in place of the checkpoint's.
+            retrieval: passages that the weaver reads (`model.memgen.weaver.retrieval`), as in the checkpoint, or others;
+                None: none.
 
         Raises:
             ValueError: if there is no such checkpoint, or it does not fit its base.
@@ -159,7 +166,8 @@ class Agent:
         folder = _checkpoint_in(Path(resolve_name(str(name))))
         config = read_config(folder)
         tokenizer = load_tokenizer(resolve_asset(config.backbone.name), config.backbone.revision)
-        model, _ = open_checkpoint(folder, load_tokenizer, resolve_asset)
+        external = _external(retrieval=(RetrievalSettings, retrieval))
+        model, config = open_checkpoint(folder, load_tokenizer, resolve_asset, external)
         if device is not None:
             model.to(device)
         text = read_text_settings(folder)
@@ -397,6 +405,15 @@ class Agent:
 def is_question(value: Any) -> bool:
     """Whether something is one question rather than a list of them."""
     return isinstance(value, str) or (len(value) > 0 and isinstance(value[0], Mapping))
+
+
+def _external(**given: tuple[type[Any], Any]) -> dict[str, Any]:
+    """Settings of what the weaver reads besides the stream, where others than the checkpoint's are wanted."""
+    return {
+        name: parse(kind, settings) if isinstance(settings, Mapping) else settings
+        for name, (kind, settings) in given.items()
+        if settings != "checkpoint"
+    }
 
 
 def _messages(question: Question) -> Sequence[Message]:

@@ -109,7 +109,7 @@ class Changes:
 
 @final
 class MemoryStore:
-    """A memory's file. One connection, for the thread that opened it."""
+    """A memory's file. One connection, for one thread at a time."""
 
     def __init__(self, path: Path, identity: Identity, embedder: Embedder | None = None) -> None:
         """Opens a file, or begins one.
@@ -503,7 +503,8 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 def _connect(path: Path) -> sqlite3.Connection:
     try:
-        return sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+        # A server loads an agent in one thread and answers in another; they take turns.
+        return sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     except sqlite3.Error as error:
         raise OSError(errno.EIO, f"the memory {path} cannot be opened: {error}") from error
 
