@@ -10,7 +10,7 @@ from typing import Any
 
 from memgen.cli.errors import UsageError
 
-EXTERNAL = ("retrieval",)
+EXTERNAL = ("retrieval", "bank")
 """Options that stand for settings of what the weaver reads besides the stream."""
 
 
@@ -124,6 +124,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="JSON",
         help='passages that the weaver reads, such as \'{"memory": "trajectories.sqlite"}\'; null: none (default: as in the '
         "checkpoint)",
+    )
+    parser.add_argument(
+        "--bank",
+        type=_mapping_or_null,
+        default=argparse.SUPPRESS,
+        metavar="JSON",
+        help='the latent bank that the weaver reads, such as \'{"path": "bank.sqlite", "write": false}\'; null: none '
+        "(default: as in the checkpoint)",
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
     return parser

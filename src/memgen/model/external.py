@@ -1,8 +1,8 @@
 """What a weaver reads besides the stream: E of M = W([H; E]) (paper, Eq. 17-19; Eq. 21-23 of the revision).
 
-At each insertion a source of E, such as passages of a text memory (`memgen.generation.retrieval`), is asked with the text
-in front of it. What it gives is read behind the stream and in front of the queries, and forgotten with them; no gradient
-goes into it.
+At each insertion a source of E is asked with the text in front of it. Two are ours: passages of a text memory
+(`memgen.generation.retrieval`) and blocks of a latent bank (`memgen.generation.latent_bank`). What it gives is read behind
+the stream and in front of the queries, and forgotten with them; no gradient goes into it.
 
 The paper does not say how the retrieved text is encoded. Here it is what the weaver reads of the reasoner anyhow
 (`weaver.reads`): input embeddings, or the last hidden states of the reasoner that reads each piece by itself.
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SOURCES: Mapping[str, str] = {
     "retrieval": "memgen.generation.retrieval.TextRetrieval",
+    "bank": "memgen.generation.latent_bank.BankReader",
 }
 """Import path of the source that each setting of `WeaverConfig` makes."""
 
@@ -76,6 +77,44 @@ class RetrievalSettings:
             )
 
 
+@dataclass(frozen=True)
+class BankSettings:
+    """Woven blocks of successful episodes that are used again. The numbers are those of its source (docs/comparators.md)."""
+
+    path: str | None = None
+    """File of the bank. It must be set; one that does not exist is begun, unless `write` is false."""
+    use: Literal["weaver", "insert"] = "weaver"
+    """What happens to a block that was found: the `weaver` reads it behind the stream, or it is inserted as it is in the
+    place of the woven one (`insert`), which is woven all the same so that the weaver's KV cache stays whole."""
+    write: bool = True
+    """Whether `memgen test` and `memgen collect` keep the blocks of successful episodes. false: the bank is only read."""
+    min_reward: float = 1.0
+    """Lowest reward of a successful episode."""
+    blocks: int = 1
+    """Blocks that are found at most; 1 if they are inserted as they are."""
+    least: float = 0.7
+    """Lowest score of a block that is found: cosine * exp(-decay * age)."""
+    decay: float = 0.05
+    """How fast a block's score falls with its age, in episodes written since."""
+    capacity: int = 8
+    """Blocks that the file holds; the oldest are dropped."""
+    key_tokens: int = 64
+    """The key is the mean of the reasoner's last hidden states of so many tokens in front of the insertion."""
+    insertions: Insertions = "all"
+    """At which insertions the bank is searched: `all` (every INVOKE), `prompt` or `inference`."""
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "capacity", "key_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"weaver.bank.{name} must be at least 1, got {getattr(self, name)}")
+        if self.decay < 0:
+            raise ValueError(f"weaver.bank.decay must be 0 or more, got {self.decay}")
+        if self.use == "insert" and self.blocks > 1:
+            raise ValueError(
+                f"weaver.bank.use insert takes one block, but weaver.bank.blocks is {self.blocks}"
+            )
+
+
 class External(ABC):
     """A source of what a weaver reads besides the stream. The same text gets the same answer until it is written to."""
 
@@ -116,6 +155,10 @@ class External(ABC):
     @abstractmethod
     def positions(self, texts: Sequence[Sequence[int]], kinds: Sequence[InsertionKind]) -> list[int]:
         """Positions that are read for each insertion, by the weaver and to find and encode what it reads."""
+
+    def stored(self, texts: Sequence[Sequence[int]], kinds: Sequence[InsertionKind]) -> list[Tensor | None]:
+        """Blocks that are inserted in the place of the woven ones, (K, hidden); None: what was woven."""
+        return [None] * len(texts)
 
     @abstractmethod
     def content(self) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone, BackboneConfig
 from memgen.model.cache import KVCache
-from memgen.model.external import RetrievalSettings
+from memgen.model.external import BankSettings, RetrievalSettings
 from memgen.types import InsertionKind
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class WeaverConfig:
     """Keyword arguments of another kind than `weaver`."""
     retrieval: RetrievalSettings | None = None
     """Passages of a text memory that the weaver reads besides the stream (paper, Eq. 17-19); null: none."""
+    bank: BankSettings | None = None
+    """Woven blocks of earlier episodes that are used again; null: none."""
 
     def latents(self, kind: InsertionKind) -> int:
         """K of a kind of insertion; 0 if it is switched off."""
@@ -85,9 +87,9 @@ class WeaverConfig:
             )
 
     @property
-    def external(self) -> dict[str, RetrievalSettings]:
+    def external(self) -> dict[str, RetrievalSettings | BankSettings]:
         """What the weaver reads besides the stream: the settings that are set, by name."""
-        given = {"retrieval": self.retrieval}
+        given = {"retrieval": self.retrieval, "bank": self.bank}
         return {name: settings for name, settings in given.items() if settings is not None}
 
 

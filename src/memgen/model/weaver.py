@@ -215,9 +215,30 @@ class Weaver(LatentSource):
         if snippets is not None and context is not None and view.limit > context:
             raise ValueError(
                 f"a stream with what was retrieved for it has {view.limit} positions, but the context of the weaver's base "
-                f"is {context}; lower model.memgen.weaver.retrieval.budget (of the composer: "
+                f"is {context}; lower model.memgen.weaver.retrieval.budget or bank.blocks (of the composer: "
                 "model.memgen.weaver.arguments.budget)"
             )
         hidden = self.backbone(torch.cat(parts), view, self.adapter)
         latents: Tensor = self.weaver_to_reasoner(hidden.to(self.weaver_to_reasoner.weight.dtype))
+        return self._with_stored(latents, sizes, kinds, texts)
+
+    def _with_stored(
+        self,
+        latents: Tensor,
+        sizes: Sequence[int],
+        kinds: Sequence[InsertionKind],
+        texts: Sequence[Sequence[int]] | None,
+    ) -> Tensor:
+        """The latents with the blocks that are inserted as they are in the place of woven ones."""
+        for memory in self.external:
+            assert texts is not None, "a weaver that reads external memory reads text"
+            stored = memory.stored(texts, kinds)
+            if any(block is not None for block in stored):
+                woven = latents.split(list(sizes))
+                latents = torch.cat(
+                    [
+                        own if block is None else block.to(own)
+                        for own, block in zip(woven, stored, strict=True)
+                    ]
+                )
         return latents

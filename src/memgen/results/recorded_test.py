@@ -22,6 +22,7 @@ import memgen
 from memgen.data import EnvironmentData, EvalBatch
 from memgen.distributed.collectives import objects_of_all_ranks
 from memgen.environments.base import Example, InteractiveEnvironment, Split
+from memgen.generation.latent_bank import bank_to_write, remember_episodes
 from memgen.generation.rollout import Actor, EpisodeSettings, Rollouts, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.external import SOURCES as EXTERNAL
@@ -165,9 +166,13 @@ class ItemRecorder(Recorder):
     @override
     def play(self, actor: Actor, batch: EvalBatch, seeds: Sequence[int]) -> Rollouts:
         """Plays the items of a batch and records them."""
+        bank = bank_to_write(actor.model)
         clock = time.process_time()
-        rollouts = rollout(actor, batch.examples, seeds)
+        rollouts = rollout(actor, batch.examples, seeds, keep_latents=bank is not None)
         self.record(actor, batch, seeds, rollouts, time.process_time() - clock)
+        if bank is not None:
+            # Behind the record: an item that is played again after an interruption does not find its own blocks.
+            remember_episodes(bank, actor.environment.name, rollouts)
         return rollouts
 
     def record(

@@ -361,7 +361,11 @@ FIXED_TRIGGER_KEYS = (
     "trigger.lora.target_modules",
 )
 """Likewise the trigger's; the last three if it has an adapter."""
-CHOSEN_KEYS = (*(f"boundaries.{field.name}" for field in fields(BoundaryConfig)), "weaver.retrieval")
+CHOSEN_KEYS = (
+    *(f"boundaries.{field.name}" for field in fields(BoundaryConfig)),
+    "weaver.retrieval",
+    "weaver.bank",
+)
 """Settings that tensors can be used under, but were not trained under, if they differ."""
 
 
