@@ -46,6 +46,7 @@ COMMANDS = {
     "continual": Command(
         "learn tasks one after another, and see what is left of each", "memgen.cli.continual"
     ),
+    "study": Command("memories beside each other, and what each costs", "memgen.cli.study"),
     "collect": Command("turn the agent's own experience into training data", "memgen.cli.collect"),
     "agent-flan": Command("rewrite collected trajectories as Agent-FLAN does", "memgen.cli.agent_flan"),
     "compare": Command("compare two tests item by item", "memgen.cli.compare"),

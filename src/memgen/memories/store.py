@@ -288,6 +288,11 @@ class MemoryStore:
         """Writes so far, the one under way included."""
         return int(self.state("tick", 0))
 
+    @property
+    def entries(self) -> int:
+        """Number of the log's last entry; `rebuild` goes up to one."""
+        return int(self._rows("SELECT coalesce(max(number), 0) FROM log")[0][0])
+
     def state(self, name: str, default: Any = None) -> Any:
         """A value that `set_state` has kept."""
         rows = self._rows("SELECT value FROM state WHERE name = ?", (name,))

@@ -144,6 +144,8 @@ class ItemRecorder(Recorder):
         self.weaver = weaver
         self.rows: list[Row] = []
         """Scores of the items seen so far, played now or in an earlier run."""
+        self.further: dict[str, Any] = {}
+        """What else is to stand in the scores of what is recorded next."""
 
     @override
     def remaining(self, batch: EvalBatch) -> EvalBatch:
@@ -190,6 +192,7 @@ class ItemRecorder(Recorder):
         costs = {
             "seconds": (rollouts.seconds + rollouts.environment_seconds) / count,
             "cpu_seconds": cpu_seconds / count,
+            **self.further,
         }
         single = not isinstance(actor.environment, InteractiveEnvironment)
         items = []
