@@ -196,12 +196,17 @@ class TextMemory(ABC, Generic[Settings]):
         Raises:
             ScribeError: if the scribe failed and `on_scribe_failure` is stop.
         """
-        state = state or ReadState()
-        passages = self.fitting(self.find(query, state), state)
+        passages = self.look(query, state)
         if passages and self.recalls:
-            with self.store.transaction({"read": state.task_id}):
+            with self.store.transaction({"read": "" if state is None else state.task_id}):
                 self.recall([item for p in passages if (item := self.store.item(int(p.id))) is not None])
         return passages
+
+    @final
+    def look(self, query: str, state: ReadState | None = None) -> list[Passage]:
+        """As `read`, but nothing is written: the items do not notice that they were recalled."""
+        state = state or ReadState()
+        return self.fitting(self.find(query, state), state)
 
     def refine(self, passages: Sequence[Passage], state: ReadState) -> list[Passage]:
         """What of the passages is of use in the situation; all of them, but for ReMem."""
