@@ -115,7 +115,7 @@ class Request:
                     raise UsageError(f"--{key} needs a value: --{key} VALUE or --{key}=VALUE")
                 value = remaining.pop(0)
             if key == "config":
-                files.append(_present(Path(value)))
+                files.append(present(Path(value)))
             elif key == "checkpoint":
                 overrides.append(("model.init_from", value))
             elif key == "run":
@@ -276,7 +276,7 @@ def parse_value(text: str) -> Any:
     return None if stripped.lower() in ("null", "~") else text
 
 
-def _present(path: Path) -> Path:
+def present(path: Path) -> Path:
     """The file itself, or the package's own of this name if there is none here, which is said."""
     own = None if path.exists() else packaged(path)
     if own is None or not own.is_file():

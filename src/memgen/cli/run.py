@@ -468,7 +468,7 @@ def stage_and_data(
     """
     stage, data, trainer = command.model, command.datamodule, command.trainer
     if not isinstance(data, EnvironmentData) or not hasattr(stage, "generation"):
-        raise UsageError(f"memgen {name} needs a stage of memgen and memgen.data.EnvironmentData")
+        raise UsageError("needs a stage of memgen and memgen.data.EnvironmentData")
     resumed = command._get(command.config, "ckpt_path")
     if resumed is not None:
         raise UsageError(
@@ -476,10 +476,10 @@ def stage_and_data(
             "--checkpoint DIR"
         )
     if needs_checkpoint and stage.init_from is None:
-        raise UsageError(f"memgen {name} needs a checkpoint directory: --checkpoint DIR")
+        raise UsageError("needs a checkpoint directory: --checkpoint DIR")
     if needs_checkpoint and trainer.world_size > 1:
         raise UsageError(
-            f"memgen {name} plays in one process, got {trainer.world_size}; set trainer.devices and trainer.num_nodes to 1"
+            f"plays in one process, got {trainer.world_size}; set trainer.devices and trainer.num_nodes to 1"
         )
     return stage, data
 

@@ -75,7 +75,7 @@ def _uvicorn() -> Any:
         import fastapi  # noqa: F401 - the application needs it
         import uvicorn
     except ImportError as error:
-        raise UsageError(f"memgen serve needs the extra: pip install 'memgen[serve]' ({error})") from error
+        raise UsageError(f"needs the extra: pip install 'memgen[serve]' ({error})") from error
     return uvicorn
 
 
