@@ -12,6 +12,7 @@
 #              REAL_ARGS="--only shop --seeds 0 --text FOLDER_OF_GSM8K" makes a part
 # make bench-performance  every figure of docs/performance.md, about 20 minutes
 # make bench-scale  every stage under every strategy on two CPU processes, killed and resumed; the tables of docs/scale.md
+# make docs    the documentation site, in site/; a warning is an error
 # make check   lint, format, types, import directions, spelling
 #
 # Variables: PYTHON (an interpreter >= 3.11), VENV (where the environment goes), TORCH_INDEX (another package index
@@ -35,7 +36,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= true
 
-.PHONY: setup setup-worlds setup-reasoning-gym demo demo-real test test-slow test-with check test-gpu bench-lab bench-real bench-performance bench-scale format
+.PHONY: setup setup-worlds setup-reasoning-gym demo demo-real test test-slow test-with check docs test-gpu bench-lab bench-real bench-performance bench-scale format
 
 setup: $(STAMP)
 
@@ -84,6 +85,12 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+# Nothing is fetched to build the site, nor to view it.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@! grep -rlE '(src|href)="(https?:)?//[^"]*\.(js|css|woff2?)' site --include=*.html || { \
+	  echo "make docs: these pages fetch scripts, styles or fonts from elsewhere" >&2; exit 1; }
 
 format: setup
 	$(BIN)/ruff check --fix .
