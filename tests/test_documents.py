@@ -1,8 +1,9 @@
 """What README and documents tell to type: every command is read by the command itself, every file and key is there.
 
-A command is a line of a fenced block that begins with `memgen`, `make`, `python -m` or `pip install`. Those of memgen run up to
-the point where work would begin: options are parsed, files found and merged, keys accepted. What a block leaves out (`...`) or
-leaves to the reader (`DIR`) is filled in. tests/lab/test_pipeline.py runs README's first block to its end.
+A command is a line of a fenced block that begins with `memgen`, `make`, `python -m` or `pip install`; a block of `text` is a
+record. Commands of memgen run up to the point where work would begin: options are parsed, files found and merged, keys
+accepted. What a block leaves out (`...`) or leaves to the reader (`DIR`) is filled in. tests/cli/test_first_screen.py runs
+README's first block to its end.
 """
 
 from __future__ import annotations
@@ -195,7 +196,8 @@ def test_what_is_named_in_a_sentence_exists(path):
             assert words[1] in COMMANDS, code
             options = re.findall(r"--[a-z_-]+(?![\w.-])", code)
             assert not options or set(options) <= options_of(words[1]), code
-    for named in re.findall(r"\bconf/[\w./-]+\.yaml", path.read_text(encoding="utf-8")):
+    shown = FENCE.sub(lambda block: "" if block[2] == "text" else block[0], path.read_text(encoding="utf-8"))
+    for named in re.findall(r"\bconf/[\w./-]+\.yaml", shown):
         assert (CONF / named.removeprefix("conf/")).is_file() or named in FILLED, named
 
 

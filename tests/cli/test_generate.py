@@ -189,7 +189,7 @@ def terminal(checkpoint):
 
 
 def test_at_a_terminal_ctrl_c_ends_an_answer_or_a_line_and_ctrl_d_the_session(terminal):
-    terminal.until("> ")
+    assert "Loading" not in terminal.until("> ")
     terminal.type("One?\n")
     terminal.until(r"One\?\r\n[^\r\n]")
     terminal.type("\x03")

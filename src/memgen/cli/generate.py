@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memgen.cli.errors import UsageError
+from memgen.cli.output import keep_model_loading_quiet
 
 if TYPE_CHECKING:
     from memgen.api.agent import Agent, Answer, Insertion, Question
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
 
     from memgen.api.agent import Agent
 
+    keep_model_loading_quiet()
     agent = Agent.from_pretrained(
         options.checkpoint,
         device=options.device,

@@ -11,6 +11,7 @@ from typing import Any
 
 from memgen.cli.errors import UsageError
 from memgen.cli.listening import listening, shown_host
+from memgen.cli.output import keep_model_loading_quiet
 
 KEY_VARIABLE = "MEMGEN_API_KEY"
 """Environment variable with the key: a command line can be read by every user of a machine."""
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
         def load(name: str) -> Agent:
             return Agent.from_pretrained(name, device=options.device)
 
+        keep_model_loading_quiet()
         agent = load(options.checkpoint)
         key = os.environ.get(KEY_VARIABLE) or None
         name = options.name or options.checkpoint
