@@ -36,4 +36,6 @@ def test_the_first_block_of_readme_trains_tests_and_answers_in_an_empty_folder(t
     exact = re.search(r"exact_match\D*([\d.]+)", done.stdout)
     assert exact is not None, done.stdout
     assert float(exact[1]) > 0.8
-    assert "⟦memory⟧" in done.stdout.splitlines()[-1]
+    *_, prices, total = done.stdout.splitlines()
+    assert prices.count("⟦memory⟧") == 4
+    assert total.startswith("# ")

@@ -118,6 +118,11 @@ def execute(
     if command == "fit" and request.run is not None and document.get("ckpt_path") is None:
         last = last_checkpoint(request.run)
         document["ckpt_path"] = None if last is None else str(last)
+        begun = any((request.run / weights).exists() for weights in ("best", "last"))
+        if last is None and begun and getattr(rank_zero_only, "rank", 0) in (None, 0):
+            logger.warning(
+                "%s has no checkpoint to go on from, so its run begins again at step 0", request.run
+            )
     _require_checkpoints(document)
     if document.get("ckpt_path") is not None:
         # Our .ckpt files hold no pickled objects.
