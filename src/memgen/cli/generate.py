@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("there is no prompt: give --prompt TEXT, or one prompt per line on standard input")
 
     from memgen.api.agent import Agent, Insertion
+    from memgen.training.threads import choose_threads
 
     agent = Agent.from_pretrained(
         options.checkpoint,
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
         chat_template=options.chat_template,
         template_arguments=options.template_arguments,
     )
+    choose_threads(agent.model)
     for line in prompts:
         pieces = agent.stream(
             line.replace("\\n", "\n"),
