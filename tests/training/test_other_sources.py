@@ -12,7 +12,6 @@ import rl_runs
 import sft_runs
 from experiences import experience
 from memgen.chat import load_tokenizer
-from memgen.environments.trajectories import Trajectories
 from memgen.memories.raw_trajectories import RawTrajectories
 from memgen.model.backbone import BackboneConfig
 from memgen.training.checkpoint import open_checkpoint, save_checkpoint
@@ -94,9 +93,8 @@ def test_weaver_grpo_moves_it_and_its_first_update_has_a_ratio_of_one(folder, tm
 def test_the_example_of_the_documentation_makes_a_memory_of_collected_trajectories(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("collected.jsonl").write_text(
-        '{"messages": [{"role": "user", "content": "say tea"}, {"role": "assistant", "content": "tea", "agent": true}]}\n'
+        '{"id": "t", "reward": 1.0, "messages": [{"role": "user", "content": "say tea"}, {"role": "assistant", "content": "tea", "agent": true}]}\n'
     )
-    assert len(Trajectories("collected.jsonl").examples("train")) == 1
     text = (Path(__file__).parents[2] / "docs/comparators.md").read_text(encoding="utf-8")
     code = text.split("```python\n")[1].split("```")[0]
     exec(compile(code, "docs/comparators.md", "exec"), {})

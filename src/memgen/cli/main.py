@@ -47,6 +47,7 @@ COMMANDS = {
         "learn tasks one after another, and see what is left of each", "memgen.cli.continual"
     ),
     "collect": Command("turn the agent's own experience into training data", "memgen.cli.collect"),
+    "agent-flan": Command("rewrite collected trajectories as Agent-FLAN does", "memgen.cli.agent_flan"),
     "compare": Command("compare two tests item by item", "memgen.cli.compare"),
     "generate": Command("answer a prompt and mark where memory was woven in", "memgen.cli.generate"),
     "serve": Command("answer over HTTP as an OpenAI-compatible server", "memgen.cli.serve"),

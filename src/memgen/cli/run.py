@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if command == "test" and GOLD_OPTION in arguments:
         arguments.remove(GOLD_OPTION)
-        return test_gold(Request.from_argv(arguments))
+        return test_gold(built(Request.from_argv(arguments)).datamodule)
     own, arguments = take_options(arguments, (RECORDS_OPTION,) if command == "test" else ())
     return execute(command, Request.from_argv(arguments), records=_records_folder(own))
 

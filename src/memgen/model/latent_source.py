@@ -29,6 +29,7 @@ KINDS: Mapping[str, str] = {
     "weaver": "memgen.model.weaver.Weaver",
     "pause": "memgen.model.sources.pause.Pause",
     "softcot": "memgen.model.sources.softcot.SoftCoT",
+    "lora": "memgen.model.sources.lora.ReasonerLora",
 }
 """Import path of each source of ours."""
 
@@ -39,7 +40,7 @@ class WeaverConfig:
 
     kind: str = "weaver"
     """`weaver`: MemGen's. Its comparators (docs/comparators.md): `pause` are constants that read nothing; `softcot` projects
-    a frozen assistant's states. Or the import path of a `LatentSource` of your own, as `my_package.MySource`."""
+    a frozen assistant's states, `lora` writes no latents and fine-tunes the reasoner. Or the import path of a `LatentSource` of your own, as `my_package.MySource`."""
     backbone: BackboneConfig | None = None
     """A base of its own; None shares the reasoner's (one copy of the weights)."""
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -105,6 +106,8 @@ class LatentSource(nn.Module, ABC):
     """Whether `weave` is given the reasoner's last hidden states instead of its input embeddings."""
     reads_text: bool = False
     """Whether `weave` is given the token ids too; and whether its base's tokenizer is looked at, if that is another."""
+    reasoner_adapter: str | None = None
+    """Adapter of the reasoner's base that every pass of the reasoner applies; only of a comparator that writes no latents."""
     settings: tuple[str, ...] = ("arguments", "prompt_latents", "inference_latents")
     """Settings below `model.memgen.weaver` that give its tensors their meaning, besides `kind`."""
 
@@ -179,6 +182,10 @@ class LatentSource(nn.Module, ABC):
         """Everything that training moves, by its name in this module: all parameters but those of its bases."""
         frozen = {id(p) for base in self.bases().values() for p in base.parameters()}
         return {name: p for name, p in self.named_parameters() if id(p) not in frozen}
+
+    def chosen(self) -> dict[str, int]:
+        """What it chose itself where its settings leave it open, by name: a run records it beside them."""
+        return {}
 
     def is_untrained(self) -> bool:
         """Whether it is as it was made, so that its latents say nothing."""

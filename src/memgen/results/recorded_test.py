@@ -49,12 +49,11 @@ def code_hash() -> str:
 
 
 def weights_hash(model: MemGenModel) -> str:
-    """Hash of an agent: its frozen bases, and all tensors of weaver and trigger if the trigger can invoke at all."""
+    """Hash of an agent: its frozen bases, and all tensors of weaver and trigger unless it is the bare reasoner."""
     digest = hashlib.sha256()
     for base in model.bases():
         digest.update(base.fingerprint.encode())
-    weaves = model.trigger.probability != 0.0
-    for part in (model.weaver, model.trigger) if weaves else ():
+    for part in () if model.bare else (model.weaver, model.trigger):
         for name, tensor in sorted(part.own_parameters().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(_bytes(tensor))

@@ -108,6 +108,16 @@ class Stage(LightningModule, ABC):
             self.check_context(stage)
         self.memgen.train_only(self.component)
         self.memgen.use_checkpointing(self.recompute)
+        if stage == "fit":
+            self._record_size()
+
+    def _record_size(self) -> None:
+        """Writes how much is trained, and what the component chose itself, among the run's parameters."""
+        found = {"trained_parameters": sum(parameter.numel() for parameter in self.trained().values())}
+        if isinstance(self.component, LatentSource):
+            found |= self.component.chosen()
+        for recorder in self.trainer.loggers:
+            recorder.log_hyperparams(found)
 
     def check_context(self, stage: str) -> None:
         """Refuses items and answers that cannot fit into the reasoner's context.
@@ -190,6 +200,8 @@ class Stage(LightningModule, ABC):
         scores = trained and self.trainer.state.fn in ("validate", "test")
         if not scores or not self.trainer.is_global_zero or self.memgen.trigger.probability == 0.0:
             return
+        if self.memgen.reasoner.adapter is not None:
+            return  # Nothing is meant to be inserted.
         weaver, boundaries = self.config.weaver, self.config.boundaries
         if means.get("insertions_per_answer") == 0:
             why = (
@@ -304,7 +316,7 @@ def require_context(
             f"data.max_length is {data.item_settings.max_length}, but the reasoner's context is {context}; lower it"
         )
     weaver, cap = model.weaver.config, model.boundaries.config.max_inference_insertions
-    items = data.items.get(split, [])
+    items = [*data.items.get(split, []), *(data.replayed if split == "train" else [])]
     longest = max((len(i.conversation.ids) for i in items if i.conversation is not None), default=0)
     latents = weaver.prompt_latents + min(cap, longest) * weaver.inference_latents
     if longest + latents > context:
