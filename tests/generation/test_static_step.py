@@ -418,6 +418,23 @@ def test_what_was_recorded_on_weights_that_have_moved_is_not_used_again(recorded
     assert other is not step
 
 
+def test_an_adapter_of_the_reasoner_may_change_where_it_lies_but_not_move(recorded):
+    model = tiny_memgen(source="lora", prompt_latents=0, inference_latents=0, trigger="never")
+    before, _ = both(model, random_rows(LENGTHS), DRAWN)
+    (step,) = static_step._kept[model.reasoner]
+    with torch.no_grad():
+        for parameter in model.weaver.own_parameters().values():
+            parameter.mul_(3.0)  # As an optimizer's step does.
+    static, dynamic = both(model, random_rows(LENGTHS), DRAWN)
+    assert_same(model, static, dynamic)
+    assert static.answers() != before.answers()
+    assert static_step._kept[model.reasoner] == [step]
+    for parameter in model.weaver.own_parameters().values():
+        parameter.data = parameter.data * -1.0
+    assert_same(model, *both(model, random_rows(LENGTHS), DRAWN))
+    assert step not in static_step._kept[model.reasoner]
+
+
 def test_a_call_inside_a_call_has_storage_of_its_own():
     model = tiny_memgen()
     static, _ = both(model, random_rows(LENGTHS), DRAWN)

@@ -70,12 +70,13 @@ def keep_step(step: StaticStep) -> None:
         _kept[reasoner] = [step, *others][:KEPT]
 
 
-def _addresses(reasoner: Reasoner) -> list[tuple[int, torch.dtype]]:
-    """Where the frozen weights lie. Adapters may move: the reasoner is read without."""
+def _addresses(reasoner: Reasoner) -> list[tuple[str, int, torch.dtype]]:
+    """Where the weights lie that it is read with. Other adapters of its base may move."""
+    own = f".{reasoner.adapter}."
     return [
-        (parameter.data_ptr(), parameter.dtype)
+        (name, parameter.data_ptr(), parameter.dtype)
         for name, parameter in reasoner.backbone.named_parameters()
-        if ".lora_" not in name
+        if ".lora_" not in name or (reasoner.adapter is not None and own in name)
     ]
 
 
