@@ -19,7 +19,9 @@ STAGES = sorted(
     path for path in CONF.glob("*.yaml") if "class_path" in yaml.safe_load(path.read_text()).get("model", {})
 )
 COMPLETE = sorted((CONF / "published").glob("**/*.yaml"))
-OVERLAYS = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("published", "slurm"))
+OVERLAYS = sorted(
+    path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("published", "slurm", "study")
+)
 NEEDS = {CONF / "backbone" / "tiny.yaml": [CONF / "data" / "gsm8k.yaml"]}
 """Overlays that refer to what another overlay sets."""
 ONLY = {"cache_augmentation": "weaver_sft", "lora_sft": "weaver_sft", "lora_grpo": "weaver_grpo"}

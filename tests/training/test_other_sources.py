@@ -12,8 +12,11 @@ import rl_runs
 import sft_runs
 from experiences import experience
 from memgen.chat import load_tokenizer
+from memgen.generation.latent_bank import bank_of
 from memgen.memories.raw_trajectories import RawTrajectories
 from memgen.model.backbone import BackboneConfig
+from memgen.model.external import BankSettings, RetrievalSettings
+from memgen.model.memgen import MemGenModel
 from memgen.training.checkpoint import open_checkpoint, save_checkpoint
 from memgen.types import InsertionKind
 from sft_runs import make_trainer, save_tiny
@@ -23,6 +26,9 @@ SOURCES = {
     "soft prompt": {"kind": "pause", "arguments": {"tied": False}},
     "softcot": {"kind": "softcot", "backbone": "other"},
     "composer": {"kind": "memgen.generation.composer.Composer", "arguments": {"memory": "memory.sqlite"}},
+    "retrieval into the weaver": {"retrieval": RetrievalSettings()},
+    "retrieval alone into the weaver": {"retrieval": RetrievalSettings(parametric=False)},
+    "latent bank": {"bank": BankSettings(least=-1.0)},
 }
 
 every_source = pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
@@ -36,7 +42,17 @@ def folder(tmp_path_factory):
     with RawTrajectories(folder / "memory.sqlite") as memory:
         for number in range(20):
             memory.write(experience(f"count {number} or say {number}", [f"a, {number}."]))
+    with_block(folder)
     return folder
+
+
+def with_block(folder) -> None:
+    """Begins a bank of the reasoner that holds a block of each kind."""
+    stage = with_source(sft_runs.make_stage(folder / "base"), folder, SOURCES["latent bank"])
+    tokenizer = load_tokenizer(str(folder / "base"))
+    model = MemGenModel.build(stage.config, tokenizer, lambda name: name)
+    points, blocks = [(4, 0), (6, 1)], [torch.ones(3, 32), torch.ones(2, 32)]
+    assert bank_of(model).remember("one", 1.0, [(list(range(65, 75)), points)], blocks).added == 2
 
 
 def with_source(stage, folder, source):
@@ -46,6 +62,10 @@ def with_source(stage, folder, source):
         changes["backbone"] = BackboneConfig(name=str(folder / changes["backbone"]))
     if "memory" in changes.get("arguments", {}):
         changes["arguments"] = {"memory": str(folder / "memory.sqlite")}
+    if "bank" in changes:
+        changes["bank"] = dataclasses.replace(changes["bank"], path=str(folder / "bank.sqlite"))
+    if "retrieval" in changes:
+        changes["retrieval"] = dataclasses.replace(changes["retrieval"], memory=str(folder / "memory.sqlite"))
     stage.config = dataclasses.replace(
         stage.config, weaver=dataclasses.replace(stage.config.weaver, **changes)
     )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone, BackboneConfig
 from memgen.model.cache import KVCache
+from memgen.model.external import BankSettings, RetrievalSettings
 from memgen.types import InsertionKind
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ class WeaverConfig:
     about the norm of token embeddings. Needs a base of the reasoner's width."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of another kind than `weaver`."""
+    retrieval: RetrievalSettings | None = None
+    """Passages of a text memory that the weaver reads besides the stream (paper, Eq. 17-19); null: none."""
+    bank: BankSettings | None = None
+    """Woven blocks of earlier episodes that are used again; null: none."""
 
     def latents(self, kind: InsertionKind) -> int:
         """K of a kind of insertion; 0 if it is switched off."""
@@ -76,6 +81,17 @@ class WeaverConfig:
             raise ValueError(
                 "weaver.arguments are those of another kind of latent source, but weaver.kind is 'weaver'"
             )
+        if self.external and self.kind != "weaver":
+            raise ValueError(
+                f"weaver.{next(iter(self.external))} is read by the weaver alone, but weaver.kind is {self.kind!r}; set it "
+                "to null"
+            )
+
+    @property
+    def external(self) -> dict[str, RetrievalSettings | BankSettings]:
+        """What the weaver reads besides the stream: the settings that are set, by name."""
+        given = {"retrieval": self.retrieval, "bank": self.bank}
+        return {name: settings for name, settings in given.items() if settings is not None}
 
 
 @dataclass(frozen=True)

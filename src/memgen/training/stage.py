@@ -294,6 +294,7 @@ def require_context(
     split: Split,
     new_tokens: int | None,
     setting: str = "generation",
+    passages: int = 0,
 ) -> None:
     """Refuses a split whose conversations, or prompts with their answers, cannot fit into the reasoner's context.
 
@@ -303,6 +304,7 @@ def require_context(
         split: the split.
         new_tokens: an answer's `max_new_tokens`; None: nothing is sampled.
         setting: the section of that number, for the message.
+        passages: tokens that a text memory may put into a prompt.
 
     Raises:
         ValueError: naming the setting to change.
@@ -328,8 +330,9 @@ def require_context(
         return
     prompt = max((item.prompt_tokens for item in items), default=0)
     latents = weaver.prompt_latents + min(cap, new_tokens) * weaver.inference_latents
-    if max(1, prompt) + latents + new_tokens > context:
+    if max(1, prompt) + passages + latents + new_tokens > context:
         shown = f"a {split} prompt of {prompt} tokens" if prompt else f"a {split} prompt"
+        shown += f" and {passages} of a memory" if passages else ""
         raise ValueError(
             f"{shown} with up to {latents} latents leaves no room for {setting}.max_new_tokens {new_tokens}: the reasoner's "
             f"context is {context}; lower max_new_tokens or data.max_prompt_length"
