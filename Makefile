@@ -11,13 +11,16 @@
 # make bench-real  the same on SmolLM2-135M, a real language model; docs/results/real.md. Days of CPU time, kept cell by cell:
 #              REAL_ARGS="--only shop --seeds 0 --text FOLDER_OF_GSM8K" makes a part
 # make bench-performance  every figure of docs/performance.md, about 20 minutes
+# make bench-gpu  what a GPU does, in less than 8 minutes, with the interpreter PYTHON as it is: it needs torch, triton,
+#              transformers and peft, and no `make setup`. GPU_ARGS="--out FOLDER", or "--device cpu --tiny --out FOLDER"
+#              to rehearse it
 # make bench-scale  every stage under every strategy on two CPU processes, killed and resumed; the tables of docs/scale.md
 # make docs    the documentation site, in site/; a warning is an error
 # make check   lint, format, types, import directions, spelling
 #
 # Variables: PYTHON (an interpreter >= 3.11), VENV (where the environment goes), TORCH_INDEX (another package index
 # for torch, for example PyTorch's CPU or CUDA wheels), WORKERS (test processes of test, test-slow and test-with),
-# PYTEST_ARGS, DEMO_ARGS, REAL_ARGS.
+# PYTEST_ARGS, DEMO_ARGS, REAL_ARGS, GPU_ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,6 +29,7 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 DEMO_ARGS ?=
 REAL_ARGS ?=
+GPU_ARGS ?= --out docs/results/gpu
 
 # A file's tests run in one process, for what they share; long files begin first (tests/conftest.py).
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -36,7 +40,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= true
 
-.PHONY: setup setup-worlds setup-reasoning-gym demo demo-real test test-slow test-with check docs test-gpu bench-lab bench-real bench-performance bench-scale format
+.PHONY: setup setup-worlds setup-reasoning-gym demo demo-real test test-slow test-with check docs test-gpu bench-lab bench-real bench-performance bench-gpu bench-scale format
 
 setup: $(STAMP)
 
@@ -121,6 +125,10 @@ bench-performance: setup
 	$(BIN)/memgen bench memory --json $(PERFORMANCE)/memory.json
 	$(BIN)/memgen bench kernels --json $(PERFORMANCE)/kernels.json
 	$(BIN)/python -m benchmarks.performance_report
+
+# On a machine that has what the model imports, and need not have the rest.
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 # Every stage under every strategy, and the tables of docs/scale.md. Two CPU processes; about 10 minutes.
 bench-scale: setup
