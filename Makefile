@@ -4,9 +4,12 @@
 # make test    every test that needs no GPU
 # make test-slow  what takes minutes: two processes, the whole pipeline on the lab; a skipped test fails
 # make test-with MARKS="sandbox or slurm"  tests that need more than Python (bubblewrap, SLURM, a browser, ...); a skipped
-#              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld, reasoning_gym, harness
+#              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld, reasoning_gym,
+#              verifiers, trackers, harness
 # make setup-worlds  adds ALFWorld and ScienceWorld to the environment (g++, cmake, Java), for their tests
 # make setup-reasoning-gym  adds Reasoning Gym (a C compiler, Python's headers), for its tests
+# make setup-verifiers  adds verifiers to the environment, for its tests
+# make setup-trackers  adds TensorBoard and Weights & Biases to the environment, for their tests
 # make setup-harnesses  makes an environment with lm-eval and inspect-ai, $(VENV)/harnesses, for their tests and docs/harnesses.md
 # make bench-lab  every stage on the lab with its controls, over several seeds; docs/results/lab.md
 # make bench-real  the same on SmolLM2-135M, a real language model; docs/results/real.md. Days of CPU time, kept cell by cell:
@@ -36,7 +39,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= true
 
-.PHONY: setup setup-worlds setup-reasoning-gym setup-harnesses demo demo-real test test-slow test-with check test-gpu bench-lab bench-real bench-performance bench-scale format
+.PHONY: setup setup-worlds setup-reasoning-gym setup-verifiers setup-trackers setup-harnesses demo demo-real test test-slow test-with check test-gpu bench-lab bench-real bench-performance bench-scale format
 
 setup: $(STAMP)
 
@@ -57,6 +60,12 @@ setup-worlds: setup
 setup-reasoning-gym: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,reasoning-gym]"
 
+setup-verifiers: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,verifiers]"
+
+setup-trackers: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,tensorboard,wandb]"
+
 # All pins but fsspec's.
 setup-harnesses: setup
 	test -x $(VENV)/harnesses/bin/python || $(PYTHON) -m venv $(VENV)/harnesses
@@ -73,10 +82,10 @@ demo-real: setup
 test test-slow test-with: export OMP_NUM_THREADS ?= 1
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not harness and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not verifiers and not trackers and not harness and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
 
 test-slow: setup
-	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not harness and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
+	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not verifiers and not trackers and not harness and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
 
 test-with: setup
 	@test -n "$(MARKS)" || { echo 'make test-with: name the tests: make test-with MARKS="sandbox or slurm"' >&2; exit 1; }
