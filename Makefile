@@ -54,11 +54,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
+# Packages of extras, without installing this one again: tests may be running.
+extras = $(BIN)/python -c 'import sys, tomllib; \
+  known = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+  print(*(line for name in sys.argv[1:] for line in known[name]), sep="\n")' $(1) \
+  | $(BIN)/python -m pip install --quiet -c constraints.txt -r /dev/stdin
+
 setup-worlds: setup
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,alfworld,scienceworld]"
+	$(call extras,alfworld scienceworld)
 
 setup-reasoning-gym: setup
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,reasoning-gym]"
+	$(call extras,reasoning-gym)
 
 setup-verifiers: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,verifiers]"

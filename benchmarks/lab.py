@@ -25,11 +25,9 @@ from memgen.generation.rollout import Actor, EpisodeSettings, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.lab.assets import RECIPE_VERSION, resolve_asset
 from memgen.lab.environment import Lab
-from memgen.lab.lora import train_lora
 from memgen.lab.report import MAX_NEW_TOKENS, OTHERS, base_hash, held_out
 from memgen.lab.text_world import TextWorld
 from memgen.lab.trained import base_name, children_cpu, fit, stage_file, stopping_at
-from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import BackboneConfig
 from memgen.model.boundary import BoundaryConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
@@ -44,7 +42,6 @@ from memgen.results.controls import (
     without_memory,
 )
 from memgen.training.checkpoint import open_checkpoint
-from memgen.training.optimizer import OptimizerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +51,6 @@ ITEMS = 600
 NEW_TOKENS = {"bill": 32}
 """Limits of an answer where `MAX_NEW_TOKENS` is less than twice the longest reference answer."""
 
-LORA = LoraSettings(
-    r=16,
-    alpha=32,
-    dropout=0.0,
-    target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-)
-LORA_OPTIMIZER = OptimizerSettings(lr=5e-3, warmup_ratio=0.08, final_lr_ratio=0.1)
-"""Adapter, schedule, steps and batch are those of conf/weaver_sft.yaml."""
-LORA_STEPS, LORA_BATCH = 240, 32
 MIX = (TARGET, "open", TARGET, "add", TARGET, "rev", TARGET, "walk")
 """Half of the items are the target's, as in conf/trigger_rl.yaml."""
 
@@ -92,6 +80,10 @@ TRAININGS = {
     "trigger_free": Training("trigger_rl", start="weaver", settings={"model.objective.penalty": 0.0}),
     "trigger_target": Training(
         "trigger_rl", start="weaver", settings={"data.environment.tasks": f"[{TARGET}]"}
+    ),
+    "lora": Training("weaver_sft", ("baselines/lora_sft.yaml",)),
+    "lora_replay": Training(
+        "weaver_sft", ("baselines/lora_sft.yaml",), settings={"data.environment.tasks": f"[{', '.join(MIX)}]"}
     ),
     "bill": Training("weaver_sft", ("data/lab_bill.yaml", "curriculum/mostly_all.yaml")),
     "bill_end": Training(
@@ -160,28 +152,6 @@ class Bench:
 
         self.once(f"fit_{name}", make)
         return checkpoint
-
-    def train_lora(self, name: str, environment: Lab) -> Path:
-        """A reasoner that was fine-tuned itself, as the control."""
-        directory = self.folder / name
-
-        def make() -> dict[str, Any]:
-            directory.mkdir(parents=True, exist_ok=True)
-            clock = time.process_time()
-            train_lora(
-                self.base,
-                environment,
-                directory,
-                lora=LORA,
-                optimizer=LORA_OPTIMIZER,
-                steps=LORA_STEPS,
-                batch_size=LORA_BATCH,
-                seed=self.seed,
-            )
-            return {"cpu_seconds": round(time.process_time() - clock, 1)}
-
-        self.once(f"fit_{name}", make)
-        return directory
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A result, computed unless it is kept already."""
@@ -290,10 +260,8 @@ class Bench:
             ("trigger RL on the target only", "trigger_target"),
         ):
             self.score(name, lambda training=training: self.opened(self.train(training)), tasks)  # type: ignore[misc]
-        lora = self.train_lora("lora", Lab((TARGET,)))
-        self.score("LoRA-SFT of the reasoner", lambda: self.bare(lora), tasks)
-        replay = self.train_lora("lora_replay", Lab(MIX))
-        self.score("LoRA-SFT with replay", lambda: self.bare(replay), tasks)
+        self.score("LoRA-SFT of the reasoner", lambda: self.opened(self.train("lora")), tasks)
+        self.score("LoRA-SFT with replay", lambda: self.opened(self.train("lora_replay")), tasks)
 
     def bills(self) -> None:
         """The task that needs latents after the prompt, too."""

@@ -1,9 +1,9 @@
-"""What the memory does, on the lab, with the controls that could refute it: `python -m benchmarks.memory`.
+"""What the memory does, on the lab and on SmolLM2, with the controls that could refute it: `python -m benchmarks.memory`.
 
 A cell is one command of `memgen` on one task's checkpoint, of one weaver seed on one reasoner. Each is kept as a JSON file
 below `--root` when it is there, and the commands go on inside their own folders, so an interrupted benchmark goes on where it
 stopped, and parts of it (`--only`, `--tasks`, `--weaver-seeds`, `--base-seeds`) may be made on different days. Checkpoints are
-those of `make bench-lab` (`--lab-root`), trained first where they are missing. `benchmarks.memory_report` makes
+those of `make bench-lab` (`--lab-root`), and on SmolLM2 those of `make demo-real`, trained first where they are missing. `benchmarks.memory_report` makes
 `docs/results/memory.md` of the cells that are there and names those that are not.
 
 All figures are from the test split.
@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from memgen.analysis.effects import REWARD, Effect, Outcome
 from memgen.analysis.interventions import RULES
 from memgen.analysis.verdict import ClusterEffects, RemovalResult
 from memgen.conf_files import conf_file
-from memgen.lab.trained import STDERR, base_name, children_cpu, run_memgen, stage_file
+from memgen.lab.assets import resolve_asset
+from memgen.lab.trained import STDERR, asset_query, base_name, children_cpu, run_memgen, stage_file
 from memgen.results.statistics import Interval
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,10 @@ class Subject:
         trigger: training of the trigger on the weaver, or None.
         mix: configuration files of the items that the trigger learns from: half of them are the task's.
         inside: whether there are boundaries inside of its answers.
+        ablation_items: held-out items of an ablation and of an oracle.
+        backbone: configuration files of a reasoner other than the lab's: its trainings are assets of the lab, of one seed.
+        own: configuration files of its stages, by stage.
+        more_conditions: of an ablation.
     """
 
     title: str
@@ -57,6 +62,10 @@ class Subject:
     trigger: str | None = None
     mix: tuple[str, ...] = ()
     inside: bool = True
+    ablation_items: int = 200
+    backbone: tuple[str, ...] = ()
+    own: Mapping[str, str] = field(default_factory=dict)
+    more_conditions: tuple[str, ...] = ()
 
 
 SUBJECTS = {
@@ -65,16 +74,27 @@ SUBJECTS = {
         "Bill of six items", "bill", ("data/lab_bill.yaml",), 160, "bill_trigger", ("data/lab_bill_mix.yaml",)
     ),
     "text_world": Subject("Text world", "text_world", ("data/lab_text_world.yaml",), 160, inside=False),
+    "english": Subject(
+        "English shop on SmolLM2-135M",
+        "smollm2_weaver_sft",
+        ("data/lab_english.yaml",),
+        120,
+        "smollm2_trigger_rl",
+        ("data/lab_english_mix.yaml",),
+        inside=False,
+        ablation_items=100,
+        backbone=("backbone/smollm2-135m.yaml",),
+        own={"weaver_sft": "smollm2/weaver_sft.yaml", "trigger_rl": "smollm2/trigger_rl.yaml"},
+        more_conditions=("cot",),
+    ),
 }
 CONDITIONS = (
     "vanilla", "never", "always", "prompt_only", "delimiters", "random:0.5", "trained", "entropy:1", "pause", "swapped",
     "bon:3",
 )  # fmt: skip
-"""Not `cot`: the lab's tokenizer has no words for an instruction."""
+"""Of every task. Not `cot`: the lab's tokenizer has no words for an instruction."""
 _INSIDE = ("prompt_only", "delimiters")
 """Conditions that need boundaries inside of answers."""
-_ITEMS = ("--data.test_examples", "200")
-"""Of an ablation and of an oracle."""
 BUDGET = 16
 """Policies that an oracle tries on an item."""
 NULL_DRAWS = 39
@@ -114,7 +134,9 @@ class Bench:
     lab_root: Path
 
     def checkpoint(self, cell: Cell, training: str) -> Path:
-        """What a training of `benchmarks.lab` leaves, trained first if it is missing."""
+        """What a training leaves, trained first if it is missing."""
+        if SUBJECTS[cell.task].backbone:
+            return Path(resolve_asset(f"lab:{training}{asset_query(cell.seed, cell.base_seed)}"))
         return lab.Bench(self.lab_root, cell.base_seed, cell.seed).train(training)
 
     def analyze(self, cell: Cell) -> dict[str, Any]:
@@ -128,16 +150,16 @@ class Bench:
         """`memgen ablate`, on the items that the trigger learns from where there is one."""
         subject = SUBJECTS[cell.task]
         left_out = (() if subject.trigger else ("trained",)) + (() if subject.inside else _INSIDE)
-        conditions = [name for name in CONDITIONS if name not in left_out]
+        conditions = [name for name in (*CONDITIONS, *subject.more_conditions) if name not in left_out]
         command = self.command("ablate", cell, *self._with_trigger(subject, subject.mix))
-        own = ("--conditions", ",".join(conditions), "--bon-temperature", "0.7", *_ITEMS)
+        own = ("--conditions", ",".join(conditions), "--bon-temperature", "0.7", *_items(subject))
         return _run([*command, *own], self.root / cell.folder / "ablate" / "ablation.json", _ablation)
 
     def oracle(self, cell: Cell) -> dict[str, Any]:
         """`memgen oracle` on the task alone."""
         subject = SUBJECTS[cell.task]
         command = self.command("oracle", cell, *self._with_trigger(subject, subject.overlays))
-        own = ("--budget", str(BUDGET), *_ITEMS)
+        own = ("--budget", str(BUDGET), *_items(subject))
         return _run([*command, *own], self.root / cell.folder / "oracle" / "oracle.json", _oracle)
 
     def continual(self, cell: Cell) -> dict[str, Any]:
@@ -158,13 +180,20 @@ class Bench:
 
     def command(self, name: str, cell: Cell, stage: str, overlays: Sequence[str], training: str) -> list[str]:
         """A command that plays the test items of a task with a checkpoint."""
-        files = [stage_file(stage), *map(conf_file, overlays)]
+        subject = SUBJECTS[cell.task]
+        own = [subject.own[stage]] if stage in subject.own else []
+        files = [stage_file(stage), *map(conf_file, (*subject.backbone, *overlays, *own))]
+        reasoner = () if subject.backbone else ("--model.memgen.backbone.name", base_name(cell.base_seed))
         return [
             *(name, *(argument for file in files for argument in ("--config", str(file)))),
             *("--checkpoint", str(self.checkpoint(cell, training))),
-            *("--model.memgen.backbone.name", base_name(cell.base_seed), "--trainer.logger", "false"),
+            *(*reasoner, "--trainer.logger", "false"),
             *("--out", str(self.root / cell.folder / name)),
         ]
+
+
+def _items(subject: Subject) -> tuple[str, str]:
+    return ("--data.test_examples", str(subject.ablation_items))
 
 
 @dataclass(frozen=True)
@@ -197,6 +226,8 @@ def cells(
     for seed in seeds:
         for base_seed in base_seeds:
             for task in tasks:
+                if task in SUBJECTS and SUBJECTS[task].backbone and (base_seed, seed) != (0, 0):
+                    continue
                 yield from (
                     (part, Cell(task, base_seed, seed)) for part in parts if task in PARTS[part].tasks
                 )
@@ -349,7 +380,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     described = {
         "subjects": {
-            name: {"title": s.title, "items": s.items, "mixed": bool(s.mix)} for name, s in SUBJECTS.items()
+            name: {
+                "title": s.title,
+                "items": s.items,
+                "mixed": bool(s.mix),
+                "reasoner": "SmolLM2" if s.backbone else None,
+            }
+            for name, s in SUBJECTS.items()
         },
         "null_draws": NULL_DRAWS,
         "budget": BUDGET,

@@ -21,19 +21,21 @@ class Run:
     """One weaver seed on one reasoner, and what a command found.
 
     Attributes:
-        base_seed: which reasoner.
+        base_seed: which reasoner of the lab.
         seed: of the weaver.
         found: the cell.
+        reasoner: its name, where it is not the lab's.
     """
 
     base_seed: int
     seed: int
     found: Mapping[str, Any]
+    reasoner: str | None = None
 
     @property
     def name(self) -> list[str]:
         """The first two columns of its row."""
-        return [str(self.base_seed), str(self.seed)]
+        return [self.reasoner or str(self.base_seed), str(self.seed)]
 
 
 def write_report(data: Mapping[str, Any], folder: Path) -> None:
@@ -55,11 +57,11 @@ def report(data: Mapping[str, Any]) -> str:
     dates = sorted({cell["date"] for cell in cells})
     when = "" if not dates else dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     lines = [
-        "# What the memory does, on the lab",
+        "# What the memory does, on the lab and on SmolLM2",
         "",
         "Rewards are shares of right answers in per cent, on held-out items (test split), greedy decoding. A row or a count of",
-        "runs is over weaver seeds 0 to 2 on reasoners 0 and 1. Where a cell says `a (b to c)`, a is the mean over the runs, b and",
-        "c the lowest and the highest run.",
+        "runs is over weaver seeds 0 to 2 on the lab's reasoners 0 and 1; on SmolLM2, over one weaver (`make demo-real`). Where a cell",
+        "says `a (b to c)`, a is the mean over the runs, b and c the lowest and the highest run.",
         "",
         f"Made by `python -m benchmarks.memory` on {when or 'no day yet'}: {'; '.join(machines) or 'no machine yet'}. The figures",
         "are those of the command beside each table. The paper's figures are in [paper.md](paper.md).",
@@ -79,7 +81,8 @@ def runs(data: Mapping[str, Any], task: str, part: str) -> list[Run]:
         subject, folder, command = name.split("/")
         if (subject, command) == (task, part):
             base, seed = folder.removeprefix("base").split("_seed")
-            found.append(Run(int(base), int(seed), cell))
+            reasoner = data["subjects"].get(task, {}).get("reasoner")
+            found.append(Run(int(base), int(seed), cell, reasoner))
     return sorted(found, key=lambda run: (run.base_seed, run.seed))
 
 
@@ -102,7 +105,7 @@ def _analysis(data: Mapping[str, Any]) -> list[str]:
         "## Clusters and interventions",
         "",
         "```",
-        "memgen analyze --config conf/weaver_sft.yaml [--config OVERLAY] --checkpoint DIR --data.test_examples N --null-draws "
+        "memgen analyze --config conf/weaver_sft.yaml [--config OVERLAY ...] --checkpoint DIR --data.test_examples N --null-draws "
         f"{data['null_draws']}",
         "```",
         "",
@@ -268,7 +271,7 @@ def _ablation(data: Mapping[str, Any]) -> list[str]:
         "## With, without and with what only looks like memory",
         "",
         "```",
-        "memgen ablate --config conf/STAGE.yaml --config OVERLAY --checkpoint DIR --data.test_examples N --bon-temperature 0.7 \\",
+        "memgen ablate --config conf/STAGE.yaml --config OVERLAY ... --checkpoint DIR --data.test_examples N --bon-temperature 0.7 \\",
         f"    --conditions {','.join(data['conditions'])}",
         "```",
         "",
@@ -351,7 +354,7 @@ def _oracle(data: Mapping[str, Any]) -> list[str]:
     return [
         *section("What a trigger can gain", header, table),
         "",
-        f"`memgen oracle --config conf/STAGE.yaml --config OVERLAY --checkpoint DIR --data.test_examples N --budget {data['budget']}`.",
+        f"`memgen oracle --config conf/STAGE.yaml --config OVERLAY ... --checkpoint DIR --data.test_examples N --budget {data['budget']}`.",
         "Accuracy in per cent, insertions per answer in brackets. The best policy of each item is chosen with its reward at hand: an",
         "upper bound, and what chance gives to the best of many is in it.",
     ]

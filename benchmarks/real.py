@@ -35,10 +35,8 @@ from memgen.conf_files import conf_file
 from memgen.environments.base import Environment
 from memgen.files import new_folder
 from memgen.lab.assets import resolve_asset
-from memgen.lab.lora import train_lora
 from memgen.lab.report import held_out
 from memgen.lab.trained import children_cpu, fit, stage_file, stopping_at
-from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import BackboneConfig
 from memgen.model.boundary import BoundaryConfig
 from memgen.model.memgen import MemGenConfig, MemGenModel
@@ -46,7 +44,6 @@ from memgen.model.trigger import ConstantTrigger, TriggerConfig
 from memgen.results.controls import Task, always_invoking, score, score_with_swapped_latents
 from memgen.running.resume import Saved, last_checkpoint
 from memgen.training.checkpoint import open_checkpoint
-from memgen.training.optimizer import OptimizerSettings
 from memgen.types import InsertionKind, InsertionPlan, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -96,8 +93,6 @@ class Settings:
     Attributes:
         backbone: configuration files of the reasoner.
         tasks: what is learnt, by name.
-        lora: adapter of the control without latents.
-        lora_optimizer: likewise.
         items: held-out items of each task.
         batch_size: answers decoded together.
         shots: worked examples of the few-shot prompt.
@@ -112,8 +107,6 @@ class Settings:
 
     backbone: list[str]
     tasks: dict[str, Subject]
-    lora: LoraSettings
-    lora_optimizer: OptimizerSettings
     items: int = 300
     batch_size: int = 25
     shots: int = 3
@@ -134,10 +127,6 @@ class Settings:
         """
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
         values["tasks"] = {name: Subject(**given) for name, given in values["tasks"].items()}
-        values["lora"] = LoraSettings(
-            **{**values["lora"], "target_modules": tuple(values["lora"]["target_modules"])}
-        )
-        values["lora_optimizer"] = OptimizerSettings(**values["lora_optimizer"])
         found = cls(**values)
         if text is None or found.text is None:
             return found
@@ -156,6 +145,8 @@ CONDITIONS = {
     "lora": "LoRA-SFT",
     "lora_replay": "LoRA-SFT with replay",
 }
+LORA = ("lora", "lora_replay")
+"""Controls without latents: LoRA on the reasoner, for as many optimizer steps and items as the weaver took."""
 WITHOUT_SEED = ("bare", "shots")
 """Conditions in which nothing is trained and nothing random: one cell for all seeds."""
 HARM = ("bare", "weaver", "trigger", "lora", "lora_replay")
@@ -247,9 +238,11 @@ class Bench:
     # Training
 
     def train(self, name: str) -> Path:
-        """The checkpoint of a training (half, weaver, grpo or trigger), made first if it is missing."""
+        """The checkpoint of a training (half, weaver, grpo, trigger, lora or lora_replay), made first if it is missing."""
         checkpoint = self.folder / "checkpoints" / name
-        earlier = None if name == "half" else self.train("weaver" if name == "trigger" else "half")
+        earlier = None
+        if name != "half":
+            earlier = self.train("weaver" if name in ("trigger", *LORA) else "half")
 
         def make() -> dict[str, Any]:
             clock, begin = children_cpu(), time.perf_counter()
@@ -267,46 +260,22 @@ class Bench:
     def _fit(self, name: str, earlier: Path | None) -> Path:
         """Runs a training in its folder. The weaver's goes on in the run of the half-trained one."""
         subject, overrides = self.subject, dict(self.overrides)
-        stages = {
-            "half": "weaver_sft",
-            "weaver": "weaver_sft",
-            "grpo": "weaver_grpo",
-            "trigger": "trigger_rl",
-        }
-        stage, mixed = stages[name], name == "trigger"
-        if stage == "weaver_sft":
+        stages = {"grpo": "weaver_grpo", "trigger": "trigger_rl"}
+        stage, mixed = stages.get(name, "weaver_sft"), name in ("trigger", "lora_replay")
+        files, run = self.files(stage, mixed=mixed), self.folder / "runs" / stage
+        if name in LORA:
+            files, run = [*files, conf_file("baselines/lora_sft.yaml")], run.with_name(name)
+            spent = json.loads((self.folder / "fit_weaver.json").read_text(encoding="utf-8"))
+            # It stops where the weaver did, so nothing need be validated.
+            overrides |= {"trainer.max_steps": spent["steps"], "trainer.limit_val_batches": 0}
+        elif stage == "weaver_sft":
             stop = subject.half if name == "half" else subject.stop
             overrides |= stopping_at(stop, check_every=subject.check_every)
         else:
             overrides["model.init_from"] = earlier
         values = {key: json.dumps(value) for key, value in self._values(mixed=mixed).items()}
-        run = self.folder / "runs" / stage
-        fit(self.files(stage, mixed=mixed), {**values, **overrides}, run)
+        fit(files, {**values, **overrides}, run)
         return run
-
-    def lora(self, name: str) -> Path:
-        """The reasoner fine-tuned itself, for as many steps and items as the weaver; removed by `measure`."""
-        directory = self.folder / "checkpoints" / name
-        if directory.is_dir():
-            return directory
-        self.train("weaver")
-        steps = json.loads((self.folder / "fit_weaver.json").read_text(encoding="utf-8"))["steps"]
-        clock, begin = time.process_time(), time.perf_counter()
-        with new_folder(directory) as folder:
-            train_lora(
-                self.base,
-                self._environment(self._merged("weaver_sft", mixed=name == "lora_replay")),
-                folder,
-                lora=self.settings.lora,
-                optimizer=self.settings.lora_optimizer,
-                steps=steps,
-                batch_size=self.conf.data.batch_size,
-                seed=self.seed,
-                dtype=getattr(torch, self.conf.model.memgen.backbone.dtype),
-            )
-        spent = {"steps": steps, **_spent(clock, begin, time.process_time)}
-        kept(self.folder / f"fit_{name}.json", lambda: spent)
-        return directory
 
     # Scoring
 
@@ -324,8 +293,6 @@ class Bench:
             model = self.model(condition)
             for name in missing:
                 kept(self.root / f"{name}.json", lambda name=name, model=model: self._cell(name, model))  # type: ignore[misc]
-            if condition in ("lora", "lora_replay"):
-                shutil.rmtree(self.folder / "checkpoints" / condition)
 
     def _can(self, name: str) -> bool:
         """Whether a cell can be measured: the text only if somebody said where it is."""
@@ -336,14 +303,12 @@ class Bench:
         match condition:
             case "bare" | "shots":
                 return self._bare(self.base)
-            case "lora" | "lora_replay":
-                return self._bare(self.lora(condition))
             case "untrained":
                 _, config = open_checkpoint(self.train("weaver"), load_tokenizer, resolve_asset)
                 torch.manual_seed(self.seed)
                 return always_invoking(MemGenModel.build(config, self.tokenizer, resolve_asset)).eval()
-            case "trigger":
-                return self._opened(self.train("trigger"))
+            case "trigger" | "lora" | "lora_replay":
+                return self._opened(self.train(condition))
             case "other_item":
                 return always_invoking(self._opened(self.train("weaver")))
             case _:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import subprocess
+from collections import Counter
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from memgen.chat import CHATML, conversation_ids
-from memgen.data import BatchIndex, EnvironmentData, SFTBatch
+from memgen.data import BatchIndex, EnvironmentData, Replay, SFTBatch
 from memgen.data.order import WindowSampler
 from memgen.environments.base import Environment, Example, Reward
 from memgen.environments.qa.gsm8k import GSM8K
@@ -289,6 +290,72 @@ def test_buckets_gather_like_lengths():
         return sum(max(part) - min(part) for part in ([lengths[i] for i in b.indices] for b in sampler))
 
     assert spread(True) < 0.2 * spread(False)
+
+
+@pytest.mark.parametrize(("share", "size", "items"), [(0.5, 32, 16), (0.01, 8, 1), (0.99, 8, 7), (0.3, 4, 1)])
+def test_a_batch_has_items_of_both(share, size, items):
+    assert Replay([Echo()], share=share).of_batch(size) == items
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("bucket", [False, True])
+def test_every_batch_of_every_rank_replays_its_share_and_every_kept_item_in_turn(world_size, bucket):
+    lengths = [10 + i % 7 for i in range(24 + 5)]
+    ranks = [
+        [index.indices for index in sampler]
+        for sampler in plan(
+            lengths, lengths, batch_size=4, world_size=world_size, bucket=bucket, replayed=5, replay=1
+        )
+    ]
+    steps = 24 // (3 * world_size)
+    assert [len(rank) for rank in ranks] == [steps] * world_size
+    assert all(sum(i >= 24 for i in batch) == 1 and len(batch) == 4 for rank in ranks for batch in rank)
+    own = sorted(i for rank in ranks for batch in rank for i in batch if i < 24)
+    assert own == list(range(24))
+    again = Counter(i for rank in ranks for batch in rank for i in batch if i >= 24)
+    assert max(again.values()) - min(again[i] for i in range(24, 29)) <= 1
+
+
+def test_earlier_tasks_are_replayed_from_their_first_items_and_count_in_their_window(make):
+    earlier = [Echo(targets=dict.fromkeys(range(23), "a")), Echo(targets=dict.fromkeys(range(23), "bb"))]
+    data = make(batch_size=4, replay=Replay(earlier, items=3, share=0.5), train_examples=8)
+    data.trainer = fake_trainer(accumulate_grad_batches=2)
+    batches = epoch_of(data)
+    assert len(batches) == 4
+    texts = [supervised_text(batch) for batch in batches]
+    replayed = [text for batch in texts for text in batch if text.startswith(("a", "b"))]
+    assert all(sum(text.startswith(("a", "b")) for text in batch) == 2 for batch in texts)
+    assert len(replayed) == 8
+    assert {text.partition("<")[0] for text in replayed} == {"a", "bb"}
+    for first in (0, 2):
+        window = batches[first : first + 2]
+        assert {b.window_tokens for b in window} == {sum(b.tokens.supervised_tokens for b in window)}
+    assert "replay" not in make().train_dataloader().sampler.order_key()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 1}, r"a batch of 1 has no room for replay; set data\.batch_size to 2 or more"),
+        ({"learn_from": "rollouts"}, r"data\.replay is for data\.learn_from answers"),
+    ],
+)
+def test_replay_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EnvironmentData(Echo(), replay=Replay([Echo()]), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"environments": []}, r"data\.replay\.environments is empty"),
+        ({"share": 1.0}, r"data\.replay\.share must be above 0 and below 1, got 1\.0"),
+        ({"items": 0}, r"data\.replay\.items must be at least 1, got 0"),
+    ],
+)
+def test_settings_of_replay_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Replay(**{"environments": [Echo()], **settings})
 
 
 def test_a_strategy_that_accumulates_by_itself_gets_whole_windows(make):

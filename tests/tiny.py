@@ -75,11 +75,13 @@ def tiny_memgen(
     double: bool = False,
     source: str = "weaver",
     arguments: dict[str, Any] | None = None,
+    external: dict[str, Any] | None = None,
     **backbone: Any,
 ) -> MemGenModel:
     """A MemGenModel on a tiny base; `trained` moves every new tensor away from its initial value.
 
-    `source` is the kind of what stands in the weaver's place, `arguments` are its own.
+    `source` is the kind of what stands in the weaver's place, `arguments` are its own; `external` are settings of what the
+    weaver reads besides the stream.
     """
     config = MemGenConfig(
         weaver=WeaverConfig(
@@ -90,6 +92,7 @@ def tiny_memgen(
             inference_latents=inference_latents,
             reads=reads,
             query_scale=0.3,
+            **(external or {}),
         ),
         trigger=TriggerConfig(kind=trigger, lora=lora, probability=probability),
         boundaries=BoundaryConfig(delimiters=delimiters, max_inference_insertions=cap),

@@ -44,18 +44,22 @@ def save_english_base(folder: Path) -> None:
     save_backbone(Qwen2ForCausalLM(settings), tokenizer, folder)
 
 
-def save_english_checkpoint(base: Path, folder: Path, *, trigger: bool = False, insertions: int = 0) -> None:
-    """Writes a random weaver that always invokes, or with it a learned trigger that never does.
+def save_english_checkpoint(
+    base: Path, folder: Path, *, trigger: bool = False, insertions: int = 0, lora: bool = False
+) -> None:
+    """Writes a random weaver that always invokes, or with it a learned trigger that never does, or LoRA of the reasoner.
 
     Args:
         base: folder of the model.
         folder: where to.
         trigger: whether there is a learned trigger.
         insertions: most insertions inside an answer.
+        lora: whether an adapter of the reasoner stands in the weaver's place.
     """
+    count, kind = (0, "lora") if lora else (2, "weaver")
     config = MemGenConfig(
         backbone=BackboneConfig(name=str(base), dtype="bfloat16"),
-        weaver=WeaverConfig(prompt_latents=2, inference_latents=2, lora=LORA),
+        weaver=WeaverConfig(kind=kind, prompt_latents=count, inference_latents=count, lora=LORA),
         trigger=TriggerConfig(kind="tokens" if trigger else "always", lora=LORA, initial_invoke_bias=-60.0),
         boundaries=BoundaryConfig(delimiters=(",",), max_inference_insertions=insertions),
     )

@@ -15,6 +15,7 @@ from memgen.analysis import ablation as module
 from memgen.analysis import ablation_report
 from memgen.analysis.ablation import Ablation, AblationSettings, Condition, donor, swapped_block
 from memgen.analysis.matrix import matrix
+from memgen.analysis.subject import Subject
 from memgen.chat import load_tokenizer
 from memgen.model.latent_source import WeaverConfig
 from memgen.model.memgen import MemGenModel
@@ -68,15 +69,15 @@ class Place:
 
     def ablation(self, text, *, out="out", start=None, items=ITEMS, chosen=None, **changes) -> Ablation:
         given = AblationSettings(conditions=None if text is None else conditions(text), bon_temperature=1.0)
-        return Ablation(
+        subject = Subject(
             memgen=self.config,
             data=data(self.base, Alternating(items=items)),
             init_from=start or self.checkpoint(),
             root=self.folder,
-            settings=chosen or given,
             out=self.folder / out,
             **{**settings(), **changes},
         )
+        return Ablation(subject, chosen or given)
 
     def play(self, *arguments, **changes) -> Ablation:
         ablation = self.ablation(*arguments, **changes)

@@ -15,6 +15,7 @@ from memgen.analysis.collection import read_collection
 from memgen.analysis.failures import failure_type
 from memgen.analysis.interventions import TRAINED
 from memgen.analysis.playing import Player
+from memgen.analysis.subject import Subject
 from memgen.generation.rollout import rollout as play_episodes
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.trigger import TriggerConfig
@@ -35,11 +36,13 @@ def made(tmp_path, monkeypatch):
     def make(out="out", environment=None, **changes):
         monkeypatch.setattr(Weaver, "weave", planted_weave({**TASKS, "X": "X", "Y": "Y"}, noise=0.0))
         return Player(
-            data=data(base, environment or Marks(items=8)),
-            init_from=trained,
-            root=tmp_path,
-            out=tmp_path / out,
-            **{**settings(), "memgen": chosen, "generation": LONGER, **changes},
+            Subject(
+                data=data(base, environment or Marks(items=8)),
+                init_from=trained,
+                root=tmp_path,
+                out=tmp_path / out,
+                **{**settings(), "memgen": chosen, "generation": LONGER, **changes},
+            )
         )
 
     return make

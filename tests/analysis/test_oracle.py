@@ -16,6 +16,7 @@ from memgen.analysis import oracle_report, playing
 from memgen.analysis.oracle import OracleSettings, explore, summarise
 from memgen.analysis.playing import Player
 from memgen.analysis.policies import Trace
+from memgen.analysis.subject import Subject
 from memgen.model.weaver import Weaver
 from memgen.results import statistics
 from memgen.results.statistics import share
@@ -181,12 +182,14 @@ def player(tmp_path, monkeypatch):
 
     def build(items=12, out="out"):
         return Player(
-            memgen=chosen,
-            data=data(base, Marks(items=items, wanted={"#": "X", "@": "\n"})),
-            init_from=str(folder),
-            root=tmp_path,
-            out=tmp_path / out,
-            **settings(),
+            Subject(
+                memgen=chosen,
+                data=data(base, Marks(items=items, wanted={"#": "X", "@": "\n"})),
+                init_from=str(folder),
+                root=tmp_path,
+                out=tmp_path / out,
+                **settings(),
+            )
         )
 
     return build

@@ -11,6 +11,7 @@ from analysis.planted import TASKS, Marks, checkpoint, config, data, planted_wea
 from memgen.analysis import report
 from memgen.analysis.pipeline import AnalysisSettings, analyze
 from memgen.analysis.playing import Player
+from memgen.analysis.subject import Subject
 from memgen.model.weaver import Weaver
 from memgen.results import statistics
 from sft_runs import make_trainer
@@ -28,12 +29,14 @@ def run(tmp_path, monkeypatch):
         chosen_config = config(base, latents, cap)
         monkeypatch.setattr(Weaver, "weave", weave)
         player = Player(
-            memgen=chosen_config,
-            data=data(base, environment),
-            init_from=str(checkpoint(base, tmp_path / f"checkpoint-{latents}", chosen_config)),
-            root=tmp_path,
-            out=tmp_path / out,
-            **{**settings(), **changes},
+            Subject(
+                memgen=chosen_config,
+                data=data(base, environment),
+                init_from=str(checkpoint(base, tmp_path / f"checkpoint-{latents}", chosen_config)),
+                root=tmp_path,
+                out=tmp_path / out,
+                **{**settings(), **changes},
+            )
         )
         result = analyze(player, make_trainer(tmp_path), chosen)
         return (result.analysis, result.collection), tmp_path / out

@@ -234,3 +234,23 @@ def test_without_a_cell_the_report_says_so(tmp_path):
     assert "## Clusters and interventions" not in text
     cells = [*memory.cells(list(memory.PARTS), [*memory.SUBJECTS, memory.CHAIN], [0, 1], [0, 1, 2])]
     assert f"{len(cells)}:" in text
+
+
+def test_on_smollm2_one_weaver_is_looked_at_with_the_files_of_its_demo(commands, tmp_path):
+    text = run(tmp_path, "--only", "oracle", "ablate", "--tasks", "english")
+    oracle_command, ablate_command = commands
+    for command, items in ((oracle_command, "lab_english.yaml"), (ablate_command, "lab_english_mix.yaml")):
+        assert [
+            Path(command[place + 1]).name for place, word in enumerate(command) if word == "--config"
+        ] == [
+            "trigger_rl.yaml",
+            "smollm2-135m.yaml",
+            items,
+            "trigger_rl.yaml",
+        ]
+        assert command[command.index("--checkpoint") + 1] == "trained/smollm2_trigger_rl"
+        assert "--model.memgen.backbone.name" not in command
+    assert "cot" in ablate_command[ablate_command.index("--conditions") + 1].split(",")
+    assert "| English shop on SmolLM2-135M | SmolLM2 | 0 | 0.0 (0.0) |" in text
+    assert "- english/base0_seed0: analyze\n" in text
+    assert "english/base1" not in text

@@ -57,7 +57,6 @@ def settings_file(base, tmp_path):
     values["tasks"] = {"shop": values["tasks"]["shop"] | {"others": ["copy"]}}
     values["text"] = {"class_path": f"{__name__}.Texts"}
     values["others"]["copy"]["shots"] = 1
-    values["lora"] |= {"r": 2, "alpha": 4}
     values["overrides"] = {
         "model.memgen.backbone.name": str(base),
         "model.generation.max_new_tokens": 4,
@@ -76,7 +75,8 @@ def fits(base, monkeypatch):
     def fit(files, overrides, run):
         asked.append(([file.stem for file in files], overrides, run))
         shutil.rmtree(run / "best", ignore_errors=True)
-        save_english_checkpoint(base, run / "best", trigger=files[0].stem == "trigger_rl")
+        lora = files[-1].stem == "lora_sft"
+        save_english_checkpoint(base, run / "best", trigger=files[0].stem == "trigger_rl", lora=lora)
         (run / "resume").mkdir(exist_ok=True)
         (run / "resume" / "step_000003.ckpt").touch()
         saved = {"step": 3, "epoch": 0, "world_size": 1, "saved_at": 0.0}
@@ -146,30 +146,26 @@ def test_a_part_is_measured_and_the_rest_is_named_as_missing(settings_file, fits
 
 
 def test_the_weaver_goes_on_in_the_half_trained_ones_run_and_lora_takes_as_many_steps(
-    settings_file, fits, tmp_path, monkeypatch
+    settings_file, fits, tmp_path
 ):
-    steps = []
-    monkeypatch.setattr(
-        real,
-        "train_lora",
-        lambda base, environment, folder, **given: steps.append(given) or copied(base, folder),
-    )
     assert run(settings_file, tmp_path, "--seeds", "0") == 0
-    (half, half_values, half_run), (weaver, weaver_values, weaver_run), (grpo, _, _), (trigger, _, _) = fits
+    (
+        (half, half_values, half_run),
+        (weaver, weaver_values, weaver_run),
+        (grpo, _, _),
+        (trigger, _, _),
+        *loras,
+    ) = fits
     assert half == weaver == ["weaver_sft", "smollm2-135m", "lab_english", "weaver_sft"]
     assert half_run == weaver_run
     threshold = "trainer.callbacks.2.stopping_threshold"
     assert (half_values[threshold], weaver_values[threshold]) == (0.3, 0.98)
     assert grpo == ["weaver_grpo", "smollm2-135m", "lab_english", "weaver_grpo"]
     assert trigger == ["trigger_rl", "smollm2-135m", "lab_english_mix", "trigger_rl"]
-    assert [(given["steps"], given["batch_size"]) for given in steps] == [(3, 2), (3, 2)]
-    # A fine-tuned reasoner is large and is not kept.
-    kept = {path.name for path in (tmp_path / "cells" / "shop" / "seed0" / "checkpoints").iterdir()}
-    assert kept == {"half", "weaver", "grpo", "trigger"}
-
-
-def copied(base, folder):
-    shutil.copytree(base, folder, dirs_exist_ok=True)
+    lora = ["weaver_sft", "smollm2-135m", "lab_english", "weaver_sft", "lora_sft"]
+    assert [files for files, _, _ in loras] == [lora, [*lora[:2], "lab_english_mix", *lora[3:]]]
+    assert [values["trainer.max_steps"] for _, values, _ in loras] == [3, 3]
+    assert [run.name for _, _, run in loras] == ["lora", "lora_replay"]
 
 
 def test_an_interrupted_benchmark_goes_on_with_the_cell_that_it_was_at(
@@ -193,7 +189,7 @@ def test_an_interrupted_benchmark_goes_on_with_the_cell_that_it_was_at(
     monkeypatch.setattr(real, "score", score)
     assert run(settings_file, tmp_path, "--seeds", "0") == 0
     assert {path: path.stat().st_mtime_ns for path in made} == made
-    assert trainings + len(fits[trainings:]) == 4
+    assert trainings + len(fits[trainings:]) == 6
     # Nothing is left to do, without the text that nobody pointed to.
     count = len(fits)
     assert run(settings_file, tmp_path, "--seeds", "0") == 0

@@ -19,18 +19,22 @@ STAGES = sorted(
     path for path in CONF.glob("*.yaml") if "class_path" in yaml.safe_load(path.read_text()).get("model", {})
 )
 COMPLETE = sorted((CONF / "published").glob("**/*.yaml"))
-OVERLAYS = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("published", "slurm"))
+OVERLAYS = sorted(
+    path for path in CONF.glob("*/*.yaml") if path.parent.name not in ("published", "slurm", "study")
+)
 NEEDS = {CONF / "backbone" / "tiny.yaml": [CONF / "data" / "gsm8k.yaml"]}
 """Overlays that refer to what another overlay sets."""
+ONLY = {"cache_augmentation": "weaver_sft", "lora_sft": "weaver_sft", "lora_grpo": "weaver_grpo"}
+ONLY |= {"lora_reinforce": "weaver_grpo", "lora_reinforce_pp": "weaver_grpo"}
+"""Baselines of one stage."""
 CHAINS = [[path] for path in [*STAGES, *COMPLETE]]
 CHAINS += [
     [stage, path, *NEEDS.get(path, [])]
     for stage in STAGES
     for path in OVERLAYS
-    # Only supervised training chooses where latents go, or looks ahead; SmolLM2's are each for the stage that they are named after.
-    if (
-        stage.stem == "weaver_sft" or (path.parent.name != "curriculum" and path.stem != "cache_augmentation")
-    )
+    # Only supervised training chooses where latents go; SmolLM2's are each for the stage that they are named after.
+    if (stage.stem == "weaver_sft" or path.parent.name != "curriculum")
+    and ONLY.get(path.stem, stage.stem) == stage.stem
     and (path.parent.name != "smollm2" or path.stem == stage.stem)
 ]
 CHAINS += [

@@ -7,18 +7,18 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from memgen.cli import continual
 from memgen.cli import main as front_end
 from memgen.cli.config import Request, merge, resolve
 from memgen.continual.settings import METHODS, read_settings
 from memgen.lab import trained
+from memgen.results.score_files import read_records
 from memgen.tracking.family import PARENT_VARIABLE
 from tiny_english import save_english_base
 
 ROOT = Path(__file__).resolve().parents[2]
-# PEFT asks for what transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 
 TINY = """\
 chain: [shop, copy]
@@ -90,6 +90,16 @@ def test_a_chain_is_learnt_tested_reported_and_not_done_again(folder, monkeypatc
     assert (
         start.read_bytes() == (folder / "found" / "weaver_sft" / "2-copy" / "best" / start.name).read_bytes()
     )
+    # LoRA-SFT goes on from the adapter of the task before, which it has in its batches again; no latents are ever inserted.
+    adapter = json.loads((folder / "found" / "lora_replay" / "2-copy" / "best" / "memgen.json").read_text())
+    assert (adapter["config"]["weaver"]["kind"], adapter["config"]["weaver"]["lora"]["r"]) == ("lora", 2)
+    begun = yaml.safe_load(
+        (folder / "found" / "lora_replay" / "2-copy" / "resume" / "config.yaml").read_text()
+    )
+    assert begun["model"]["init_from"].endswith("lora_replay/1-shop/best")
+    assert begun["data"]["replay"]["items"] == 256
+    rows = read_records(folder / "found" / "tests" / "lora_replay" / "2-copy" / "shop").rows
+    assert all(row["weaver_positions"] == 0 for row in rows)
 
     monkeypatch.setattr(trained, "fit", None)
     assert front_end.main([*COMMAND, "--out", "found"]) == 0

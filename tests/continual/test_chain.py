@@ -7,20 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from memgen.continual import chain as chain_module
 from memgen.continual.chain import Chain, Stage, keep_settings
 from memgen.continual.settings import ContinualSettings, read_settings
 from memgen.results.score_files import Answered, Records
 from memgen.results.summary import summarise
 
 TASKS = {"a": {}, "b": {}, "c": {}}
-MODEL = {
-    "memgen": {
-        "backbone": {"name": "base", "dtype": "float32"},
-        "weaver": {"lora": {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj"]}},
-    },
-    "optimizer": {"lr": 1e-3},
-}
 ITEMS = 4
 
 
@@ -44,6 +36,7 @@ class Agent:
 
     def __init__(self, dies_at: int | None = None) -> None:
         self.calls: list[tuple[str, str]] = []
+        self.replays: list[dict] = []
         self.dies_at = dies_at
 
     def _called(self, what: str, path: Path) -> None:
@@ -61,8 +54,14 @@ class Agent:
         task = config.stem.rpartition("-")[2]
         came = [] if start is None else (start / "history").read_text().split()
         (best / "history").write_text(" ".join([*came, config.stem]))
+        again = json.loads(overrides.get("data.replay", '{"environments": []}'))
+        if again["environments"]:
+            self.replays.append(again)
         # A trigger's training leaves the weaver as it is.
-        weaver = task if "weaver_sft" in config.stem else (start / "weaver.safetensors").read_text()
+        trains = "trigger_rl" not in config.stem
+        weaver = (
+            "".join([task, *again["environments"]]) if trains else (start / "weaver.safetensors").read_text()
+        )
         (best / "weaver.safetensors").write_text(weaver)
 
     def test(self, config, overrides, records):
@@ -71,8 +70,7 @@ class Agent:
         if "model.init_from" in overrides:
             knows = (overrides["model.init_from"] / "weaver.safetensors").read_text()
         else:
-            base = Path(overrides.get("model.memgen.backbone.name", "none"))
-            knows = (base / "task").read_text() if base.is_dir() else ""
+            knows = ""
             assert overrides["model.memgen.trigger.kind"] == "never"
         folder = Records(records, {"data": {"items": ITEMS}}, {})
         rows = [
@@ -84,42 +82,19 @@ class Agent:
         folder.close()
 
 
-def lora(seen):
-    def train(base, environment, directory, *, replay, **given):
-        seen.append((Path(base).name, environment, replay, given))
-        (directory / "task").write_text(
-            environment + ("" if replay is None else "".join(replay.environments))
-        )
-
-    return train
-
-
 def chain(folder, agent, **given) -> Chain:
     settings = read_settings({"chain": ["a", "b", "c"], "tasks": TASKS, **given})
-    document = {
-        "model": MODEL,
-        "trainer": {"max_steps": 7, "accumulate_grad_batches": 2},
-        "data": {"batch_size": 4},
-    }
     stages = {
-        (stage, task): Stage(folder / f"{stage}-{task}.yaml", document, task)
-        for stage in ("weaver_sft", "trigger_rl")
+        (stage, task): Stage(folder / f"{stage}-{task}.yaml", {"data": {"environment": task}})
+        for stage in ("weaver_sft", "trigger_rl", "lora_sft")
         for task in settings.tasks
     }
     return Chain(settings, stages, folder, agent)
 
 
-@pytest.fixture
-def seen(monkeypatch):
-    """What LoRA was trained with."""
-    calls: list = []
-    monkeypatch.setattr(chain_module, "train_lora", lora(calls))
-    return calls
-
-
-def test_every_method_goes_on_from_the_task_before(tmp_path, seen):
+def test_every_method_goes_on_from_the_task_before(tmp_path):
     agent = Agent()
-    scores = chain(tmp_path, agent, lora_lr=0.5).run()
+    scores = chain(tmp_path, agent).run()
     assert list(scores) == ["memgen", "memgen_trigger", "lora", "lora_replay"]
     for method in ("memgen", "memgen_trigger", "lora"):
         # Nothing before, then the last task alone.
@@ -135,29 +110,22 @@ def test_every_method_goes_on_from_the_task_before(tmp_path, seen):
     # The first trigger begins beside the first weaver, every other one from the trigger before, beside its own weaver.
     assert history("trigger_rl/3-c") == ["weaver_sft-a", "trigger_rl-a", "trigger_rl-b", "trigger_rl-c"]
     assert (tmp_path / "trigger_start/3-c/weaver.safetensors").read_text() == "c"
+    for method in ("lora", "lora_replay"):
+        assert history(f"{method}/3-c") == ["lora_sft-a", "lora_sft-b", "lora_sft-c"]
     assert [call for call in agent.calls if call[0] == "fit"] == [
-        ("fit", name) for name in ("1-a", "2-b", "3-c", "1-a", "2-b", "3-c")
+        ("fit", name) for name in ("1-a", "2-b", "3-c") * 4
     ]
-    assert [(base, task) for base, task, _, _ in seen] == [("base", "a"), ("1-a", "b"), ("2-b", "c")] * 2
-    replays = [
-        None if replay is None else (replay.environments, replay.items, replay.share)
-        for *_, replay, _ in seen
+    assert agent.replays == [
+        {"environments": ["a"], "items": 256, "share": 0.5},
+        {"environments": ["a", "b"], "items": 256, "share": 0.5},
     ]
-    assert replays == [None] * 4 + [(["a"], 256, 0.5), (["a", "b"], 256, 0.5)]
-    given = seen[-1][-1]
-    assert (given["steps"], given["batch_size"], given["optimizer"].lr, given["every_turn"]) == (
-        7,
-        8,
-        0.5,
-        True,
-    )
 
 
-def test_killed_at_any_moment_it_goes_on_and_does_nothing_twice(tmp_path, seen):
+def test_killed_at_any_moment_it_goes_on_and_does_nothing_twice(tmp_path):
     given = {"chain": ["a", "b"], "tasks": {"a": {}, "b": {}}, "methods": ["memgen_trigger", "lora_replay"]}
     whole = Agent()
     expected = chain(tmp_path / "whole", whole, **given).run()
-    assert len(whole.calls) == 14
+    assert len(whole.calls) == 16
     for number in range(1, len(whole.calls) + 1):
         folder = tmp_path / str(number)
         killed, again = Agent(dies_at=number), Agent()
@@ -173,12 +141,11 @@ def test_killed_at_any_moment_it_goes_on_and_does_nothing_twice(tmp_path, seen):
     assert done.calls == []
 
 
-def test_a_chain_of_one_task_is_tested_on_all_and_methods_without_a_trigger_train_none(tmp_path, seen):
+def test_a_chain_of_one_task_is_tested_on_all_and_methods_without_a_trigger_train_none(tmp_path):
     agent = Agent()
     scores = chain(tmp_path, agent, chain=["b"], methods=["memgen"]).run()
     assert scores["memgen"].matrix().tolist() == [[0, 0, 0], [0, 1, 0]]
     assert [name for what, name in agent.calls if what == "fit"] == ["1-b"]
-    assert seen == []
 
 
 def test_a_folder_refuses_other_settings(tmp_path):

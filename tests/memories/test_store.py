@@ -254,7 +254,7 @@ def test_a_copy_that_cannot_be_written_is_named_and_absent(tmp_path, monkeypatch
         return connection
 
     with ExpRAG(tmp_path / "memory.sqlite") as memory:
-        monkeypatch.setattr("memgen.memories.store._connect", on_a_full_disk)
+        monkeypatch.setattr("memgen.memories.store.connect", on_a_full_disk)
         with pytest.raises(OSError, match=r"copy\.sqlite could not be written .*make room"):
             memory.store.copy_to(tmp_path / "copy.sqlite")
         with pytest.raises(OSError, match=r"again\.sqlite could not be written .*make room"):

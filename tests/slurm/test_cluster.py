@@ -168,6 +168,10 @@ def steps(folder: Path, beacon: str, rank: int = 0) -> dict[int, str]:
     return {int(step): loss for step, loss in rows}
 
 
+def strategy(name: str) -> tuple[str, str]:
+    return ("--config", str(ROOT / "conf" / "trainer" / f"{name}.yaml"))
+
+
 def reference(folder: Path, strategy: Sequence[str]) -> dict[str, torch.Tensor]:
     """Two processes of this machine that nobody interrupts; the weights that they end with."""
     run = folder / "whole"
@@ -178,9 +182,8 @@ def reference(folder: Path, strategy: Sequence[str]) -> dict[str, torch.Tensor]:
     return load_file(run / "last" / "weaver.safetensors")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
-def test_a_warned_job_on_two_nodes_is_requeued_and_ends_as_if_it_never_was(folder, strategy):
-    overlay = ("--config", str(ROOT / "conf" / "trainer" / f"{strategy}.yaml"))
+def test_a_warned_job_on_two_nodes_is_requeued_and_ends_as_if_it_never_was(folder):
+    overlay = strategy("zero2")
     job, run, link = submit(folder, *configuration(folder, "steps", 0.3), *overlay, "--nodes", "2")
     log = run / "slurm" / f"{job}.log"
     assert "/runs/" in link
@@ -254,9 +257,9 @@ def test_a_sweep_is_an_array_whose_points_are_children_of_one_record(folder):
         assert (run / "points" / point / "last" / "weaver.safetensors").is_file()
 
 
-def test_a_terminated_job_has_saved_and_goes_on_when_it_is_submitted_again(folder):
-    arguments = (*configuration(folder, "steps", 0.3), "--trainer.max_steps=14")
-    job, run, _ = submit(folder, *arguments, "--name", "once", site="scontrol.yaml")
+def test_a_terminated_job_on_two_nodes_has_saved_and_goes_on_when_it_is_submitted_again(folder):
+    arguments = (*configuration(folder, "steps", 0.3), *strategy("ddp"), "--trainer.max_steps=14")
+    job, run, _ = submit(folder, *arguments, "--nodes", "2", "--name", "once", site="scontrol.yaml")
     log = run / "slurm" / f"{job}.log"
     wait("a few steps", lambda: len(steps(folder, "steps")) >= 3, job, log)
     call("scancel", f"--signal={signal.SIGTERM.name[3:]}", job)
@@ -274,8 +277,9 @@ def test_a_terminated_job_has_saved_and_goes_on_when_it_is_submitted_again(folde
     wait("the requeue", lambda: fields(again)["Restarts"] == "1", again, log)
     wait("the end", lambda: ended(again), again, log)
     assert fields(again)["JobState"] == "COMPLETED", log.read_text()[-3000:]
-    path = folder / "steps" / "rank_0"
-    assert [int(line.split()[0]) for line in path.read_text().splitlines()] == [*range(1, 15)]
+    for rank in (0, 1):
+        path = folder / "steps" / f"rank_{rank}"
+        assert [int(line.split()[0]) for line in path.read_text().splitlines()] == [*range(1, 15)]
 
 
 def test_the_point_that_has_the_arrays_own_number_is_requeued_alone(folder):

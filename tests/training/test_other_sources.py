@@ -12,9 +12,11 @@ import rl_runs
 import sft_runs
 from experiences import experience
 from memgen.chat import load_tokenizer
-from memgen.environments.trajectories import Trajectories
+from memgen.generation.latent_bank import bank_of
 from memgen.memories.raw_trajectories import RawTrajectories
 from memgen.model.backbone import BackboneConfig
+from memgen.model.external import BankSettings, RetrievalSettings
+from memgen.model.memgen import MemGenModel
 from memgen.training.checkpoint import open_checkpoint, save_checkpoint
 from memgen.types import InsertionKind
 from sft_runs import make_trainer, save_tiny
@@ -24,6 +26,9 @@ SOURCES = {
     "soft prompt": {"kind": "pause", "arguments": {"tied": False}},
     "softcot": {"kind": "softcot", "backbone": "other"},
     "composer": {"kind": "memgen.generation.composer.Composer", "arguments": {"memory": "memory.sqlite"}},
+    "retrieval into the weaver": {"retrieval": RetrievalSettings()},
+    "retrieval alone into the weaver": {"retrieval": RetrievalSettings(parametric=False)},
+    "latent bank": {"bank": BankSettings(least=-1.0)},
 }
 
 every_source = pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
@@ -37,7 +42,17 @@ def folder(tmp_path_factory):
     with RawTrajectories(folder / "memory.sqlite") as memory:
         for number in range(20):
             memory.write(experience(f"count {number} or say {number}", [f"a, {number}."]))
+    with_block(folder)
     return folder
+
+
+def with_block(folder) -> None:
+    """Begins a bank of the reasoner that holds a block of each kind."""
+    stage = with_source(sft_runs.make_stage(folder / "base"), folder, SOURCES["latent bank"])
+    tokenizer = load_tokenizer(str(folder / "base"))
+    model = MemGenModel.build(stage.config, tokenizer, lambda name: name)
+    points, blocks = [(4, 0), (6, 1)], [torch.ones(3, 32), torch.ones(2, 32)]
+    assert bank_of(model).remember("one", 1.0, [(list(range(65, 75)), points)], blocks).added == 2
 
 
 def with_source(stage, folder, source):
@@ -47,6 +62,10 @@ def with_source(stage, folder, source):
         changes["backbone"] = BackboneConfig(name=str(folder / changes["backbone"]))
     if "memory" in changes.get("arguments", {}):
         changes["arguments"] = {"memory": str(folder / "memory.sqlite")}
+    if "bank" in changes:
+        changes["bank"] = dataclasses.replace(changes["bank"], path=str(folder / "bank.sqlite"))
+    if "retrieval" in changes:
+        changes["retrieval"] = dataclasses.replace(changes["retrieval"], memory=str(folder / "memory.sqlite"))
     stage.config = dataclasses.replace(
         stage.config, weaver=dataclasses.replace(stage.config.weaver, **changes)
     )
@@ -94,9 +113,8 @@ def test_weaver_grpo_moves_it_and_its_first_update_has_a_ratio_of_one(folder, tm
 def test_the_example_of_the_documentation_makes_a_memory_of_collected_trajectories(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("collected.jsonl").write_text(
-        '{"messages": [{"role": "user", "content": "say tea"}, {"role": "assistant", "content": "tea", "agent": true}]}\n'
+        '{"id": "t", "reward": 1.0, "messages": [{"role": "user", "content": "say tea"}, {"role": "assistant", "content": "tea", "agent": true}]}\n'
     )
-    assert len(Trajectories("collected.jsonl").examples("train")) == 1
     text = (Path(__file__).parents[2] / "docs/comparators.md").read_text(encoding="utf-8")
     code = text.split("```python\n")[1].split("```")[0]
     exec(compile(code, "docs/comparators.md", "exec"), {})

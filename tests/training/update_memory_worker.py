@@ -85,9 +85,9 @@ def main(folder: Path, rows: int, length: int, vocabulary: int, policy: PolicySe
     base = save_tiny(
         folder / "base",
         vocab_size=vocabulary,
-        hidden_size=256,
+        hidden_size=64,
         num_hidden_layers=1,
-        intermediate_size=704,
+        intermediate_size=176,
         num_attention_heads=4,
         max_position_embeddings=length + 64,
         initializer_range=0.02,

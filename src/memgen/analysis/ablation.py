@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, final, get_args
@@ -27,11 +27,12 @@ from typing_extensions import override
 import memgen
 from memgen.analysis.condition_names import COT_TEXT, DEFAULT, NAMES, OPTIONAL, VALUED, Kind
 from memgen.analysis.playing import condition_batches
+from memgen.analysis.subject import Subject
 from memgen.chat import prompt_ids
-from memgen.data import EnvironmentData, EvalBatch, Item
+from memgen.data import EvalBatch, Item
 from memgen.files import current
 from memgen.generation.decode import Intervention
-from memgen.generation.rollout import Actor, EpisodeSettings, rollout
+from memgen.generation.rollout import Actor, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.latent_source import LatentSource, Surroundings, WeaverConfig, build_source
 from memgen.model.memgen import MemGenConfig, MemGenModel
@@ -205,42 +206,25 @@ class Ablation(LightningModule):
     """Plays the test items under every condition with `Trainer.predict`. Nothing is trained.
 
     Args:
-        memgen: the model. Its trigger is not read: each condition names its own.
-        data: the items; its test split is played.
-        generation: sampling settings; `group_size` is set to 1, and to n for best-of-n.
-        episodes: limits of episodes.
-        init_from: a checkpoint directory or an asset's name.
-        environment: the environment's settings, so that others are noticed.
-        resolve_asset: turns an asset's name into a directory.
-        root: the folder of runs. Records go to `<root>/ablations/<environment>-<hash of the settings and the code>`.
+        subject: a checkpoint. Its trigger is not read: each condition names its own; `group_size` is set to 1, and to n for
+            best-of-n. Records go to `<root>/ablations/<environment>-<hash of the settings and the code>`, unless it names a
+            folder.
         settings: what is compared.
-        out: another folder for them.
     """
 
-    def __init__(
-        self,
-        memgen: MemGenConfig,
-        data: EnvironmentData,
-        generation: GenerationSettings,
-        episodes: EpisodeSettings,
-        init_from: str,
-        environment: Mapping[str, Any],
-        resolve_asset: Callable[[str], str],
-        root: Path,
-        settings: AblationSettings,
-        out: Path | None = None,
-    ) -> None:
+    def __init__(self, subject: Subject, settings: AblationSettings) -> None:
         super().__init__()
-        self.config = memgen
-        self.data = data
-        self.generation = dataclasses.replace(generation, group_size=1)
-        self.episodes = episodes
-        self.init_from = init_from
-        self.environment = environment
-        self.resolve_asset = resolve_asset
-        self.root = root
+        assert subject.init_from is not None, "an ablation is of a checkpoint"
+        self.config = subject.memgen
+        self.data = subject.data
+        self.generation = dataclasses.replace(subject.generation, group_size=1)
+        self.episodes = subject.episodes
+        self.init_from = subject.init_from
+        self.environment = subject.environment
+        self.resolve_asset = subject.resolve_asset
+        self.root = subject.root
         self.settings = settings
-        self.out = out
+        self.out = subject.out
         self.memgen: MemGenModel
         self.sources = nn.ModuleList()
         """Pause tokens, a part of this module so that they are moved where the model is."""
@@ -452,27 +436,11 @@ class Ablation(LightningModule):
             return 0
         actor = self._actors[name]
         seeds = episode_seeds(actor.generation.seed, items.indices, actor.generation.group_size)
-        intervene = self._swap(actor, items) if name == "swapped" else None
+        intervene = swapped_latents(actor, self.items, items) if name == "swapped" else None
         clock = time.process_time()
         found = rollout(actor, items.examples, seeds, intervene=intervene)
         self._recorders[name].record(actor, items, seeds, found, time.process_time() - clock)
         return len(items.examples)
-
-    def _swap(self, actor: Actor, batch: EvalBatch) -> Intervention:
-        """Gives each item the latents of its donor, insertion by insertion."""
-        donors = [donor(self.items, index) for index in batch.indices]
-        seeds = episode_seeds(actor.generation.seed, donors)
-        examples = [self.items[index].example for index in donors]
-        blocks = rollout(actor, examples, seeds, keep_latents=True).latents
-        assert blocks is not None, "they were asked for"
-
-        def intervene(places: Sequence[int], numbers: Sequence[int], latents: list[Tensor]) -> list[Tensor]:
-            return [
-                swapped_block(blocks[place], number, block)
-                for place, number, block in zip(places, numbers, latents, strict=True)
-            ]
-
-        return intervene
 
     @override
     def on_predict_end(self) -> None:
@@ -482,6 +450,29 @@ class Ablation(LightningModule):
         """Closes the files. It can be called twice."""
         for recorder in self._recorders.values():
             recorder.records.close()
+
+
+def swapped_latents(actor: Actor, items: Sequence[Item], batch: EvalBatch) -> Intervention:
+    """Gives each item of a batch the latents of its donor, insertion by insertion; the donors are answered for that.
+
+    Args:
+        actor: who answers.
+        items: all items.
+        batch: some of them.
+    """
+    donors = [donor(items, index) for index in batch.indices]
+    seeds = episode_seeds(actor.generation.seed, donors)
+    examples = [items[index].example for index in donors]
+    blocks = rollout(actor, examples, seeds, keep_latents=True).latents
+    assert blocks is not None, "they were asked for"
+
+    def intervene(places: Sequence[int], numbers: Sequence[int], latents: list[Tensor]) -> list[Tensor]:
+        return [
+            swapped_block(blocks[place], number, block)
+            for place, number, block in zip(places, numbers, latents, strict=True)
+        ]
+
+    return intervene
 
 
 def donor(items: Sequence[Item], index: int) -> int:

@@ -148,13 +148,14 @@ def compared(
     seed: int,
     memory: str | None,
     notes: Sequence[str],
+    costs: Sequence[str] = COSTS,
 ) -> Matrix:
-    """Compares conditions, each by the name of its line; the parameters are the fields of `Matrix`.
+    """Compares conditions, each by the name of its line; the parameters are the fields of `Matrix`, and names of costs.
 
     Raises:
         ValueError: if a condition has no valid answer.
     """
-    lines = tuple(_line(condition, found) for condition, found in scored.items())
+    lines = tuple(_line(condition, found, costs) for condition, found in scored.items())
     first = next(iter(scored))
     others = [condition for condition in scored if condition != first]
     pairs = [(other, first) for other in others]
@@ -265,7 +266,7 @@ def _scored(counted: Sequence[Row], chosen: Row, of: Sequence[Row] = ()) -> dict
     }
 
 
-def _line(name: str, scored: Scored) -> Line:
+def _line(name: str, scored: Scored, costs: Sequence[str]) -> Line:
     valid = [record for record in scored.values() if record["fault"] is None]
     if not valid:
         raise ValueError(f"no item has a valid answer under {name}: all had an environment error")
@@ -280,7 +281,7 @@ def _line(name: str, scored: Scored) -> Line:
         reward=mean_interval([record["reward"] for record in valid]),
         finished=mean("finished"),
         samples=mean("samples"),
-        costs={cost: mean(cost) for cost in COSTS},
+        costs={cost: mean(cost) for cost in costs},
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -20,13 +20,13 @@ from memgen.analysis import collection
 from memgen.analysis.collection import Collection
 from memgen.analysis.failures import failure_type
 from memgen.analysis.interventions import TRAINED, Condition
+from memgen.analysis.subject import Subject
 from memgen.data import EnvironmentData, EvalBatch, Item
 from memgen.environments.base import Example
 from memgen.files import remove
 from memgen.generation.decode import Decide, Intervention
-from memgen.generation.rollout import Actor, EpisodeSettings, rollout
-from memgen.generation.sampling import GenerationSettings
-from memgen.model.memgen import MemGenConfig, MemGenModel
+from memgen.generation.rollout import Actor, rollout
+from memgen.model.memgen import MemGenModel
 from memgen.results.controls import always_invoking
 from memgen.results.ledger import Entry, Ledger, read_lines
 from memgen.results.recorded_test import code_hash, run_settings
@@ -52,41 +52,22 @@ class Player(LightningModule):
     """Plays the test items with `Trainer.predict`, one answer each, with the seeds of `memgen test`. Nothing is trained.
 
     Args:
-        memgen: the model.
-        data: the items; its test split is played.
-        generation: sampling settings; `group_size` is set to 1.
-        episodes: limits of episodes.
-        init_from: a checkpoint directory or an asset's name.
-        environment: the environment's settings, so that others are noticed.
-        resolve_asset: turns an asset's name into a directory.
-        root: the folder of runs. Records go to `<root>/<kind>/<environment>-<hash of the settings and the code>`.
-        out: another folder for them.
+        subject: a checkpoint; `group_size` is set to 1. Records go to
+            `<root>/<kind>/<environment>-<hash of the settings and the code>`, unless it names a folder.
         kind: of the analysis.
     """
 
-    def __init__(
-        self,
-        memgen: MemGenConfig,
-        data: EnvironmentData,
-        generation: GenerationSettings,
-        episodes: EpisodeSettings,
-        init_from: str,
-        environment: Mapping[str, Any],
-        resolve_asset: Callable[[str], str],
-        root: Path,
-        out: Path | None = None,
-        kind: str = FOLDER,
-    ) -> None:
+    def __init__(self, subject: Subject, kind: str = FOLDER) -> None:
         super().__init__()
-        self.config = memgen
-        self.data = data
-        self.generation = dataclasses.replace(generation, group_size=1)
-        self.episodes = episodes
-        self.init_from = init_from
-        self.environment = environment
-        self.resolve_asset = resolve_asset
-        self.root = root
-        self.out = out
+        self.config = subject.memgen
+        self.data = subject.data
+        self.generation = dataclasses.replace(subject.generation, group_size=1)
+        self.episodes = subject.episodes
+        self.init_from = subject.init_from
+        self.environment = subject.environment
+        self.resolve_asset = subject.resolve_asset
+        self.root = subject.root
+        self.out = subject.out
         self.kind = kind
         self.memgen: MemGenModel
         self.folder: Path

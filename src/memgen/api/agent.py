@@ -17,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, cast, final
 
+import torch
+
 from memgen.api.card import CARD, Card
 from memgen.api.hub import upload
 from memgen.api.names import resolve_name
@@ -26,10 +28,14 @@ from memgen.environments.base import Message
 from memgen.files import current
 from memgen.generation.continuous import ContinuousBatch, Newcomer
 from memgen.generation.decode import generate
+from memgen.generation.latent_bank import bank_to_write
 from memgen.generation.sampling import GenerationSettings
 from memgen.lab.assets import resolve_asset
+from memgen.memories.latent_bank import Kept
 from memgen.model.backbone import BackboneConfig
+from memgen.model.external import BankSettings, RetrievalSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel
+from memgen.parsing import parse
 from memgen.seeds import episode_seeds
 from memgen.training.checkpoint import (
     CONFIG_FILE,
@@ -40,7 +46,7 @@ from memgen.training.checkpoint import (
     read_text_settings,
     save_checkpoint,
 )
-from memgen.types import AgentTurn, InsertionKind, RowWork
+from memgen.types import AgentTurn, InsertionKind, InsertionPlan, RowWork, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +55,8 @@ Question = str | Sequence[Message]
 """What is answered: a user's message, or the messages of a conversation."""
 Template = Literal["checkpoint", "tokenizer", "chatml"]
 """Which chat template renders a question."""
+Recorded = Literal["checkpoint"]
+"""What the checkpoint says."""
 MARK = "⟦memory⟧"
 """What an insertion looks like as text."""
 
@@ -142,6 +150,8 @@ class Agent:
         device: str | None = None,
         chat_template: Template = "checkpoint",
         template_arguments: Mapping[str, Any] | None = None,
+        retrieval: RetrievalSettings | Mapping[str, Any] | Recorded | None = "checkpoint",
+        bank: BankSettings | Mapping[str, Any] | Recorded | None = "checkpoint",
     ) -> Agent:
         """Loads a checkpoint and the base that it names.
 
@@ -151,6 +161,9 @@ class Agent:
             device: cpu, cuda, cuda:1, ...; None: the CPU.
             chat_template: the checkpoint's own, the tokenizer's, or ChatML.
             template_arguments: values for the template's variables in place of the checkpoint's.
+            retrieval: passages that the weaver reads (`model.memgen.weaver.retrieval`), as in the checkpoint, or others;
+                None: none.
+            bank: the latent bank that it reads (`model.memgen.weaver.bank`), likewise.
 
         Raises:
             ValueError: if there is no such checkpoint, or it does not fit its base.
@@ -159,7 +172,8 @@ class Agent:
         folder = _checkpoint_in(Path(resolve_name(str(name))))
         config = read_config(folder)
         tokenizer = load_tokenizer(resolve_asset(config.backbone.name), config.backbone.revision)
-        model, _ = open_checkpoint(folder, load_tokenizer, resolve_asset)
+        external = _external(retrieval=(RetrievalSettings, retrieval), bank=(BankSettings, bank))
+        model, config = open_checkpoint(folder, load_tokenizer, resolve_asset, external)
         if device is not None:
             model.to(device)
         text = read_text_settings(folder)
@@ -318,6 +332,45 @@ class Agent:
     def _decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
+    @torch.no_grad()
+    def remember(
+        self, question: Question, answer: Answer, reward: float = 1.0, *, raw: bool = False
+    ) -> Kept | None:
+        """Keeps an answer's blocks in the latent bank, once its reward is known. They are woven again for it.
+
+        Args:
+            question: as it was asked.
+            answer: what `generate` or `stream` gave for it.
+            reward: of the answer; below the bank's `min_reward` nothing is kept.
+            raw: as it was asked.
+
+        Returns:
+            What was kept; None if nothing was.
+
+        Raises:
+            ValueError: if the agent has no bank to write.
+            OSError: if the bank cannot be written; it is then as it was.
+        """
+        bank = bank_to_write(self.model)
+        if bank is None:
+            raise ValueError(
+                "this agent has no latent bank to write: load it with bank={'path': FILE}, and write not false"
+            )
+        if not answer.insertions:
+            return None
+        prompt = self.prompt(question, raw=raw)
+        ids = [*prompt, *answer.tokens]
+        points = [
+            (len(prompt) + i.token, int(InsertionKind.INFERENCE if i.token else InsertionKind.PROMPT))
+            for i in answer.insertions
+        ]
+        supervised = [index >= len(prompt) for index in range(len(ids))]
+        woven = self.model.label_scores(
+            TokenBatch.from_rows([ids], [supervised]), InsertionPlan([points])
+        ).woven
+        blocks = woven.latents.split([i.latents for i in answer.insertions])
+        return bank.remember("asked/" + self._decode(prompt), reward, [(ids, points)], blocks)
+
     # Files
 
     def save_pretrained(
@@ -397,6 +450,15 @@ class Agent:
 def is_question(value: Any) -> bool:
     """Whether something is one question rather than a list of them."""
     return isinstance(value, str) or (len(value) > 0 and isinstance(value[0], Mapping))
+
+
+def _external(**given: tuple[type[Any], Any]) -> dict[str, Any]:
+    """Settings of what the weaver reads besides the stream, where others than the checkpoint's are wanted."""
+    return {
+        name: parse(kind, settings) if isinstance(settings, Mapping) else settings
+        for name, (kind, settings) in given.items()
+        if settings != "checkpoint"
+    }
 
 
 def _messages(question: Question) -> Sequence[Message]:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from memgen.files import current
+from memgen.model.latent_source import source_class
 from memgen.model.memgen import MemGenConfig, MemGenModel
 
 CARD = "README.md"
@@ -149,9 +150,7 @@ class Card:
         )
         facts = {
             "Base": f"`{self.base}`{revision}, frozen and not part of these files",
-            "Trained kinds of insertion": kinds or "not known",
-            "Trigger": f"`{self.config.trigger.kind}`",
-            "Insertions inside an answer": f"up to {self.config.boundaries.max_inference_insertions}",
+            **self._memory(kinds),
             "Stage": self.stage,
             "Task": self.task,
             "Data": self._data(),
@@ -161,11 +160,35 @@ class Card:
         rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value is not None)
         return (
             f"# {name}\n\n"
-            "An agent of [MemGen](https://arxiv.org/abs/2509.24704): a weaver writes latent vectors into the stream of a frozen "
-            "language model, and a trigger decides where.\n\n"
+            f"{self._what()}\n\n"
             f'```python\nimport memgen\n\nagent = memgen.load("{where}")\nprint(agent.generate("..."))\n```\n\n'
             f"| | |\n|---|---|\n{rows}\n\n## Results\n\n{self._results()}\n"
         )
+
+    @property
+    def _adapts(self) -> bool:
+        """Whether the reasoner itself is adapted, and nothing inserted."""
+        return source_class(self.config.weaver).reasoner_adapter is not None
+
+    def _what(self) -> str:
+        if self._adapts:
+            return (
+                "LoRA on the reasoner, trained as [MemGen](https://arxiv.org/abs/2509.24704)'s memory is, which it is compared "
+                "with; it inserts no latents."
+            )
+        return (
+            "An agent of [MemGen](https://arxiv.org/abs/2509.24704): a weaver writes latent vectors into the stream of a frozen "
+            "language model, and a trigger decides where."
+        )
+
+    def _memory(self, kinds: str) -> dict[str, str]:
+        if self._adapts:
+            return {}
+        return {
+            "Trained kinds of insertion": kinds or "not known",
+            "Trigger": f"`{self.config.trigger.kind}`",
+            "Insertions inside an answer": f"up to {self.config.boundaries.max_inference_insertions}",
+        }
 
     def _data(self) -> str | None:
         data = _section(self.run, "data")

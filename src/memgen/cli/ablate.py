@@ -80,24 +80,11 @@ def _ablate(command: Any, settings: Any, out: Path | None) -> None:
     from memgen.analysis import ablation_report
     from memgen.analysis.ablation import Ablation
     from memgen.analysis.matrix import matrix
-    from memgen.cli.run import stage_and_data
-    from memgen.tracking.address import DEFAULT_ROOT
+    from memgen.cli.run import subject_of
     from memgen.tracking.run_logger import run_loggers
 
-    stage, data = stage_and_data(command, "ablate", needs_checkpoint=True)
-    resolved, trainer = command.resolved(), command.trainer
-    ablation = Ablation(
-        memgen=stage.config,
-        data=data,
-        generation=stage.generation,
-        episodes=stage.episodes,
-        init_from=stage.init_from,
-        environment=resolved["data"]["environment"],
-        resolve_asset=data.resolve_asset,
-        root=Path(resolved["trainer"].get("default_root_dir") or DEFAULT_ROOT),
-        settings=settings,
-        out=out,
-    )
+    trainer = command.trainer
+    ablation = Ablation(subject_of(command, "ablate", out), settings)
     try:
         trainer.predict(ablation, return_predictions=False)
     finally:

@@ -53,12 +53,11 @@ def _analyze(command: Any, options: argparse.Namespace) -> None:
     from memgen.analysis.labels import PAGE, read_labels, write_failures
     from memgen.analysis.pipeline import AnalysisSettings, analyze
     from memgen.analysis.playing import Player
-    from memgen.cli.run import stage_and_data
-    from memgen.tracking.address import DEFAULT_ROOT
+    from memgen.cli.run import subject_of
     from memgen.tracking.run_logger import run_loggers
 
-    stage, data = stage_and_data(command, "analyze", needs_checkpoint=True)
-    resolved, trainer = command.resolved(), command.trainer
+    trainer = command.trainer
+    subject = subject_of(command, "analyze", None if options.out is None else Path(options.out))
     given = {
         "clusters": options.clusters,
         "top_k": options.top_k,
@@ -67,17 +66,7 @@ def _analyze(command: Any, options: argparse.Namespace) -> None:
     }
     labels = [read_labels(Path(path)) for path in options.labels]
     settings = AnalysisSettings(**{key: value for key, value in given.items() if value is not None})
-    player = Player(
-        memgen=stage.config,
-        data=data,
-        generation=stage.generation,
-        episodes=stage.episodes,
-        init_from=stage.init_from,
-        environment=resolved["data"]["environment"],
-        resolve_asset=data.resolve_asset,
-        root=Path(resolved["trainer"].get("default_root_dir") or DEFAULT_ROOT),
-        out=None if options.out is None else Path(options.out),
-    )
+    player = Player(subject)
     result = analyze(player, trainer, settings, labels)
     analysis = result.analysis
     write_failures(result.failures, f"Failures of {analysis.environment}", player.folder)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memgen.cli import config
 from memgen.cli.config import Document, Layer, Request
@@ -71,24 +71,27 @@ def main(argv: Sequence[str]) -> int:
 def _run(settings: ContinualSettings, out: Path) -> int:
     from memgen.continual import report
     from memgen.continual.chain import Chain, keep_settings
+    from memgen.continual.settings import LORA, STAGE_OF
     from memgen.files import hold, release
 
     built = {
         (stage, task): _built(settings, stage, task)
-        for stage in ("weaver_sft", "trigger_rl")
-        if stage == "weaver_sft" or "memgen_trigger" in settings.methods
+        # With weaver SFT's the reasoner is tested before the first task.
+        for stage in dict.fromkeys(["weaver_sft", *(STAGE_OF[method] for method in settings.methods)])
         for task in settings.tasks
     }
-    _require_one_model({f"{stage} of {task}": values for (stage, task), (values, _) in built.items()})
+    _require_one_model(
+        {f"{stage} of {task}": found for (stage, task), found in built.items() if stage != LORA}
+    )
     hold(out, "--out DIR")
     try:
-        kept = {f"{stage}-{task}": _fixed(values) for (stage, task), (values, _) in built.items()}
+        kept = {f"{stage}-{task}": _fixed(values) for (stage, task), values in built.items()}
         keep_settings(out, {**asdict(settings), "stages": kept})
         stages = {
-            (stage, task): _stage(out / CONFIGS / f"{stage}-{task}.yaml", values, environment)
-            for (stage, task), (values, environment) in built.items()
+            (stage, task): _stage(out / CONFIGS / f"{stage}-{task}.yaml", values)
+            for (stage, task), values in built.items()
         }
-        recorded = any(values["trainer"].get("logger") is not False for values, _ in built.values())
+        recorded = any(values["trainer"].get("logger") is not False for values in built.values())
         with _parent(settings, out) if recorded else contextlib.nullcontext() as parent:
             scores = Chain(settings, stages, out, _Commands(), _say).run()
             measures = report.measured(scores)
@@ -135,8 +138,8 @@ class _Commands:
             raise RuntimeError(f"the test for {records} failed with exit status {status}")
 
 
-def _built(settings: ContinualSettings, stage: str, task: str) -> tuple[Document, Any]:
-    """A stage's whole configuration on a task, and the task's environment."""
+def _built(settings: ContinualSettings, stage: str, task: str) -> Document:
+    """A stage's whole configuration on a task."""
     from memgen.cli.run import built_from
     from memgen.data import EnvironmentData
 
@@ -157,15 +160,18 @@ def _built(settings: ContinualSettings, stage: str, task: str) -> tuple[Document
             f"{stage} of {task}: model.init_from is {values['model']['init_from']}, but a chain begins without memory; set it "
             "to null"
         )
-    return values, command.datamodule.environment
+    return values
 
 
 def _layers(settings: ContinualSettings, stage: str, task: str) -> list[Layer]:
     """The sources of a stage's configuration on a task."""
+    from memgen.conf_files import conf_file
+    from memgen.continual.settings import LORA
     from memgen.lab.trained import stage_file
 
     given = {"all": settings.all, f"tasks.{task}": settings.tasks[task]}
-    files = [stage_file(stage), *(_file(name) for part in given.values() for name in part.overlays)]
+    trained = "weaver_sft" if stage == LORA else stage
+    files = [stage_file(trained), *(_file(name) for part in given.values() for name in part.overlays)]
     layers = Request(tuple(files), (), False, ()).layers()
     seed = {
         "seed_everything": settings.seed,
@@ -174,7 +180,12 @@ def _layers(settings: ContinualSettings, stage: str, task: str) -> list[Layer]:
     }
     layers.append(_layer("seed", seed))
     for place, part in given.items():
-        layers += [_layer(f"{place}.settings", part.settings), _layer(f"{place}.{stage}", part.of(stage))]
+        layers += [_layer(f"{place}.settings", part.settings), _layer(f"{place}.{trained}", part.of(trained))]
+    if stage == LORA:
+        # Behind the weaver's own settings, whose place it takes.
+        layers += Request((conf_file("baselines/lora_sft.yaml"),), (), False, ()).layers()
+        if settings.lora_lr is not None:
+            layers.append(_layer("lora_lr", {"model": {"optimizer": {"lr": settings.lora_lr}}}))
     return layers
 
 
@@ -225,12 +236,12 @@ def _fixed(document: Document) -> Document:
     }
 
 
-def _stage(path: Path, values: Document, environment: Any) -> Stage:
+def _stage(path: Path, values: Document) -> Stage:
     from memgen.continual.chain import Stage
     from memgen.files import write_whole
 
     write_whole(path, config.to_yaml(values))
-    return Stage(path, values, environment)
+    return Stage(path, values)
 
 
 @contextlib.contextmanager

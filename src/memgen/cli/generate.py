@@ -10,6 +10,9 @@ from typing import Any
 
 from memgen.cli.errors import UsageError
 
+EXTERNAL = ("retrieval", "bank")
+"""Options that stand for settings of what the weaver reads besides the stream."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Answers one prompt, or each line of standard input.
@@ -36,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
         device=options.device,
         chat_template=options.chat_template,
         template_arguments=options.template_arguments,
+        **{name: getattr(options, name) for name in EXTERNAL if hasattr(options, name)},
     )
     for line in prompts:
         pieces = agent.stream(
@@ -68,6 +72,10 @@ def _mapping(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
     return value
+
+
+def _mapping_or_null(text: str) -> dict[str, Any] | None:
+    return None if text.strip() == "null" else _mapping(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,6 +116,22 @@ def _parser() -> argparse.ArgumentParser:
         type=_mapping,
         metavar="JSON",
         help="values for the chat template, such as '{\"enable_thinking\": false}' (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--retrieval",
+        type=_mapping_or_null,
+        default=argparse.SUPPRESS,
+        metavar="JSON",
+        help='passages that the weaver reads, such as \'{"memory": "trajectories.sqlite"}\'; null: none (default: as in the '
+        "checkpoint)",
+    )
+    parser.add_argument(
+        "--bank",
+        type=_mapping_or_null,
+        default=argparse.SUPPRESS,
+        metavar="JSON",
+        help='the latent bank that the weaver reads, such as \'{"path": "bank.sqlite", "write": false}\'; null: none '
+        "(default: as in the checkpoint)",
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
     return parser

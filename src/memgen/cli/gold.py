@@ -9,29 +9,27 @@ from memgen.cli.errors import UsageError
 from memgen.environments.base import Environment, Example, InteractiveEnvironment, Split
 
 if TYPE_CHECKING:
-    from memgen.cli.config import Request
+    from lightning.pytorch import LightningDataModule
 
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
 _AT_A_TIME = 64
 _NAMED = 5
 
 
-def test_gold(request: Request) -> int:
+def test_gold(data: LightningDataModule) -> int:
     """Scores the reference answers of all splits, and names items whose reference is not right. Loads no model.
 
     Args:
-        request: the command line of `memgen test`.
+        data: what the command line of `memgen test` configures.
 
     Returns:
         0 if there are items and every reference answer has a reward of 1, else 1.
 
     Raises:
-        UsageError: if the configuration cannot be used.
+        UsageError: if that is not `EnvironmentData`.
     """
-    from memgen.cli.run import built
     from memgen.data import EnvironmentData
 
-    data = built(request).datamodule
     if not isinstance(data, EnvironmentData):
         raise UsageError("memgen test --gold needs memgen.data.EnvironmentData")
     wrong, found = 0, False

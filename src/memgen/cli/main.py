@@ -46,8 +46,11 @@ COMMANDS = {
     "continual": Command(
         "learn tasks one after another, and see what is left of each", "memgen.cli.continual"
     ),
+    "study": Command("memories beside each other, and what each costs", "memgen.cli.study"),
     "collect": Command("turn the agent's own experience into training data", "memgen.cli.collect"),
+    "agent-flan": Command("rewrite collected trajectories as Agent-FLAN does", "memgen.cli.agent_flan"),
     "compare": Command("compare two tests item by item", "memgen.cli.compare"),
+    "bank": Command("look into a latent bank, or prune it", "memgen.cli.bank"),
     "generate": Command("answer a prompt and mark where memory was woven in", "memgen.cli.generate"),
     "serve": Command("answer over HTTP as an OpenAI-compatible server", "memgen.cli.serve"),
     "convert": Command("import or export a checkpoint of the released code", "memgen.cli.convert"),

@@ -50,31 +50,22 @@ def _oracle(command: Any, settings: Any, out: str | None) -> None:
     from memgen.analysis import oracle_report
     from memgen.analysis.oracle import FOLDER, explore
     from memgen.analysis.playing import Player
-    from memgen.cli.run import stage_and_data
+    from memgen.cli.run import subject_of
     from memgen.files import current
     from memgen.model.trigger import TriggerConfig
-    from memgen.tracking.address import DEFAULT_ROOT
     from memgen.tracking.run_logger import run_loggers
     from memgen.training.checkpoint import TRIGGER_FILE
 
-    stage, data = stage_and_data(command, "oracle", needs_checkpoint=True)
-    trainer, resolved = command.trainer, command.resolved()
-    folder = current(Path(data.resolve_asset(stage.init_from)))
-    has_trigger = stage.config.trigger.learned and (folder / TRIGGER_FILE).exists()
-    # Any other trigger has no say, not even in the identity of what is recorded.
-    memgen = stage.config if has_trigger else replace(stage.config, trigger=TriggerConfig())
-    player = Player(
-        memgen=memgen,
-        data=data,
-        generation=replace(stage.generation, temperature=0.0, sample_decisions=False),
-        episodes=stage.episodes,
-        init_from=stage.init_from,
-        environment=resolved["data"]["environment"],
-        resolve_asset=data.resolve_asset,
-        root=Path(resolved["trainer"].get("default_root_dir") or DEFAULT_ROOT),
-        out=None if out is None else Path(out),
-        kind=FOLDER,
+    subject, trainer = subject_of(command, "oracle", None if out is None else Path(out)), command.trainer
+    folder = current(Path(subject.resolve_asset(str(subject.init_from))))
+    has_trigger = subject.memgen.trigger.learned and (folder / TRIGGER_FILE).exists()
+    subject = replace(
+        subject,
+        # Any other trigger has no say, not even in the identity of what is recorded.
+        memgen=subject.memgen if has_trigger else replace(subject.memgen, trigger=TriggerConfig()),
+        generation=replace(subject.generation, temperature=0.0, sample_decisions=False),
     )
+    player = Player(subject, FOLDER)
     found = explore(player, trainer, settings, has_trigger=has_trigger)
     tables, numbers = oracle_report.write(found, player.folder)
     for logger in run_loggers(trainer.loggers):

@@ -106,6 +106,10 @@ def keys(target: Callable[..., Any], prefix: str, values: object = None) -> Iter
         else:
             required = parameter.required and values is None
             yield Key(key, _kind(record), "required" if required else _shown(default), meanings.get(name, ""))
+            members = [member for member in get_args(record) if isinstance(member, type)]
+            records = [member for member in members if dataclasses.is_dataclass(member)]
+            if len(records) == 1 and default is None:  # what may stand there in place of null
+                yield from keys(records[0], key, _default_of(records[0]))
 
 
 def class_help(target: type, prefix: str) -> str:

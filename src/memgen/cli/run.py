@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
 
+from memgen.analysis.subject import Subject
 from memgen.cli import config, explain, reference
 from memgen.cli.config import Document, Layer, Request
 from memgen.cli.errors import UsageError, refuses_input
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if command == "test" and GOLD_OPTION in arguments:
         arguments.remove(GOLD_OPTION)
-        return test_gold(Request.from_argv(arguments))
+        return test_gold(built(Request.from_argv(arguments)).datamodule)
     own, arguments = take_options(arguments, (RECORDS_OPTION,) if command == "test" else ())
     return execute(command, Request.from_argv(arguments), records=_records_folder(own))
 
@@ -118,7 +119,7 @@ def execute(
     if command == "fit" and request.run is not None and document.get("ckpt_path") is None:
         last = last_checkpoint(request.run)
         document["ckpt_path"] = None if last is None else str(last)
-    _require_checkpoints(document)
+    require_checkpoints(document)
     if document.get("ckpt_path") is not None:
         # Our .ckpt files hold no pickled objects.
         document.setdefault("weights_only", True)
@@ -195,7 +196,7 @@ def built_from(request: Request, layers: Sequence[Layer]) -> TrainerCommand:
     merged = config.merge(layers)
     _require_stage(merged, layers)
     document = config.resolve(merged, layers)
-    _require_checkpoints(document)
+    require_checkpoints(document)
     _quieten()
     return TrainerCommand(
         command="fit", request=request, layers=layers, document=document, without_trainer=True
@@ -484,6 +485,35 @@ def stage_and_data(
     return stage, data
 
 
+def subject_of(
+    command: TrainerCommand, name: str, out: Path | None, *, needs_checkpoint: bool = True
+) -> Subject:
+    """What a command that plays a split itself is to play.
+
+    Args:
+        command: what was built.
+        name: the command's, for messages.
+        out: folder of its records, or None for the usual one.
+        needs_checkpoint: as for `stage_and_data`.
+
+    Raises:
+        UsageError: likewise.
+    """
+    stage, data = stage_and_data(command, name, needs_checkpoint=needs_checkpoint)
+    resolved = command.resolved()
+    return Subject(
+        memgen=stage.config,
+        data=data,
+        generation=stage.generation,
+        episodes=stage.episodes,
+        init_from=stage.init_from,
+        environment=resolved["data"]["environment"],
+        resolve_asset=data.resolve_asset,
+        root=Path(resolved["trainer"].get("default_root_dir") or DEFAULT_ROOT),
+        out=out,
+    )
+
+
 def _store_of(loggers: Any) -> str | None:
     """URI of the store that records the Trainer's runs, if any."""
     return next((found.address.uri for found in _as_list(loggers) if isinstance(found, RunLogger)), None)
@@ -548,7 +578,7 @@ def _require_stage(merged: DictConfig, layers: Sequence[Layer]) -> None:
             raise UsageError(_locate(explain.Problem(f"{section}.class_path", reason), layers))
 
 
-def _require_checkpoints(document: Document) -> None:
+def require_checkpoints(document: Document) -> None:
     """Refuses a checkpoint that does not exist before anything is loaded."""
     start = document["model"].get("init_from")
     # A name with a colon, such as lab:weaver_sft, is resolved by the stage.

@@ -1,11 +1,11 @@
 """Learns a chain of tasks in several ways, and tests all tasks before it and after each of its tasks.
 
 Every training and every test is done once and kept in a folder of its own, so a run that was killed goes on with the one
-that it was in: a training of memory in the middle of its run, a test at the next item, a LoRA-SFT from its beginning.
+that it was in: a training in the middle of its run, a test at the next item.
 
 What passes from a task to the next: MemGen's weaver starts from the weaver of the task before, and the trigger, if it is
-trained, from the trigger of the task before, beside the new weaver. LoRA-SFT merges its adapter into the reasoner and begins
-a new one. Nothing else is kept, but the replayed items. Whether the paper retrains its trigger for each task, or replays
+trained, from the trigger of the task before, beside the new weaver. LoRA-SFT starts from the adapter of the task before.
+Nothing else is kept, but the replayed items. Whether the paper retrains its trigger for each task, or replays
 anything, is not reported (arXiv 2509.24704, Table 4).
 """
 
@@ -16,25 +16,17 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, final
 
-import torch
-
 from memgen.continual.measures import Scores
-from memgen.continual.settings import ContinualSettings
-from memgen.environments.base import Environment
+from memgen.continual.settings import LORA, STAGE_OF, ContinualSettings
 from memgen.files import new_folder, write_whole
-from memgen.lab.assets import resolve_asset
-from memgen.lab.lora import Replay, train_lora
-from memgen.model.adapters import LoraSettings
-from memgen.parsing import parse
 from memgen.results.ledger import differences
 from memgen.results.score_files import SUMMARY, read_records
 from memgen.results.summary import item_score
 from memgen.training.checkpoint import WEAVER_FILE
-from memgen.training.optimizer import OptimizerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +42,10 @@ class Stage:
     Attributes:
         config: its configuration file, whole.
         settings: what the file says.
-        environment: its items.
     """
 
     config: Path
     settings: Mapping[str, Any]
-    environment: Environment
 
 
 class Commands(Protocol):
@@ -115,12 +105,14 @@ class Chain:
 
     def _learnt(self, method: str, place: int) -> tuple[dict[str, object], str]:
         """How the agent after a task of the chain is tested: values, and the stage that they are for."""
-        if method == "memgen":
-            return {"model.init_from": self._weaver(place)}, "weaver_sft"
-        if method == "memgen_trigger":
-            return {"model.init_from": self._trigger(place)}, "trigger_rl"
-        base = self._lora(method, place)
-        return {**_on(base), "model.memgen.trigger.kind": "never"}, "weaver_sft"
+        match method:
+            case "memgen":
+                found = self._weaver(place)
+            case "memgen_trigger":
+                found = self._trigger(place)
+            case _:
+                found = self._lora(method, place)
+        return {"model.init_from": found}, STAGE_OF[method]
 
     def _weaver(self, place: int) -> Path:
         """The weaver after a task of the chain."""
@@ -139,50 +131,41 @@ class Chain:
                 shutil.copyfile(weaver / WEAVER_FILE, folder / WEAVER_FILE)
         return self._fit("trigger_rl", place, start)
 
-    def _fit(self, stage: str, place: int, start: Path | None) -> Path:
-        """Trains a stage on a task of the chain; its checkpoint."""
-        run = self.folder / stage / self._name(place)
+    def _lora(self, method: str, place: int) -> Path:
+        """The reasoner's adapter after a task of the chain."""
+        start = None if place == 0 else self._lora(method, place - 1)
+        replay: dict[str, object] = {}
+        if method == "lora_replay" and place > 0:
+            earlier = [self._stage(LORA, i).settings["data"]["environment"] for i in range(place)]
+            replay = {"data.replay": json.dumps({"environments": earlier, **asdict(self.settings.replay)})}
+        return self._fit(LORA, place, start, method, replay)
+
+    def _fit(
+        self,
+        stage: str,
+        place: int,
+        start: Path | None,
+        method: str | None = None,
+        values: Mapping[str, object] | None = None,
+    ) -> Path:
+        """Trains a stage on a task of the chain; its checkpoint.
+
+        Args:
+            stage: of `self.stages`.
+            place: of the task in the chain.
+            start: the checkpoint that it starts from.
+            method: whose it is; None: several methods share it.
+            values: on top of its configuration.
+        """
+        run = self.folder / (method or stage) / self._name(place)
         done = run.with_name(f"{run.name}.json")
         if not done.is_file():
-            self.progress(f"{stage} on {self.settings.chain[place]}")
+            self.progress(f"{method or stage} on {self.settings.chain[place]}")
             begin = time.perf_counter()
-            overrides: dict[str, object] = {} if start is None else {"model.init_from": start}
+            overrides = {**(values or {}), **({} if start is None else {"model.init_from": start})}
             self.commands.fit(self._stage(stage, place).config, overrides, run)
             write_whole(done, json.dumps({"seconds": round(time.perf_counter() - begin, 1)}) + "\n")
         return run / "best" if (run / "best").is_dir() else run / "last"
-
-    def _lora(self, method: str, place: int) -> Path:
-        """The fine-tuned reasoner after a task of the chain."""
-        directory = self.folder / method / self._name(place)
-        if directory.is_dir():
-            return directory
-        settings = self._stage("weaver_sft", place).settings
-        model, trainer, data = settings["model"], settings["trainer"], settings["data"]
-        backbone = model["memgen"]["backbone"]
-        base = resolve_asset(backbone["name"]) if place == 0 else str(self._lora(method, place - 1))
-        replay = None
-        if method == "lora_replay" and place > 0:
-            earlier = [self._stage("weaver_sft", i).environment for i in range(place)]
-            replay = Replay(earlier, self.settings.replay.items, self.settings.replay.share)
-        optimizer = dict(model["optimizer"])
-        if self.settings.lora_lr is not None:
-            optimizer["lr"] = self.settings.lora_lr
-        self.progress(f"{method} on {self.settings.chain[place]}")
-        with new_folder(directory) as folder:
-            train_lora(
-                base,
-                self._stage("weaver_sft", place).environment,
-                folder,
-                lora=parse(LoraSettings, model["memgen"]["weaver"]["lora"]),
-                optimizer=parse(OptimizerSettings, optimizer),
-                steps=trainer["max_steps"],
-                batch_size=data["batch_size"] * trainer["accumulate_grad_batches"],
-                seed=self.settings.seed,
-                dtype=getattr(torch, backbone["dtype"]),
-                every_turn=True,
-                replay=replay,
-            )
-        return directory
 
     def _stage(self, stage: str, place: int) -> Stage:
         return self.stages[stage, self.settings.chain[place]]
@@ -244,8 +227,3 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{folder} was begun with other settings: {shown}; set them as they were, or choose --out DIR"
         )
-
-
-def _on(base: Path) -> dict[str, object]:
-    """Values that put another reasoner and its tokenizer in the place of a stage's."""
-    return {"model.memgen.backbone.name": base, "data.tokenizer": base}

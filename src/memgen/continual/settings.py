@@ -17,8 +17,10 @@ METHODS = {
     "lora_replay": "LoRA-SFT with replay",
 }
 """Ways of learning, for people. The first two share their weavers."""
-STAGES = ("weaver_sft", "trigger_rl")
-"""Stage files in `conf/`, without ending."""
+LORA = "lora_sft"
+"""Weaver SFT of the reasoner's adapter, in the weaver's place."""
+STAGE_OF = {"memgen": "weaver_sft", "memgen_trigger": "trigger_rl", "lora": LORA, "lora_replay": LORA}
+"""The stage whose agent a method tests: the stage files in `conf/`, without ending, and `LORA`."""
 
 
 @dataclass(frozen=True)

@@ -20,3 +20,4 @@ from memgen.data.batches import PromptBatch as PromptBatch
 from memgen.data.batches import PromptIndex as PromptIndex
 from memgen.data.batches import SFTBatch as SFTBatch
 from memgen.data.module import EnvironmentData as EnvironmentData
+from memgen.data.replay import Replay as Replay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from memgen.chat import CHATML, ChatTemplate, load_tokenizer, unread_arguments, 
 from memgen.data.batches import EvalBatch, Item
 from memgen.data.items import MAX_LENGTH, ItemSettings, SplitReader, require_at_least
 from memgen.data.order import EpochSampler, PromptSampler, ResumableLoader, WindowSampler
+from memgen.data.replay import Replay
 from memgen.data.rows import EvalDataset, PromptDataset, RowBuilder, TrainDataset
 from memgen.data.workers import Loader
 from memgen.environments.base import Environment, Split
@@ -65,6 +67,7 @@ class EnvironmentData(LightningDataModule):
         template_arguments: dict[str, Any] | None = None,
         learn_from: Literal["answers", "rollouts"] = "answers",
         trajectories: str | None = None,
+        replay: Replay | None = None,
         batch_size: int = 8,
         val_batch_size: int = 16,
         max_length: int = MAX_LENGTH,
@@ -91,6 +94,7 @@ class EnvironmentData(LightningDataModule):
             learn_from: "answers": the reference completions; "rollouts": what the agent itself does.
             trajectories: a file of `memgen collect`: its conversations are learned from in place of the training
                 split's reference completions. Validation and test stay the environment's.
+            replay: training items of earlier tasks in every batch; None: none.
             batch_size: training items per rank and step, or per rank and rollout.
             val_batch_size: items per rank and step in validation, test and predict.
             max_length: tokens a conversation may have, latents not counted; longer ones are dropped and counted.
@@ -114,7 +118,14 @@ class EnvironmentData(LightningDataModule):
                 f"data.trajectories is {trajectories}, but data.learn_from is rollouts, which learns from none; leave "
                 "one of them out"
             )
+        if replay is not None:
+            if learn_from == "rollouts":
+                raise ValueError(
+                    "data.replay is for data.learn_from answers, not rollouts; set one of them otherwise"
+                )
+            replay.of_batch(batch_size)
         self.environment = environment
+        self.replay = replay
         self.path = path
         self.tokenizer = tokenizer
         self.chat_template = chat_template
@@ -140,6 +151,8 @@ class EnvironmentData(LightningDataModule):
         )
         self.items: dict[Split, list[Item]] = {}
         """Tokenised items of each split that was set up, without the dropped ones."""
+        self.replayed: list[Item] = []
+        """Tokenised items of earlier tasks."""
         self.dropped: dict[Split, int] = {}
         """Items of each split that were too long."""
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -199,6 +212,13 @@ class EnvironmentData(LightningDataModule):
         for split in splits:
             if split not in self.items:
                 self.items[split], self.dropped[split] = reader.read(split)
+        if stage == "fit" and self.replay is not None and not self.replayed:
+            kept = dataclasses.replace(
+                self.item_settings, trajectories=None, train_examples=self.replay.items
+            )
+            for earlier in self.replay.environments:
+                again = dataclasses.replace(reader, environment=earlier, path=None, settings=kept)
+                self.replayed += again.read("train")[0]
 
     def _report_template(self) -> None:
         for name in unread_arguments(self.tokenizer_object, self.template):
@@ -217,7 +237,7 @@ class EnvironmentData(LightningDataModule):
         if self.learn_from == "rollouts":
             dataset: Dataset[Any] = PromptDataset(self.items["train"])
         else:
-            dataset = TrainDataset(self._rows(self.items["train"], self.batch_settings.max_turns))
+            dataset = TrainDataset(self._train_rows())
         return ResumableLoader(dataset, self._sampler(), self.batch_settings.num_workers)
 
     def optimizer_steps(self) -> int:
@@ -251,7 +271,7 @@ class EnvironmentData(LightningDataModule):
                 limit=1.0 if trainer is None else trainer.limit_train_batches,
                 seed=self.batch_settings.seed,
             )
-        build = self._rows(self.items["train"], self.batch_settings.max_turns)
+        build = self._train_rows()
         return WindowSampler(
             lengths=[len(conversation.ids) for conversation in build.conversations],
             targets=build.targets,
@@ -263,6 +283,8 @@ class EnvironmentData(LightningDataModule):
             seed=self.batch_settings.seed,
             bucket=self.batch_settings.bucket,
             whole_windows=trainer is not None and trainer.strategy.handles_gradient_accumulation,
+            replayed=len(self.replayed),
+            replay=0 if self.replay is None else self.replay.of_batch(self.batch_settings.batch_size),
         )
 
     def val_dataloader(self) -> DataLoader[EvalBatch]:
@@ -286,6 +308,9 @@ class EnvironmentData(LightningDataModule):
     @property
     def _world_size(self) -> int:
         return 1 if self.trainer is None else self.trainer.world_size
+
+    def _train_rows(self) -> RowBuilder:
+        return self._rows([*self.items["train"], *self.replayed], self.batch_settings.max_turns)
 
     def _rows(self, items: Sequence[Item], max_turns: int | None) -> RowBuilder:
         return RowBuilder(

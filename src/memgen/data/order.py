@@ -51,6 +51,9 @@ class WindowSampler(EpochSampler):
     `world_size`-th of them, from the r-th on. All ranks do the same number of steps, and no item is repeated: the
     last, smaller global batch is divided like the others if every rank gets at least one item of it; otherwise its
     items (fewer than `world_size`) are left out of this epoch.
+
+    Replayed items lie behind the others in `lengths`, and an epoch is one of the others: `replay` items of every rank and step
+    are taken from them in turn, in an order that is shuffled anew each time all were taken.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class WindowSampler(EpochSampler):
         seed: int = 0,
         bucket: bool = False,
         whole_windows: bool = False,
+        replayed: int = 0,
+        replay: int = 0,
     ) -> None:
         """Plans nothing yet.
 
@@ -80,11 +85,13 @@ class WindowSampler(EpochSampler):
             bucket: whether a batch gathers items of like length.
             whole_windows: leaves out the steps after the last whole window, for strategies that count steps
                 themselves and would continue a shorter window in the next epoch (DeepSpeed).
+            replayed: items, the last ones, that are replayed.
+            replay: how many of `batch_size` are taken from them.
 
         Raises:
             ValueError: if no step is left, or `limit` ends within a window that must be whole.
         """
-        items, world_batch = len(lengths), world_size * batch_size
+        items, world_batch = len(lengths) - replayed, world_size * (batch_size - replay)
         whole, rest = divmod(items, world_batch)
         steps = whole + (rest >= world_size)
         if whole_windows:
@@ -110,6 +117,9 @@ class WindowSampler(EpochSampler):
         self._used = used
         self._seed = seed
         self._bucket = bucket
+        self._items = items
+        self._replayed = replayed
+        self._replay = replay
 
     def __len__(self) -> int:
         """Steps of an epoch, before the trainer's limit."""
@@ -121,20 +131,22 @@ class WindowSampler(EpochSampler):
         return -(-self._used // self._accumulate)
 
     def order_key(self) -> dict[str, int | bool]:
-        """Items, batch, ranks, seed and bucketing."""
+        """Items, batch, ranks, seed and bucketing; what is replayed, if anything is."""
+        replay = {"replayed": self._replayed, "replay": self._replay} if self._replay else {}
         return {
             "items": len(self._lengths),
             "batch_size": self._batch_size,
             "world_size": self._world_size,
             "seed": self._seed,
             "bucket": self._bucket,
+            **replay,
         }
 
     def global_batches(self, epoch: int) -> list[list[int]]:
         """The items of each step over all ranks."""
         random = np.random.default_rng((self._seed, epoch))
-        order = random.permutation(len(self._lengths))
-        world_batch = self._world_size * self._batch_size
+        order = random.permutation(self._items)
+        world_batch = self._world_size * (self._batch_size - self._replay)
         if self._bucket:
             chunk = world_batch * _BUCKET_BATCHES
             order = np.concatenate(
@@ -145,9 +157,19 @@ class WindowSampler(EpochSampler):
             )
         batches = [order[i : i + world_batch].tolist() for i in range(0, len(order), world_batch)]
         if self._bucket:  # Short and long batches alternate at random; a smaller last one stays last.
-            whole = len(self._lengths) // world_batch
+            whole = self._items // world_batch
             batches[:whole] = [batches[i] for i in random.permutation(whole)]
-        return batches[: self._steps]
+        return self._with_replay(batches[: self._steps], random)
+
+    def _with_replay(self, batches: list[list[int]], random: np.random.Generator) -> list[list[int]]:
+        if not self._replay:
+            return batches
+        count = self._world_size * self._replay
+        rounds = -(-len(batches) * count // self._replayed)
+        again = np.concatenate([self._items + random.permutation(self._replayed) for _ in range(rounds)])
+        return [
+            batch + again[step * count : (step + 1) * count].tolist() for step, batch in enumerate(batches)
+        ]
 
     def __iter__(self) -> Iterator[BatchIndex]:
         """This rank's micro-batches of the current epoch, from step `start` on."""

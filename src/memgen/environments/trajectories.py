@@ -1,7 +1,7 @@
 """Recorded conversations of an agent (`memgen collect`) as training data. No episodes are run or scored here.
 
 A line holds `messages`; SFT learns those that the agent wrote (`agent: true`), and those before the first of them are
-the prompt. `id`, `sample`, `environment`, `reward` and other columns are for the reader only.
+the prompt. `id`, `sample`, `environment`, `reward` and other columns are for the reader, and for `memgen.memories.collected`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,10 @@ def _example(record: Record) -> Example:
         meta={
             "messages": tuple(messages),
             "prompt": first,
+            "item": str(name),
+            "sample": record.fields.get("sample", 0),
             "environment": record.fields.get("environment"),
+            "reward": record.fields.get("reward"),
         },
     )
 

@@ -30,8 +30,10 @@ from memgen.environments.base import (
     Reward,
     checked_reward,
 )
+from memgen.environments.search.retrieval import Passage
 from memgen.generation.decode import Decide, Intervention, generate
 from memgen.generation.sampling import GenerationSettings
+from memgen.memories.base import Place, with_memory
 from memgen.model.memgen import MemGenModel
 from memgen.seeds import turn_seed
 from memgen.types import AgentTurn, Decision, InsertionPlan, TokenBatch, Trajectory, WorkCount
@@ -78,6 +80,9 @@ class Actor:
         template: a chat template in place of the tokenizer's.
         instruction: a text at the end of the last message that the agent reads before its first turn, on a line of its
             own; empty: none.
+        passages: what a text memory found for the item; they stand in the prompt before its first turn.
+        place: where in it.
+        headings: whether words of ours stand above them.
     """
 
     model: MemGenModel
@@ -87,11 +92,15 @@ class Actor:
     episodes: EpisodeSettings = field(default_factory=EpisodeSettings)
     template: ChatTemplate | str | None = None
     instruction: str = ""
+    passages: Sequence[Passage] = ()
+    place: Place = "before_task"
+    headings: bool = True
 
     def instructed(self, messages: Sequence[Message]) -> list[Message]:
-        """A prompt with the instruction."""
+        """A prompt with the passages and the instruction."""
+        messages = with_memory(messages, self.passages, self.place, headings=self.headings)
         if not self.instruction:
-            return list(messages)
+            return messages
         *before, last = messages
         content = last["content"]
         separator = "" if content.endswith("\n") else "\n"

@@ -196,12 +196,17 @@ class TextMemory(ABC, Generic[Settings]):
         Raises:
             ScribeError: if the scribe failed and `on_scribe_failure` is stop.
         """
-        state = state or ReadState()
-        passages = self.fitting(self.find(query, state), state)
+        passages = self.look(query, state)
         if passages and self.recalls:
-            with self.store.transaction({"read": state.task_id}):
+            with self.store.transaction({"read": "" if state is None else state.task_id}):
                 self.recall([item for p in passages if (item := self.store.item(int(p.id))) is not None])
         return passages
+
+    @final
+    def look(self, query: str, state: ReadState | None = None) -> list[Passage]:
+        """As `read`, but nothing is written: the items do not notice that they were recalled."""
+        state = state or ReadState()
+        return self.fitting(self.find(query, state), state)
 
     def refine(self, passages: Sequence[Passage], state: ReadState) -> list[Passage]:
         """What of the passages is of use in the situation; all of them, but for ReMem."""
@@ -278,15 +283,7 @@ class TextMemory(ABC, Generic[Settings]):
     @final
     def fitting(self, passages: Iterable[Passage], state: ReadState) -> list[Passage]:
         """The passages that fit into the budget, whole, those in front first."""
-        if state.budget is None:
-            return list(passages)
-        kept, left = [], state.budget
-        for passage in passages:
-            length = self.count_tokens(passage.text)
-            if length <= left:
-                kept.append(passage)
-                left -= length
-        return kept
+        return list(passages) if state.budget is None else within(passages, state.budget, self.count_tokens)
 
     def _written(self, cause: dict[str, Any], learn: Callable[[], None]) -> WriteReport:
         before, failed = self.usage, self.fallbacks
@@ -322,7 +319,20 @@ class TextMemory(ABC, Generic[Settings]):
         self.close()
 
 
-def with_memory(messages: Sequence[Message], passages: Sequence[Passage], place: Place) -> list[Message]:
+def within(passages: Iterable[Passage], budget: int, count_tokens: Callable[[str], int]) -> list[Passage]:
+    """The passages that have together at most so many tokens, whole, those in front first."""
+    kept, left = [], budget
+    for passage in passages:
+        length = count_tokens(passage.text)
+        if length <= left:
+            kept.append(passage)
+            left -= length
+    return kept
+
+
+def with_memory(
+    messages: Sequence[Message], passages: Sequence[Passage], place: Place, *, headings: bool = True
+) -> list[Message]:
     """A prompt with what was read: in its system message, or before the task in its last message of a user.
 
     The passages are text within a message: whatever markers they spell, `memgen.chat` encodes them as ordinary text. Without
@@ -332,11 +342,13 @@ def with_memory(messages: Sequence[Message], passages: Sequence[Passage], place:
         messages: the prompt.
         passages: what was read, best first.
         place: where they go.
+        headings: whether words of ours stand above the passages and above the task. A tokenizer of few words may not have
+            them.
     """
     prompt = [Message(role=m["role"], content=m["content"]) for m in messages]
     if not passages:
         return prompt
-    block = "\n\n".join([_HEADINGS[place], *(passage.text for passage in passages)])
+    block = "\n\n".join([*([_HEADINGS[place]] if headings else []), *(passage.text for passage in passages)])
     if place == "system":
         if not prompt or prompt[0]["role"] != "system":
             return [Message(role="system", content=block), *prompt]
@@ -346,5 +358,6 @@ def with_memory(messages: Sequence[Message], passages: Sequence[Passage], place:
     if not users:
         return [*prompt, Message(role="user", content=block)]
     last = prompt[users[-1]]
-    last["content"] = f"{block}\n\n{_THE_TASK}\n\n{last['content']}"
+    between = f"\n\n{_THE_TASK}\n\n" if headings else "\n\n"
+    last["content"] = f"{block}{between}{last['content']}"
     return prompt

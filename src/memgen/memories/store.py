@@ -109,7 +109,7 @@ class Changes:
 
 @final
 class MemoryStore:
-    """A memory's file. One connection, for the thread that opened it."""
+    """A memory's file. One connection, for one thread at a time."""
 
     def __init__(self, path: Path, identity: Identity, embedder: Embedder | None = None) -> None:
         """Opens a file, or begins one.
@@ -132,9 +132,9 @@ class MemoryStore:
             raise FileNotFoundError(
                 f"there is no folder {path.parent} for the memory {path.name}; make it first"
             )
-        self._connection = _connect(path)
+        self._connection = connect(path)
         try:
-            with _named_errors(self.path):
+            with named_errors(self.path):
                 self._open(identity)
         except BaseException:
             self.close()
@@ -163,7 +163,7 @@ class MemoryStore:
             OSError: if they cannot be written (a full disk, another writer); the file is then as it was.
         """
         assert self._changes is None, "transactions do not nest"
-        with _named_errors(self.path), self._exclusively():
+        with named_errors(self.path), self._exclusively():
             self._changes = []
             try:
                 yield
@@ -175,21 +175,12 @@ class MemoryStore:
 
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:
-        """Begins and commits, or rolls back; other processes can read meanwhile, and none can write."""
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            yield
-            self._connection.execute("COMMIT")
+            with exclusively(self._connection):
+                yield
         except BaseException:
-            self._roll_back()
+            self._vectors.clear()
             raise
-
-    def _roll_back(self) -> None:
-        self._vectors.clear()
-        # SQLite has rolled back by itself where the disk is full.
-        if self._connection.in_transaction:
-            with contextlib.suppress(sqlite3.Error):
-                self._connection.execute("ROLLBACK")
 
     def _do(self, *change: Any) -> None:
         """Makes a change, and remembers it for the log."""
@@ -289,13 +280,18 @@ class MemoryStore:
     # Reading
 
     def _rows(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with _named_errors(self.path):
+        with named_errors(self.path):
             return self._connection.execute(statement, tuple(values)).fetchall()
 
     @property
     def tick(self) -> int:
         """Writes so far, the one under way included."""
         return int(self.state("tick", 0))
+
+    @property
+    def entries(self) -> int:
+        """Number of the log's last entry; `rebuild` goes up to one."""
+        return int(self._rows("SELECT coalesce(max(number), 0) FROM log")[0][0])
 
     def state(self, name: str, default: Any = None) -> Any:
         """A value that `set_state` has kept."""
@@ -435,9 +431,9 @@ class MemoryStore:
             OSError: if the copy cannot be written.
         """
         with (
-            _named_errors(path),
+            named_errors(path),
             new_file(path) as temporary,
-            contextlib.closing(_connect(temporary)) as copy,
+            contextlib.closing(connect(temporary)) as copy,
         ):
             self._connection.backup(copy)
 
@@ -463,11 +459,11 @@ def rebuild(source: Path, target: Path, until: int | None = None) -> int:
     """
     if not source.is_file():
         raise FileNotFoundError(f"there is no memory file {source}")
-    with _named_errors(source), contextlib.closing(_connect(source)) as old:
+    with named_errors(source), contextlib.closing(connect(source)) as old:
         about = _about(old, source)
         entries = old.execute("SELECT number, cause, changes FROM log ORDER BY number").fetchall()
     followed = [entry for entry in entries if until is None or entry[0] <= until]
-    with _named_errors(target), new_file(target) as temporary, contextlib.closing(_connect(temporary)) as new:
+    with named_errors(target), new_file(target) as temporary, contextlib.closing(connect(temporary)) as new:
         new.execute("BEGIN")
         _begin(new, about)
         for entry in followed:
@@ -479,33 +475,61 @@ def rebuild(source: Path, target: Path, until: int | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    """SQLite's errors in words that say what to do."""
+def exclusively(connection: sqlite3.Connection) -> Iterator[None]:
+    """Begins and commits, or rolls back; other processes can read meanwhile, and none can write."""
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        # SQLite has rolled back by itself where the disk is full.
+        if connection.in_transaction:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+        raise
+
+
+@contextlib.contextmanager
+def named_errors(
+    path: Path,
+    called: str = "memory",
+    remedy: str = "choose another file, or rebuild it from its log (memgen.memories.store.rebuild)",
+) -> Iterator[None]:
+    """SQLite's errors in words that say what to do.
+
+    Args:
+        path: of the file.
+        called: what the file is.
+        remedy: what to do with a damaged one.
+    """
     try:
         yield
     except sqlite3.OperationalError as error:
         told = str(error)
         if "full" in told or "disk I/O" in told:
             raise OSError(
-                errno.ENOSPC, f"the memory {path} could not be written ({told}) and is as it was; make room"
+                errno.ENOSPC, f"the {called} {path} could not be written ({told}) and is as it was; make room"
             ) from error
         if "locked" in told:
             raise OSError(
-                errno.EBUSY, f"another process is writing the memory {path}; wait for it, or use a copy"
+                errno.EBUSY, f"another process is writing the {called} {path}; wait for it, or use a copy"
             ) from error
-        raise OSError(errno.EIO, f"the memory {path} cannot be used: {told}") from error
+        raise OSError(errno.EIO, f"the {called} {path} cannot be used: {told}") from error
     except sqlite3.DatabaseError as error:
-        raise ValueError(
-            f"{path} is no memory file, or a damaged one: {error}; choose another file, or rebuild it from its log "
-            "(memgen.memories.store.rebuild)"
-        ) from error
+        raise ValueError(f"{path} is no {called} file, or a damaged one: {error}; {remedy}") from error
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path, called: str = "memory") -> sqlite3.Connection:
+    """Opens a file; one that does not exist is begun, empty.
+
+    Raises:
+        OSError: if it cannot be opened.
+    """
     try:
-        return sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+        # A server loads an agent in one thread and answers in another; they take turns.
+        return sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     except sqlite3.Error as error:
-        raise OSError(errno.EIO, f"the memory {path} cannot be opened: {error}") from error
+        raise OSError(errno.EIO, f"the {called} {path} cannot be opened: {error}") from error
 
 
 def _begin(connection: sqlite3.Connection, about: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ switch here only sets which adapter a layer adds, and the stage that trains deci
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -65,18 +65,8 @@ class AdapterSwitch:
             ValueError: if a target name belongs to no linear layer, or to the output head: adapters act on hidden states,
                 which do not pass it.
         """
-        head = getattr(self._model, "get_output_embeddings", lambda: None)()
-        linear = sorted(
-            {
-                path.rsplit(".", 1)[-1]
-                for path, module in self._model.named_modules()
-                # A layer that another adapter has wrapped counts; what lies inside it does not.
-                if isinstance(module, nn.Linear | LoraLayer)
-                and module is not head
-                and ".base_layer" not in path
-                and ".lora_" not in path
-            }
-        )
+        head = self._head
+        linear = sorted({path.rsplit(".", 1)[-1] for path, _ in self._linear()})
         heads = {path.rsplit(".", 1)[-1] for path, module in self._model.named_modules() if module is head}
         for target in settings.target_modules:
             if target in heads:
@@ -107,6 +97,27 @@ class AdapterSwitch:
             else:
                 parameter.requires_grad_(False)
         self._apply(None)
+
+    @property
+    def _head(self) -> nn.Module | None:
+        found: nn.Module | None = getattr(self._model, "get_output_embeddings", lambda: None)()
+        return found
+
+    def _linear(self) -> Iterator[tuple[str, nn.Module]]:
+        """The layers that may get an adapter, by path."""
+        for path, module in self._model.named_modules():
+            # A layer that another adapter has wrapped counts; what lies inside it does not.
+            inside = ".base_layer" in path or ".lora_" in path
+            if isinstance(module, nn.Linear | LoraLayer) and module is not self._head and not inside:
+                yield path, module
+
+    def size(self, target_modules: Sequence[str]) -> int:
+        """Parameters of an adapter of rank 1 on the named layers; one of rank r has r times as many."""
+        return sum(
+            int(cast(int, module.in_features)) + int(cast(int, module.out_features))
+            for path, module in self._linear()
+            if path.rsplit(".", 1)[-1] in target_modules
+        )
 
     def _apply(self, name: str | None) -> None:
         for layer in self._layers:

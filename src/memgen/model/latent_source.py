@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone, BackboneConfig
 from memgen.model.cache import KVCache
+from memgen.model.external import BankSettings, RetrievalSettings
 from memgen.types import InsertionKind
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ KINDS: Mapping[str, str] = {
     "weaver": "memgen.model.weaver.Weaver",
     "pause": "memgen.model.sources.pause.Pause",
     "softcot": "memgen.model.sources.softcot.SoftCoT",
+    "lora": "memgen.model.sources.lora.ReasonerLora",
 }
 """Import path of each source of ours."""
 
@@ -39,7 +41,7 @@ class WeaverConfig:
 
     kind: str = "weaver"
     """`weaver`: MemGen's. Its comparators (docs/comparators.md): `pause` are constants that read nothing; `softcot` projects
-    a frozen assistant's states. Or the import path of a `LatentSource` of your own, as `my_package.MySource`."""
+    a frozen assistant's states, `lora` writes no latents and fine-tunes the reasoner. Or the import path of a `LatentSource` of your own, as `my_package.MySource`."""
     backbone: BackboneConfig | None = None
     """A base of its own; None shares the reasoner's (one copy of the weights)."""
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -58,6 +60,10 @@ class WeaverConfig:
     about the norm of token embeddings. Needs a base of the reasoner's width."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of another kind than `weaver`."""
+    retrieval: RetrievalSettings | None = None
+    """Passages of a text memory that the weaver reads besides the stream (paper, Eq. 17-19); null: none."""
+    bank: BankSettings | None = None
+    """Woven blocks of earlier episodes that are used again; null: none."""
 
     def latents(self, kind: InsertionKind) -> int:
         """K of a kind of insertion; 0 if it is switched off."""
@@ -75,6 +81,17 @@ class WeaverConfig:
             raise ValueError(
                 "weaver.arguments are those of another kind of latent source, but weaver.kind is 'weaver'"
             )
+        if self.external and self.kind != "weaver":
+            raise ValueError(
+                f"weaver.{next(iter(self.external))} is read by the weaver alone, but weaver.kind is {self.kind!r}; set it "
+                "to null"
+            )
+
+    @property
+    def external(self) -> dict[str, RetrievalSettings | BankSettings]:
+        """What the weaver reads besides the stream: the settings that are set, by name."""
+        given = {"retrieval": self.retrieval, "bank": self.bank}
+        return {name: settings for name, settings in given.items() if settings is not None}
 
 
 @dataclass(frozen=True)
@@ -105,6 +122,8 @@ class LatentSource(nn.Module, ABC):
     """Whether `weave` is given the reasoner's last hidden states instead of its input embeddings."""
     reads_text: bool = False
     """Whether `weave` is given the token ids too; and whether its base's tokenizer is looked at, if that is another."""
+    reasoner_adapter: str | None = None
+    """Adapter of the reasoner's base that every pass of the reasoner applies; only of a comparator that writes no latents."""
     settings: tuple[str, ...] = ("arguments", "prompt_latents", "inference_latents")
     """Settings below `model.memgen.weaver` that give its tensors their meaning, besides `kind`."""
 
@@ -179,6 +198,10 @@ class LatentSource(nn.Module, ABC):
         """Everything that training moves, by its name in this module: all parameters but those of its bases."""
         frozen = {id(p) for base in self.bases().values() for p in base.parameters()}
         return {name: p for name, p in self.named_parameters() if id(p) not in frozen}
+
+    def chosen(self) -> dict[str, int]:
+        """What it chose itself where its settings leave it open, by name: a run records it beside them."""
+        return {}
 
     def is_untrained(self) -> bool:
         """Whether it is as it was made, so that its latents say nothing."""

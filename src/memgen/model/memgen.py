@@ -158,7 +158,8 @@ class MemGenModel(nn.Module):
             base.embedding.shape[0],
             at_prompt_end=config.weaver.prompt_latents > 0,
         )
-        model = cls(Reasoner(base, end_ids(base, tokenizer)), weaver, trigger, boundaries)
+        reasoner = Reasoner(base, end_ids(base, tokenizer), weaver.reasoner_adapter)
+        model = cls(reasoner, weaver, trigger, boundaries)
         model.config, model.tokenizer = config, tokenizer_fingerprint(tokenizer)
         return model
 
@@ -166,6 +167,11 @@ class MemGenModel(nn.Module):
     def device(self) -> torch.device:
         """Where the reasoner lies."""
         return self.reasoner.backbone.device
+
+    @property
+    def bare(self) -> bool:
+        """Whether it answers as its frozen base alone: nothing is ever inserted, and the reasoner has no adapter."""
+        return self.trigger.probability == 0.0 and self.reasoner.adapter is None
 
     def bases(self) -> list[Backbone]:
         """The distinct frozen bases."""
@@ -181,7 +187,7 @@ class MemGenModel(nn.Module):
         """Makes exactly the given parts (weaver, trigger) trainable. Set once, before an optimizer is made."""
         self.requires_grad_(False)
         for part in parts:
-            assert isinstance(part, LatentSource | Trigger), "the reasoner is never trained"
+            assert isinstance(part, LatentSource | Trigger), "the base is never trained"
             for parameter in part.own_parameters().values():
                 parameter.requires_grad_(True)
 
@@ -381,7 +387,8 @@ class _Forward:
         )
 
     def _read_prefixes(self, rows: list[int]) -> None:
-        """What lies before a row's first latent needs no gradient (frozen, causal), and is read once per group."""
+        """What lies before a row's first latent is read once per group, without gradient by a frozen reasoner (causal)."""
+        graph = torch.is_grad_enabled() and self.model.reasoner.adapter is not None
         prefix = {
             row: self.insertions[row][0].begin if self.insertions[row] else self.ends[row] for row in rows
         }
@@ -390,14 +397,14 @@ class _Forward:
         first = {self.group[row]: len(self.streams[row].ids) for row in rows}
         for row in rows:
             first[self.group[row]] = min(first[self.group[row]], int(self.reads[row][0]))
-        with torch.no_grad():
+        with torch.set_grad_enabled(graph):
             self._read({row: prefix[row] for row in leaders.values()}, first)
         for row in rows:
             leader = leaders[self.group[row]]
             if row != leader and self.shared[row]:
                 self.reasoner_cache.share(row, leader, self.shared[row])
                 self.state_index[row][: self.shared[row]] = self.state_index[leader][: self.shared[row]]
-        with torch.no_grad():
+        with torch.set_grad_enabled(graph):
             self._read({row: prefix[row] for row in rows if row not in leaders.values()})
 
     def _share_for_weaver(self, rows: list[int]) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""The reasoner: the frozen language model that answers; it is never trained."""
+"""The reasoner: the frozen language model that answers. Its weights are never trained; a comparator may put an adapter on them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ class Reasoner(nn.Module):
     Args:
         backbone: the frozen base.
         end_ids: token ids that end an answer.
+        adapter: adapter of the base that every pass applies; None: the bare base, as MemGen's.
     """
 
-    def __init__(self, backbone: Backbone, end_ids: tuple[int, ...]) -> None:
+    def __init__(self, backbone: Backbone, end_ids: tuple[int, ...], adapter: str | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.end_ids = end_ids
+        self.adapter = adapter
 
     def end_at(self, token: int) -> None:
         """Ends answers at one more token: a chat template's end of turn need not be the model's end of sequence."""
         self.end_ids = tuple(sorted({*self.end_ids, token}))
 
     def read(self, embeddings: Float[Tensor, "time hidden"], view: View) -> Float[Tensor, "read hidden"]:
-        """Hidden states of those packed stream positions that the pass reads, without any adapter."""
-        hidden: Tensor = self.backbone(embeddings, view)
+        """Hidden states of those packed stream positions that the pass reads."""
+        hidden: Tensor = self.backbone(embeddings, view, self.adapter)
         return hidden
 
     def logits(self, hidden: Float[Tensor, "*shape hidden"]) -> Float[Tensor, "*shape vocab"]:

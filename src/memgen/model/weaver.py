@@ -2,7 +2,8 @@
 
 As in the released code, and unlike the paper's Eq. 5, it reads by default the reasoner's input embeddings so far,
 earlier latents included, through a linear map; K learned queries behind them carry the latents out. With
-`reads="hidden_states"` it reads the reasoner's last hidden states, as in the paper.
+`reads="hidden_states"` it reads the reasoner's last hidden states, as in the paper. Behind them it may read what was
+retrieved (`memgen.model.external`; paper, Eq. 17-19).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from memgen.model.backbone import Backbone
-from memgen.model.cache import KVCache, PassSegment
+from memgen.model.cache import KVCache, PackedKVCache, PassSegment
+from memgen.model.external import External, external_memories
 from memgen.model.latent_source import LatentSource, Surroundings, WeaverConfig, start_as_identity
 from memgen.types import InsertionKind
 
@@ -53,6 +55,7 @@ class Weaver(LatentSource):
         backbone: its base, shared with the reasoner or its own; the adapter is added here.
         config: how latents are made.
         reasoner_hidden: width of the reasoner.
+        external: what it reads besides the stream.
     """
 
     adapter = "weaver"
@@ -61,8 +64,16 @@ class Weaver(LatentSource):
         "reads", "prompt_latents", "inference_latents", "lora.r", "lora.alpha", "lora.target_modules",
     )  # fmt: skip
 
-    def __init__(self, backbone: Backbone, config: WeaverConfig, reasoner_hidden: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: WeaverConfig,
+        reasoner_hidden: int,
+        external: Sequence[External] = (),
+    ) -> None:
         super().__init__(config)
+        self.external = tuple(external)
+        self.reads_text = bool(self.external)
         self.reads_states = config.reads == "hidden_states"
         self.backbone = backbone
         backbone.add_adapter(self.adapter, config.lora)
@@ -85,7 +96,8 @@ class Weaver(LatentSource):
     @classmethod
     @override
     def build(cls, config: WeaverConfig, around: Surroundings) -> Weaver:
-        return cls(around.base, config, around.reasoner.hidden_size)
+        external = external_memories(config, around)
+        return cls(around.base, config, around.reasoner.hidden_size, external)
 
     @property
     @override
@@ -120,12 +132,22 @@ class Weaver(LatentSource):
         kinds: Sequence[InsertionKind],
         texts: Sequence[Sequence[int]] | None = None,
     ) -> list[int]:
-        return [count + self.config.latents(kind) for count, kind in zip(counts, kinds, strict=True)]
+        read = counts if self._reads_stream else [0] * len(counts)
+        own = [count + self.config.latents(kind) for count, kind in zip(read, kinds, strict=True)]
+        for memory in self.external:
+            assert texts is not None, "a weaver that reads external memory reads text"
+            own = [a + b for a, b in zip(own, memory.positions(texts, kinds), strict=True)]
+        return own
+
+    @property
+    def _reads_stream(self) -> bool:
+        return all(memory.parametric for memory in self.external)
 
     @property
     @override
     def forgotten(self) -> int:
-        return max(self.config.prompt_latents, self.config.inference_latents)
+        queries = max(self.config.prompt_latents, self.config.inference_latents)
+        return queries + sum(memory.most for memory in self.external)
 
     @override
     def weave(
@@ -149,9 +171,10 @@ class Weaver(LatentSource):
             kinds: which queries each row uses.
             rows: each row's row in the cache.
             cache: what the weaver read before.
-            texts: not read.
-            snippets: reasoner embeddings that are read behind each row's new positions and forgotten with the queries
-                (paper, Eq. 17-19: text that was retrieved); a row's may be empty.
+            texts: what the external memory is asked with.
+            snippets: reasoner embeddings (or hidden states) that are read behind each row's new positions and forgotten
+                with the queries (paper, Eq. 17-19: text that was retrieved); a row's may be empty. None: what the external
+                memory gives, if there is one.
 
         Returns:
             Latents in the reasoner's embedding space, float32, packed row by row: K of its kind for each row.
@@ -159,6 +182,13 @@ class Weaver(LatentSource):
         Raises:
             ValueError: if a row is longer with its snippet than the weaver's base can read.
         """
+        if snippets is None and self.external:
+            assert texts is not None, "a weaver that reads external memory reads text"
+            found = [memory.read(texts, kinds) for memory in self.external]
+            snippets = [torch.cat(pieces) for pieces in zip(*found, strict=True)]
+        if not self._reads_stream:
+            states, counts, rows = states[:0], [0] * len(counts), range(len(counts))
+            cache = PackedKVCache(len(counts), states.device)
         queries = {
             kind: bank()
             for kind, bank in (
@@ -185,8 +215,30 @@ class Weaver(LatentSource):
         if snippets is not None and context is not None and view.limit > context:
             raise ValueError(
                 f"a stream with what was retrieved for it has {view.limit} positions, but the context of the weaver's base "
-                f"is {context}; lower model.memgen.weaver.arguments.budget"
+                f"is {context}; lower model.memgen.weaver.retrieval.budget or bank.blocks (of the composer: "
+                "model.memgen.weaver.arguments.budget)"
             )
         hidden = self.backbone(torch.cat(parts), view, self.adapter)
         latents: Tensor = self.weaver_to_reasoner(hidden.to(self.weaver_to_reasoner.weight.dtype))
+        return self._with_stored(latents, sizes, kinds, texts)
+
+    def _with_stored(
+        self,
+        latents: Tensor,
+        sizes: Sequence[int],
+        kinds: Sequence[InsertionKind],
+        texts: Sequence[Sequence[int]] | None,
+    ) -> Tensor:
+        """The latents with the blocks that are inserted as they are in the place of woven ones."""
+        for memory in self.external:
+            assert texts is not None, "a weaver that reads external memory reads text"
+            stored = memory.stored(texts, kinds)
+            if any(block is not None for block in stored):
+                woven = latents.split(list(sizes))
+                latents = torch.cat(
+                    [
+                        own if block is None else block.to(own)
+                        for own, block in zip(woven, stored, strict=True)
+                    ]
+                )
         return latents

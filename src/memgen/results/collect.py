@@ -24,7 +24,8 @@ from memgen.chat import conversation_ids
 from memgen.data import EnvironmentData, EvalBatch, Item
 from memgen.distributed.collectives import objects_of_all_ranks
 from memgen.environments.base import Message
-from memgen.generation.rollout import Actor, EpisodeSettings, rollout
+from memgen.generation.latent_bank import bank_to_write, remember_episodes
+from memgen.generation.rollout import Actor, EpisodeSettings, Rollouts, rollout
 from memgen.generation.sampling import GenerationSettings
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.results.controls import without_memory
@@ -294,26 +295,36 @@ class Collector(LightningModule):
     @override
     def predict_step(self, batch: EvalBatch, batch_idx: int) -> int:
         """Plays a batch and writes the kept trajectories. Returns the number of items over all ranks."""
-        entries = [entry for part in objects_of_all_ranks(self._played(batch)) for entry in part]
+        rollouts = self._played(batch)
+        own = [] if rollouts is None else self._entries(batch, rollouts.trajectories)
+        entries = [entry for part in objects_of_all_ranks(own) for entry in part]
         if self.ledger is not None and entries:
             self.ledger.add(entries)
+        bank = bank_to_write(self.memgen)
+        if bank is not None and rollouts is not None:
+            remember_episodes(bank, self.data.environment.name, rollouts)
         return len(entries)
 
-    def _played(self, batch: EvalBatch) -> list[Entry]:
+    def _seeds(self, batch: EvalBatch) -> list[int]:
+        # Independent of group_size, so that a larger group begins with the same trajectories.
+        return [
+            seed_of("collect", self.rollout.seed, index, sample)
+            for index in batch.indices
+            for sample in range(self.rollout.group_size)
+        ]
+
+    def _played(self, batch: EvalBatch) -> Rollouts | None:
         if not batch.examples:
-            return []
+            return None
         data = self.data
         actor = Actor(
             self.memgen, data.tokenizer_object, data.environment, self.rollout, self.episodes, data.template
         )
-        size = self.rollout.group_size
-        # Independent of group_size, so that a larger group begins with the same trajectories.
-        seeds = [
-            seed_of("collect", self.rollout.seed, index, sample)
-            for index in batch.indices
-            for sample in range(size)
-        ]
-        trajectories = rollout(actor, batch.examples, seeds).trajectories
+        keep_latents = bank_to_write(self.memgen) is not None
+        return rollout(actor, batch.examples, self._seeds(batch), keep_latents=keep_latents)
+
+    def _entries(self, batch: EvalBatch, trajectories: Sequence[Trajectory]) -> list[Entry]:
+        size, seeds = self.rollout.group_size, self._seeds(batch)
         entries = []
         for number, index in enumerate(batch.indices):
             part = slice(number * size, (number + 1) * size)

@@ -22,8 +22,11 @@ import memgen
 from memgen.data import EnvironmentData, EvalBatch
 from memgen.distributed.collectives import objects_of_all_ranks
 from memgen.environments.base import Example, InteractiveEnvironment, Split
+from memgen.generation.latent_bank import bank_to_write, remember_episodes
 from memgen.generation.rollout import Actor, EpisodeSettings, Rollouts, rollout
 from memgen.generation.sampling import GenerationSettings
+from memgen.model.external import SOURCES as EXTERNAL
+from memgen.model.external import External
 from memgen.model.memgen import MemGenConfig, MemGenModel
 from memgen.model.weaver import WeaverConfig
 from memgen.results.score_files import Answered, Records, data_hash, item_hash
@@ -49,12 +52,11 @@ def code_hash() -> str:
 
 
 def weights_hash(model: MemGenModel) -> str:
-    """Hash of an agent: its frozen bases, and all tensors of weaver and trigger if the trigger can invoke at all."""
+    """Hash of an agent: its frozen bases, and all tensors of weaver and trigger unless it is the bare reasoner."""
     digest = hashlib.sha256()
     for base in model.bases():
         digest.update(base.fingerprint.encode())
-    weaves = model.trigger.probability != 0.0
-    for part in (model.weaver, model.trigger) if weaves else ():
+    for part in () if model.bare else (model.weaver, model.trigger):
         for name, tensor in sorted(part.own_parameters().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(_bytes(tensor))
@@ -98,7 +100,7 @@ def run_settings(
             "items": len(examples),
             "hash": data_hash(examples),
         },
-        "agent": {"weights": weights_hash(model), **_recorded_config(config)},
+        "agent": {"weights": weights_hash(model), **_recorded_config(config), **_external_content(model)},
         "generation": asdict(generation),
         "episodes": asdict(episodes),
         "environment": dict(environment or {}),
@@ -109,12 +111,22 @@ def run_settings(
     }
 
 
+def _external_content(model: MemGenModel) -> dict[str, Any]:
+    """What of the content of the memories that the weaver reads decides its answers."""
+    memories: Sequence[External] = getattr(model.weaver, "external", ())
+    content = [found for memory in memories if (found := memory.content())]
+    return {"external": content} if content else {}
+
+
 def _recorded_config(config: MemGenConfig) -> dict[str, Any]:
     values = asdict(config)
     # Only where they are set: records that were made before there were any go on.
     for key, unset in (("skip_inside", ()), ("cooldown", 0)):
         if values["boundaries"][key] == unset:
             del values["boundaries"][key]
+    for key in EXTERNAL:
+        if values["weaver"][key] is None:
+            del values["weaver"][key]
     return values
 
 
@@ -132,6 +144,8 @@ class ItemRecorder(Recorder):
         self.weaver = weaver
         self.rows: list[Row] = []
         """Scores of the items seen so far, played now or in an earlier run."""
+        self.further: dict[str, Any] = {}
+        """What else is to stand in the scores of what is recorded next."""
 
     @override
     def remaining(self, batch: EvalBatch) -> EvalBatch:
@@ -153,9 +167,13 @@ class ItemRecorder(Recorder):
     @override
     def play(self, actor: Actor, batch: EvalBatch, seeds: Sequence[int]) -> Rollouts:
         """Plays the items of a batch and records them."""
+        bank = bank_to_write(actor.model)
         clock = time.process_time()
-        rollouts = rollout(actor, batch.examples, seeds)
+        rollouts = rollout(actor, batch.examples, seeds, keep_latents=bank is not None)
         self.record(actor, batch, seeds, rollouts, time.process_time() - clock)
+        if bank is not None:
+            # Behind the record: an item that is played again after an interruption does not find its own blocks.
+            remember_episodes(bank, actor.environment.name, rollouts)
         return rollouts
 
     def record(
@@ -174,6 +192,7 @@ class ItemRecorder(Recorder):
         costs = {
             "seconds": (rollouts.seconds + rollouts.environment_seconds) / count,
             "cpu_seconds": cpu_seconds / count,
+            **self.further,
         }
         single = not isinstance(actor.environment, InteractiveEnvironment)
         items = []

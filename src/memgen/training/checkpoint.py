@@ -20,7 +20,7 @@ import logging
 import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,6 +221,7 @@ def open_checkpoint(
     directory: Path,
     tokenizer: Callable[[str], PreTrainedTokenizerBase],
     resolve_asset: Callable[[str], str],
+    external: Mapping[str, Any] | None = None,
 ) -> tuple[MemGenModel, MemGenConfig]:
     """Builds the model that a checkpoint directory describes, and loads it. Its answers end as they did in training.
 
@@ -228,8 +229,12 @@ def open_checkpoint(
         directory: what `save_checkpoint` wrote.
         tokenizer: loads a tokenizer from a directory or hub name.
         resolve_asset: turns an asset name into a directory; other names pass through.
+        external: settings of what the weaver reads besides the stream, by their name in `WeaverConfig`, in place of the
+            recorded ones.
     """
     config = read_config(directory)
+    if external:
+        config = replace(config, weaver=replace(config.weaver, **external))
     name = resolve_asset(config.backbone.name)
     model = MemGenModel.build(config, tokenizer(name), resolve_asset, load_tokenizer=tokenizer)
     text = read_text_settings(directory)
@@ -356,7 +361,11 @@ FIXED_TRIGGER_KEYS = (
     "trigger.lora.target_modules",
 )
 """Likewise the trigger's; the last three if it has an adapter."""
-CHOSEN_KEYS = tuple(f"boundaries.{field.name}" for field in fields(BoundaryConfig))
+CHOSEN_KEYS = (
+    *(f"boundaries.{field.name}" for field in fields(BoundaryConfig)),
+    "weaver.retrieval",
+    "weaver.bank",
+)
 """Settings that tensors can be used under, but were not trained under, if they differ."""
 
 

@@ -107,6 +107,16 @@ class Stage(LightningModule, ABC):
             self.check_context(stage)
         self.memgen.train_only(self.component)
         self.memgen.use_checkpointing(self.recompute)
+        if stage == "fit":
+            self._record_size()
+
+    def _record_size(self) -> None:
+        """Writes how much is trained, and what the component chose itself, among the run's parameters."""
+        found = {"trained_parameters": sum(parameter.numel() for parameter in self.trained().values())}
+        if isinstance(self.component, LatentSource):
+            found |= self.component.chosen()
+        for recorder in self.trainer.loggers:
+            recorder.log_hyperparams(found)
 
     def check_context(self, stage: str) -> None:
         """Refuses items and answers that cannot fit into the reasoner's context.
@@ -189,6 +199,8 @@ class Stage(LightningModule, ABC):
         scores = trained and self.trainer.state.fn in ("validate", "test")
         if not scores or not self.trainer.is_global_zero or self.memgen.trigger.probability == 0.0:
             return
+        if self.memgen.reasoner.adapter is not None:
+            return  # Nothing is meant to be inserted.
         weaver, boundaries = self.config.weaver, self.config.boundaries
         if means.get("insertions_per_answer") == 0:
             why = (
@@ -281,6 +293,7 @@ def require_context(
     split: Split,
     new_tokens: int | None,
     setting: str = "generation",
+    passages: int = 0,
 ) -> None:
     """Refuses a split whose conversations, or prompts with their answers, cannot fit into the reasoner's context.
 
@@ -290,6 +303,7 @@ def require_context(
         split: the split.
         new_tokens: an answer's `max_new_tokens`; None: nothing is sampled.
         setting: the section of that number, for the message.
+        passages: tokens that a text memory may put into a prompt.
 
     Raises:
         ValueError: naming the setting to change.
@@ -303,7 +317,7 @@ def require_context(
             f"data.max_length is {data.item_settings.max_length}, but the reasoner's context is {context}; lower it"
         )
     weaver, cap = model.weaver.config, model.boundaries.config.max_inference_insertions
-    items = data.items.get(split, [])
+    items = [*data.items.get(split, []), *(data.replayed if split == "train" else [])]
     longest = max((len(i.conversation.ids) for i in items if i.conversation is not None), default=0)
     latents = weaver.prompt_latents + min(cap, longest) * weaver.inference_latents
     if longest + latents > context:
@@ -315,8 +329,9 @@ def require_context(
         return
     prompt = max((item.prompt_tokens for item in items), default=0)
     latents = weaver.prompt_latents + min(cap, new_tokens) * weaver.inference_latents
-    if max(1, prompt) + latents + new_tokens > context:
+    if max(1, prompt) + passages + latents + new_tokens > context:
         shown = f"a {split} prompt of {prompt} tokens" if prompt else f"a {split} prompt"
+        shown += f" and {passages} of a memory" if passages else ""
         raise ValueError(
             f"{shown} with up to {latents} latents leaves no room for {setting}.max_new_tokens {new_tokens}: the reasoner's "
             f"context is {context}; lower max_new_tokens or data.max_prompt_length"

@@ -103,6 +103,10 @@ class TriggerRL(PolicyStage):
     @override
     def check_start(self) -> None:
         """Refuses an untrained weaver: a trigger that learns from what it does would learn never to invoke."""
+        if self.memgen.reasoner.adapter is not None:
+            raise ValueError(
+                f"model.memgen.weaver.kind {self.config.weaver.kind} writes no latents, so a trigger has nothing to decide"
+            )
         if self.allow_untrained_weaver or not self.memgen.weaver.is_untrained():
             return
         start = (

@@ -76,7 +76,7 @@ class WeaverGRPO(PolicyStage):
 
     @override
     def check_start(self) -> None:
-        if self.init_from is None:
+        if self.init_from is None and self.memgen.reasoner.adapter is None:
             logger.warning(
                 "no checkpoint was given: the weaver starts untrained, and most likely finds no reward to learn "
                 "from (--checkpoint DIR of weaver SFT)"

@@ -21,7 +21,7 @@ from memgen.data import EvalBatch, SFTBatch
 from memgen.distributed.collectives import over_ranks
 from memgen.generation.rollout import EpisodeSettings
 from memgen.generation.sampling import GenerationSettings
-from memgen.model.latent_source import LatentSource
+from memgen.model.latent_source import LatentSource, source_class
 from memgen.model.memgen import MemGenConfig, MemGenModel, Woven
 from memgen.objectives.ahead import AheadBatch, AheadSettings, rows_ahead
 from memgen.objectives.sft import Curriculum, choose_points, token_loss
@@ -109,7 +109,8 @@ class WeaverSFT(Stage):
     @override
     def setup(self, stage: str) -> None:
         weaver, cap = self.config.weaver, self.config.boundaries.max_inference_insertions
-        if stage == "fit" and not weaver.prompt_latents and not (weaver.inference_latents and cap):
+        writes = source_class(weaver).reasoner_adapter is None
+        if stage == "fit" and writes and not weaver.prompt_latents and not (weaver.inference_latents and cap):
             raise ValueError(
                 f"no latents would ever be inserted, so there is nothing to train: weaver.prompt_latents is 0, "
                 f"weaver.inference_latents {weaver.inference_latents}, boundaries.max_inference_insertions {cap}"
@@ -217,7 +218,7 @@ class WeaverSFT(Stage):
         self._warn_if_untrained()
 
     def _warn_if_untrained(self) -> None:
-        if self.memgen.trigger.probability == 0.0:
+        if self.memgen.bare:
             return  # It scores the bare reasoner.
         if self.init_from is None and self.trainer.ckpt_path is None:
             logger.warning("no checkpoint was given: this scores an untrained weaver (--checkpoint DIR)")
