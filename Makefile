@@ -4,9 +4,13 @@
 # make test    every test that needs no GPU
 # make test-slow  what takes minutes: two processes, the whole pipeline on the lab; a skipped test fails
 # make test-with MARKS="sandbox or slurm"  tests that need more than Python (bubblewrap, SLURM, a browser, ...); a skipped
-#              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld, reasoning_gym
+#              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld, reasoning_gym,
+#              verifiers, trackers, harness
 # make setup-worlds  adds ALFWorld and ScienceWorld to the environment (g++, cmake, Java), for their tests
 # make setup-reasoning-gym  adds Reasoning Gym (a C compiler, Python's headers), for its tests
+# make setup-verifiers  adds verifiers to the environment, for its tests
+# make setup-trackers  adds TensorBoard and Weights & Biases to the environment, for their tests
+# make setup-harnesses  makes an environment with lm-eval and inspect-ai, $(VENV)/harnesses, for their tests and docs/harnesses.md
 # make bench-lab  every stage on the lab with its controls, over several seeds; docs/results/lab.md
 # make bench-real  the same on SmolLM2-135M, a real language model; docs/results/real.md. Days of CPU time, kept cell by cell:
 #              REAL_ARGS="--only shop --seeds 0 --text FOLDER_OF_GSM8K" makes a part
@@ -40,7 +44,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= true
 
-.PHONY: setup setup-worlds setup-reasoning-gym demo demo-real test test-slow test-with check docs test-gpu bench-lab bench-real bench-performance bench-gpu bench-scale format
+.PHONY: setup setup-worlds setup-reasoning-gym setup-verifiers setup-trackers setup-harnesses demo demo-real test test-slow test-with check docs test-gpu bench-lab bench-real bench-performance bench-gpu bench-scale format
 
 setup: $(STAMP)
 
@@ -67,6 +71,18 @@ setup-worlds: setup
 setup-reasoning-gym: setup
 	$(call extras,reasoning-gym)
 
+setup-verifiers: setup
+	$(call extras,verifiers)
+
+setup-trackers: setup
+	$(call extras,tensorboard wandb)
+
+# All pins but fsspec's.
+setup-harnesses: setup
+	test -x $(VENV)/harnesses/bin/python || $(PYTHON) -m venv $(VENV)/harnesses
+	sed '/^fsspec==/d' constraints.txt > $(VENV)/harnesses/constraints.txt
+	$(VENV)/harnesses/bin/python -m pip install --quiet -c $(VENV)/harnesses/constraints.txt "lm-eval[api]" inspect-ai openai
+
 demo: setup
 	$(BIN)/memgen demo $(DEMO_ARGS)
 
@@ -77,10 +93,10 @@ demo-real: setup
 test test-slow test-with: export OMP_NUM_THREADS ?= 1
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not verifiers and not trackers and not harness and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
 
 test-slow: setup
-	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
+	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not verifiers and not trackers and not harness and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
 
 test-with: setup
 	@test -n "$(MARKS)" || { echo 'make test-with: name the tests: make test-with MARKS="sandbox or slurm"' >&2; exit 1; }

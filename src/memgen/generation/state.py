@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memgen.generation.sampling import GenerationSettings, Sampled, row_uniforms, sample
 from memgen.generation.static_step import StaticStep, take_step
+from memgen.kernels import tempered
 from memgen.model.cache import PassSegment, RowKVCache, upload
 from memgen.model.inside import TextReader
 from memgen.model.memgen import MemGenModel
@@ -65,6 +66,8 @@ class Answer:
     settings: GenerationSettings | None = None
     stop: Stop | None = None
     cancelled: bool = False
+    alternatives: int = 0  # how many most probable tokens of each place to keep in `tops`
+    tops: list[list[tuple[int, float]]] = field(default_factory=list)
     inserted: int = 0  # insertions inside the answer, which the configuration limits
     # What the weaver has not read yet: vectors of the reasoner, and behind them token ids (none if it reads states).
     weaver_pending: list[Tensor] = field(default_factory=list)
@@ -404,6 +407,7 @@ class DecodingState:
         numbers = self.uniforms(live)
         uniforms = None if numbers is None else upload(numbers, self.device)
         logits = self.model.reasoner.logits(hidden)
+        self._keep_alternatives(logits, live)
         alike: dict[tuple[float, float, int], list[int]] = {}
         for row, index in enumerate(live):
             own = self.answers[index].settings or self.settings
@@ -418,6 +422,16 @@ class DecodingState:
             own = self.answers[live[rows[0]]].settings or self.settings
             tokens[at], logprobs[at] = sample(logits[at], own, uniforms[at])
         return Sampled(tokens, logprobs)
+
+    def _keep_alternatives(self, logits: Tensor, live: Sequence[int]) -> None:
+        """Keeps the most probable tokens of this place for the answers that ask for them, (n, V)."""
+        for row, index in enumerate(live):
+            answer = self.answers[index]
+            if answer.alternatives:
+                temperature = (answer.settings or self.settings).temperature
+                own = logits[row] if temperature == 0 else tempered(logits[row], temperature)
+                top = own.log_softmax(dim=-1).topk(min(answer.alternatives, own.shape[0]))
+                answer.tops.append(list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
     def append(self, live: Sequence[int], tokens: Sequence[int | float], logprobs: Sequence[float]) -> None:
         """Adds a token to each answer."""
