@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from memgen.chat import (
     CHATML,
     ChatTemplate,
+    check_arguments,
     conversation_ids,
     end_of_turn_id,
     load_tokenizer,
     observation_ids,
     prompt_ids,
     text_ids,
-    unread_arguments,
     writes_todays_date,
 )
 from memgen.lab.tokenizer import lab_tokenizer
@@ -307,7 +308,21 @@ def test_a_date_stands_still_when_it_is_given():
     fixed = ChatTemplate(DATED, {"strftime_now": "2026-01-31", "enable_thinking": False})
     assert not writes_todays_date(MARKED, fixed)
     assert "Today: 31 January 2026\n/no_think" in MARKED.decode(prompt_ids(MARKED, CHAT[1:2], fixed))
-    assert unread_arguments(MARKED, ChatTemplate(DATED, {"enable_thinkng": False})) == ["enable_thinkng"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("enable_thinkng", "did you mean enable_thinking?"),
+        ("think", "leave it out"),
+        ("colour", "leave it out"),
+    ],
+)
+def test_an_argument_that_the_template_does_not_read_is_refused(argument, hint):
+    check_arguments(MARKED, ChatTemplate(DATED, {"enable_thinking": False, "strftime_now": "2026-01-31"}))
+    complaint = rf"template_arguments\.{argument}: the chat template .* does not read it; {re.escape(hint)}"
+    with pytest.raises(ValueError, match=complaint):
+        check_arguments(MARKED, ChatTemplate(DATED, {argument: False}))
 
 
 @pytest.mark.parametrize(

@@ -689,10 +689,13 @@ def test_no_boundary_lies_in_what_the_template_writes_into_a_turn(make, keep, mo
     assert sum(plans[True]) > 0
 
 
-def test_arguments_that_the_template_does_not_read_and_dates_are_warned_of(make, caplog, monkeypatch):
+def test_arguments_that_the_template_does_not_read_are_refused_and_dates_are_warned_of(
+    make, caplog, monkeypatch
+):
     monkeypatch.setattr("memgen.data.module.CHATML", "{{- strftime_now('%d') -}}" + CHATML)
-    make(chat_template="chatml", template_arguments={"enable_thinkng": False})
-    assert "data.template_arguments.enable_thinkng: the chat template" in caplog.text
+    with pytest.raises(ValueError, match=r"data\.template_arguments\.enable_thinkng: the chat template"):
+        make(chat_template="chatml", template_arguments={"enable_thinkng": False})
+    make(chat_template="chatml")
     assert "writes today's date into every prompt" in caplog.text
     caplog.clear()
     make(chat_template="chatml", template_arguments={"strftime_now": "2026-01-31"})

@@ -11,6 +11,7 @@ template is used, not overwritten.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import logging
 import re
@@ -22,7 +23,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from tokenizers import Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -259,15 +260,39 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, controls: bool = 
     return [token for encoding in encodings for token in encoding.ids]
 
 
+def byte_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The characters of a text that the tokenizer knows as bytes alone, once for each token that is a part of one.
+
+    Raises:
+        ValueError: if the text cannot be encoded.
+    """
+    encoding = _encoding(tokenizer, text)
+    return [
+        text[start:end].strip()
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+        if "\ufffd" in tokenizer.decode([token]) and "\ufffd" not in text[start:end]
+    ]
+
+
 def template_text(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> str:
     """The template in Jinja that conversations are rendered with."""
     return template.text or (str(tokenizer.get_chat_template()) if tokenizer.chat_template else CHATML)
 
 
-def unread_arguments(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[str]:
-    """Names of the template's arguments that its text does not mention."""
-    source = _source(tokenizer, template)
-    return [name for name in template.arguments if name not in source and name != _CLOCK]
+def check_arguments(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+    """Checks that the template reads its arguments.
+
+    Raises:
+        ValueError: if it does not read one.
+    """
+    words = {value for _, kind, value in Environment().lex(_source(tokenizer, template)) if kind == "name"}
+    for name in template.arguments:
+        if name not in words and name != _CLOCK:
+            guess = difflib.get_close_matches(name, words, n=1)
+            hint = f"did you mean {guess[0]}?" if guess else "leave it out"
+            raise ValueError(
+                f"data.template_arguments.{name}: the chat template of {tokenizer.name_or_path} does not read it; {hint}"
+            )
 
 
 def writes_todays_date(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> bool:

@@ -99,7 +99,7 @@ def test_a_base_may_be_named_as_an_asset(folder, capsys, monkeypatch):
 
 def test_without_a_checkpoint_it_asks_for_one(folder, capsys):
     assert front_end.main(["analyze", *CONFIG]) == 2
-    assert "memgen analyze needs a checkpoint directory" in capsys.readouterr().err
+    assert "memgen analyze: needs a checkpoint directory" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(folder, capsys, monkeypatch):

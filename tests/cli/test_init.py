@@ -58,6 +58,16 @@ def test_a_file_that_is_not_here_is_the_packages_own_and_that_is_said(empty, cap
     assert "package" not in found.err
 
 
+def test_a_missing_file_is_named_before_anything_heavy_is_imported(empty):
+    code = (
+        "import sys; from memgen.cli.main import main\n"
+        "print(main(['fit', '--config', 'conf/weaver_stf.yaml']), *{'torch', 'lightning'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "2\n"
+    assert "did you mean conf/weaver_sft.yaml?" in done.stderr
+
+
 @pytest.mark.parametrize(
     "given", ["conf/weaver_sfd.yaml", "conf/data/gsm8.yaml", "conf/../conf/weaver_sft.yaml"]
 )

@@ -74,7 +74,7 @@ def test_a_trained_trigger_is_compared(folder, capsys):
         (["--budget", "2"], "--budget must be at least 3 (never, always, and one boundary alone), got 2"),
         (["--data.test_examples", "1"], "the test split has 1 items, but an analysis needs at least 4"),
         (["--ckpt_path", "last"], "memgen oracle needs a checkpoint directory: --checkpoint DIR"),
-        (["--trainer.devices", "2"], "memgen oracle plays in one process, got 2"),
+        (["--trainer.devices", "2"], "memgen oracle: plays in one process, got 2"),
     ],
     ids=["a small budget", "one item", "a checkpoint to resume from", "two processes"],
 )

@@ -119,6 +119,7 @@ def test_generate_renders_and_ends_as_training_did(folder, monkeypatch):
     from memgen.api import agent
     from memgen.cli import generate
 
+    reads = "{{ enable_thinking }}"
     seen = []
     monkeypatch.setattr(
         agent, "prompt_ids", lambda tokenizer, messages, template: seen.append(template) or [65, 66]
@@ -126,13 +127,15 @@ def test_generate_renders_and_ends_as_training_did(folder, monkeypatch):
     argv = ["--checkpoint", "run/best", "--prompt", "x", "--max-new-tokens", "2"]
     header = json.loads((folder / "run/best/memgen.json").read_text())
     assert header["text"]["template_arguments"] == {}
-    header["text"] |= {"chat_template": "{{ 1 }}", "template_arguments": {"day": 1}}
+    header["text"] |= {"chat_template": reads, "template_arguments": {"day": 1}}
     (folder / "run/best/memgen.json").write_text(json.dumps(header))
     assert generate.main(argv) == 0
     assert generate.main([*argv, "--chat-template", "chatml"]) == 0
     assert generate.main([*argv, "--template-arguments", '{"enable_thinking": false}']) == 0
-    assert [template.text for template in seen] == ["{{ 1 }}", chat.CHATML, "{{ 1 }}"]
+    assert [template.text for template in seen] == [reads, chat.CHATML, reads]
     assert [template.arguments for template in seen] == [{"day": 1}, {"day": 1}, {"enable_thinking": False}]
+    with pytest.raises(ValueError, match="does not read it; did you mean enable_thinking"):
+        generate.main([*argv, "--template-arguments", '{"enable_thinkin": false}'])
 
 
 # Resumed

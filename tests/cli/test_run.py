@@ -237,3 +237,12 @@ def test_two_processes_read_the_same_configuration(folder):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step\n") == 4
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_says_that_it_begins_again(folder, caplog):
+    argv = ["fit", "--config", "stage.yaml", "--run", "run", "--print_config"]
+    assert front_end.main(argv) == 0
+    assert "begins again" not in caplog.text
+    (folder / "run" / "best").mkdir(parents=True)
+    assert front_end.main(argv) == 0
+    assert "run has no checkpoint to go on from, so its run begins again at step 0" in caplog.text

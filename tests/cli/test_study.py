@@ -107,7 +107,7 @@ def test_in_mlflow_a_study_is_a_run_and_its_cells_are_children(folder, capsys):
         (["--methods.exp_rag.memory.constants.k", "0"], "methods.exp_rag: k must be at least 1, got 0"),
         (["--methods.weaver.overlays", "[no.yaml]"], "there is no file no.yaml, and none of this name below conf/"),
         (["--methods.weaver.settings.model.generation.temperature", "1.0"], "all methods answer at one temperature"),
-        (["--run", "here"], "memgen study takes --out DIR, not --run"),
+        (["--run", "here"], "takes --out DIR, not --run"),
         (["--sedes", "[1]"], "sedes is not a key of StudySettings"),
         (["--scribe.kind", "http"], "scribe.kind http needs scribe.url"),
     ],

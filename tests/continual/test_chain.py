@@ -170,6 +170,7 @@ def test_a_folder_refuses_other_settings(tmp_path):
         ({"chain": []}, "chain names no task"),
         ({"chain": None}, "chain is not set"),
         ({"methods": ["memory"]}, "methods names 'memory', which is none of memgen, memgen_trigger, lora, lora_replay"),
+        ({"methods": "foo"}, "methods names 'foo', which is none of memgen"),
         ({"methods": ["lora", "lora"]}, "methods names 'lora' twice"),
         ({"methods": []}, "methods names no method"),
         ({"replay": {"share": 1.0}}, r"replay\.share must be above 0 and below 1, got 1\.0"),
@@ -182,6 +183,11 @@ def test_a_folder_refuses_other_settings(tmp_path):
 def test_what_cannot_be_a_chain_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         read_settings({"chain": ["a"], "tasks": TASKS, **change})
+
+
+def test_names_may_be_written_as_on_a_command_line():
+    found = read_settings({"chain": "b", "methods": "memgen, lora", "tasks": TASKS})
+    assert (found.chain, found.methods) == (("b",), ("memgen", "lora"))
 
 
 def test_an_overlay_takes_a_task_away_with_null():

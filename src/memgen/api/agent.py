@@ -23,7 +23,15 @@ from memgen.api.card import CARD, Card
 from memgen.api.hub import upload
 from memgen.api.names import resolve_name
 from memgen.api.text import AnswerText
-from memgen.chat import CHATML, ChatTemplate, end_of_turn_id, load_tokenizer, prompt_ids, text_ids
+from memgen.chat import (
+    CHATML,
+    ChatTemplate,
+    check_arguments,
+    end_of_turn_id,
+    load_tokenizer,
+    prompt_ids,
+    text_ids,
+)
 from memgen.environments.base import Message
 from memgen.files import current
 from memgen.generation.continuous import ContinuousBatch, Newcomer
@@ -166,7 +174,7 @@ class Agent:
             bank: the latent bank that it reads (`model.memgen.weaver.bank`), likewise.
 
         Raises:
-            ValueError: if there is no such checkpoint, or it does not fit its base.
+            ValueError: if there is no such checkpoint, it does not fit its base, or the template does not read an argument.
             ConnectionError: if the hub or MLflow does not answer.
         """
         folder = _checkpoint_in(Path(resolve_name(str(name))))
@@ -185,7 +193,10 @@ class Agent:
             text = replace(text, template_arguments=dict(arguments))
         else:  # A checkpoint that does not say: the tokenizer's own.
             template = ChatTemplate(CHATML if chat_template == "chatml" else None, arguments)
-        return cls(model, config, tokenizer, text, folder, template)
+        agent = cls(model, config, tokenizer, text, folder, template)
+        if template_arguments:
+            check_arguments(tokenizer, agent.template)
+        return agent
 
     # Answers
 

@@ -38,9 +38,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(own)
     out = None if options.out is None else Path(options.out)
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "memgen ablate needs matplotlib: pip install 'memgen[analysis]' installs what it needs"
-        )
+        raise UsageError("needs matplotlib: pip install 'memgen[analysis]' installs what it needs")
     if options.sweep:
         return _sweep(options, own, rest, out)
     if options.submit:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     missing = [name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UsageError(
-            f"memgen analyze needs {' and '.join(missing)}: pip install 'memgen[analysis]' installs what it needs"
+            f"needs {' and '.join(missing)}: pip install 'memgen[analysis]' installs what it needs"
         )
     request = Request.from_argv(rest)
 

@@ -115,7 +115,7 @@ class Request:
                     raise UsageError(f"--{key} needs a value: --{key} VALUE or --{key}=VALUE")
                 value = remaining.pop(0)
             if key == "config":
-                files.append(_present(Path(value)))
+                files.append(present(Path(value)))
             elif key == "checkpoint":
                 overrides.append(("model.init_from", value))
             elif key == "run":
@@ -276,7 +276,26 @@ def parse_value(text: str) -> Any:
     return None if stripped.lower() in ("null", "~") else text
 
 
-def _present(path: Path) -> Path:
+def require_files(argv: Sequence[str]) -> None:
+    """Refuses configuration files that do not exist, before the imports that reading them takes.
+
+    Args:
+        argv: arguments of a command that takes `--config FILE`.
+
+    Raises:
+        UsageError: naming the first, and the nearest one that exists.
+    """
+    for option, after in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = option.partition("=")
+        path = Path(value if equals else after)
+        if name != "--config" or not path.name or path.is_file():
+            continue
+        own = packaged(path)
+        if own is None or not own.is_file():
+            raise UsageError(_missing_file(path))
+
+
+def present(path: Path) -> Path:
     """The file itself, or the package's own of this name if there is none here, which is said."""
     own = None if path.exists() else packaged(path)
     if own is None or not own.is_file():

@@ -46,15 +46,13 @@ def main(argv: Sequence[str]) -> int:
     own, rest = take_options(argv, ("--out",), ("--help", "-h"))
     options = _parser().parse_args(own)
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "memgen continual needs matplotlib for its figure: pip install 'memgen[analysis]' installs it"
-        )
+        raise UsageError("needs matplotlib for its figure: pip install 'memgen[analysis]' installs it")
 
     from memgen.continual.settings import ContinualSettings, read_settings
 
     request = Request.from_argv(rest, [field.name for field in fields(ContinualSettings)])
     if request.run is not None:
-        raise UsageError("memgen continual takes --out DIR, not --run")
+        raise UsageError("takes --out DIR, not --run")
     layers = request.layers()
     document = config.resolve(config.merge(layers), layers)
 

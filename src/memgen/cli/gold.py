@@ -31,7 +31,7 @@ def test_gold(data: LightningDataModule) -> int:
     from memgen.data import EnvironmentData
 
     if not isinstance(data, EnvironmentData):
-        raise UsageError("memgen test --gold needs memgen.data.EnvironmentData")
+        raise UsageError("--gold needs memgen.data.EnvironmentData")
     wrong, found = 0, False
     for split in _SPLITS:
         try:

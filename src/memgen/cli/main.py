@@ -128,6 +128,8 @@ def _guarded(name: str, rest: list[str]) -> int:
         # Before slow imports: a signal during them would end the process.
         LISTENER.listen()
     try:
+        if command.trainer:
+            importlib.import_module("memgen.cli.config").require_files(rest)
         run = cast("Callable[[list[str]], int]", importlib.import_module(command.module).main)
         return run([name, *rest] if command.trainer else rest)
     except KeyboardInterrupt:

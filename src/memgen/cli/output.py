@@ -24,11 +24,19 @@ def keep_libraries_quiet() -> None:
     if os.environ.get(VERBOSE):
         return
     import lightning.pytorch
-    from huggingface_hub.utils.tqdm import enable_progress_bars
-    from transformers.utils.logging import disable_progress_bar
 
     for library in (lightning.fabric, lightning.pytorch):
         logging.getLogger(library.__name__).setLevel(logging.WARNING)
+    keep_model_loading_quiet()
+
+
+def keep_model_loading_quiet() -> None:
+    """The part of `keep_libraries_quiet` that a command without a Trainer needs."""
+    if os.environ.get(VERBOSE):
+        return
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()  # Over the weights of a model; over downloads too, which is not meant.
     enable_progress_bars()
 

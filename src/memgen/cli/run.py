@@ -119,6 +119,11 @@ def execute(
     if command == "fit" and request.run is not None and document.get("ckpt_path") is None:
         last = last_checkpoint(request.run)
         document["ckpt_path"] = None if last is None else str(last)
+        begun = any((request.run / weights).exists() for weights in ("best", "last"))
+        if last is None and begun and getattr(rank_zero_only, "rank", 0) in (None, 0):
+            logger.warning(
+                "%s has no checkpoint to go on from, so its run begins again at step 0", request.run
+            )
     require_checkpoints(document)
     if document.get("ckpt_path") is not None:
         # Our .ckpt files hold no pickled objects.
@@ -469,7 +474,7 @@ def stage_and_data(
     """
     stage, data, trainer = command.model, command.datamodule, command.trainer
     if not isinstance(data, EnvironmentData) or not hasattr(stage, "generation"):
-        raise UsageError(f"memgen {name} needs a stage of memgen and memgen.data.EnvironmentData")
+        raise UsageError("needs a stage of memgen and memgen.data.EnvironmentData")
     resumed = command._get(command.config, "ckpt_path")
     if resumed is not None:
         raise UsageError(
@@ -477,10 +482,10 @@ def stage_and_data(
             "--checkpoint DIR"
         )
     if needs_checkpoint and stage.init_from is None:
-        raise UsageError(f"memgen {name} needs a checkpoint directory: --checkpoint DIR")
+        raise UsageError("needs a checkpoint directory: --checkpoint DIR")
     if needs_checkpoint and trainer.world_size > 1:
         raise UsageError(
-            f"memgen {name} plays in one process, got {trainer.world_size}; set trainer.devices and trainer.num_nodes to 1"
+            f"plays in one process, got {trainer.world_size}; set trainer.devices and trainer.num_nodes to 1"
         )
     return stage, data
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from memgen.cli.errors import UsageError
 from memgen.cli.listening import listening, shown_host
+from memgen.cli.output import keep_model_loading_quiet
 
 KEY_VARIABLE = "MEMGEN_API_KEY"
 """Environment variable with the key: a command line can be read by every user of a machine."""
@@ -43,11 +44,14 @@ def main(argv: Sequence[str]) -> int:
         from memgen.api.agent import Agent
         from memgen.serving.app import ServerSettings, build_app
         from memgen.serving.engine import Engine
+        from memgen.training.threads import choose_threads
 
         def load(name: str) -> Agent:
             return Agent.from_pretrained(name, device=options.device)
 
+        keep_model_loading_quiet()
         agent = load(options.checkpoint)
+        choose_threads(agent.model)
         key = os.environ.get(KEY_VARIABLE) or None
         name = options.name or options.checkpoint
         settings = ServerSettings(options.timeout, key, load if options.allow_load else None)
@@ -75,7 +79,7 @@ def _uvicorn() -> Any:
         import fastapi  # noqa: F401 - the application needs it
         import uvicorn
     except ImportError as error:
-        raise UsageError(f"memgen serve needs the extra: pip install 'memgen[serve]' ({error})") from error
+        raise UsageError(f"needs the extra: pip install 'memgen[serve]' ({error})") from error
     return uvicorn
 
 

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator
 
+from memgen.cli.config import present
 from memgen.cli.errors import UsageError, nearest
 from memgen.parsing import UnknownKeyError, parse
 from memgen.running.interrupt import CONTINUES, END_TIME, seconds_of
@@ -111,9 +112,10 @@ def read_site(path: Path) -> Site:
     Raises:
         UsageError: if the file cannot be read, or has an option that does not exist or a value of the wrong kind.
     """
+    path = present(path)
     if not path.is_file():
-        present = sorted(str(found) for found in path.parent.glob("*.yaml"))
-        hint = f"; there are {', '.join(present)}" if present else ""
+        others = sorted(str(found) for found in path.parent.glob("*.yaml"))
+        hint = f"; there are {', '.join(others)}" if others else ""
         raise UsageError(f"{path} does not exist (--site){hint}")
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)

@@ -115,6 +115,9 @@ def read_settings(document: Mapping[str, Any]) -> ContinualSettings:
     """
     if document.get("chain") is None:
         raise ValueError("chain is not set; name the tasks in the order in which they are to be learnt")
+    for key in ("chain", "methods"):
+        if isinstance(document.get(key), str):  # On a command line: `--methods memgen,lora`.
+            document = {**document, key: [name.strip() for name in document[key].split(",")]}
     tasks = document.get("tasks")
     if isinstance(tasks, Mapping):
         # An overlay takes a task of the file below it away by setting it to null.

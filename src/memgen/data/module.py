@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from memgen.chat import CHATML, ChatTemplate, load_tokenizer, unread_arguments, writes_todays_date
+from memgen.chat import CHATML, ChatTemplate, check_arguments, load_tokenizer, writes_todays_date
 from memgen.data.batches import EvalBatch, Item
 from memgen.data.items import MAX_LENGTH, ItemSettings, SplitReader, require_at_least
 from memgen.data.order import EpochSampler, PromptSampler, ResumableLoader, WindowSampler
@@ -198,6 +198,7 @@ class EnvironmentData(LightningDataModule):
                 splits = ("train",)
             case _:
                 raise ValueError(f"stage must be fit, validate, test, predict or collect, got {stage!r}")
+        check_arguments(self.tokenizer_object, self.template)
         if self._rank == 0:
             self._report_template()
         reader = SplitReader(
@@ -221,10 +222,6 @@ class EnvironmentData(LightningDataModule):
                 self.replayed += again.read("train")[0]
 
     def _report_template(self) -> None:
-        for name in unread_arguments(self.tokenizer_object, self.template):
-            log.warning(
-                "data.template_arguments.%s: the chat template of %s does not read it", name, self.tokenizer
-            )
         if writes_todays_date(self.tokenizer_object, self.template):
             log.warning(
                 "the chat template of %s writes today's date into every prompt, so a run that is resumed tomorrow has other "
