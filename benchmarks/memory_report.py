@@ -275,7 +275,7 @@ def _ablation(data: Mapping[str, Any]) -> list[str]:
         f"    --conditions {','.join(data['conditions'])}",
         "```",
         "",
-        "docs/ablation.md says what each condition is. Costs are means per answer.",
+        "docs/ablation.md says what each condition is. SmolLM2 is also asked with `cot`. Costs are means per answer.",
         *tables,
     ]
 
