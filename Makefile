@@ -4,20 +4,27 @@
 # make test    every test that needs no GPU
 # make test-slow  what takes minutes: two processes, the whole pipeline on the lab; a skipped test fails
 # make test-with MARKS="sandbox or slurm"  tests that need more than Python (bubblewrap, SLURM, a browser, ...); a skipped
-#              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld, reasoning_gym
+#              one fails. MARKS are pytest's: sandbox, slurm, browser, netns, alfworld, scienceworld, reasoning_gym,
+#              verifiers, trackers, harness
 # make setup-worlds  adds ALFWorld and ScienceWorld to the environment (g++, cmake, Java), for their tests
 # make setup-reasoning-gym  adds Reasoning Gym (a C compiler, Python's headers), for its tests
+# make setup-verifiers  adds verifiers to the environment, for its tests
+# make setup-trackers  adds TensorBoard and Weights & Biases to the environment, for their tests
+# make setup-harnesses  makes an environment with lm-eval and inspect-ai, $(VENV)/harnesses, for their tests and docs/harnesses.md
 # make bench-lab  every stage on the lab with its controls, over several seeds; docs/results/lab.md
 # make bench-real  the same on SmolLM2-135M, a real language model; docs/results/real.md. Days of CPU time, kept cell by cell:
 #              REAL_ARGS="--only shop --seeds 0 --text FOLDER_OF_GSM8K" makes a part
 # make bench-performance  every figure of docs/performance.md, about 20 minutes
+# make bench-gpu  what a GPU does, in less than 8 minutes, with the interpreter PYTHON as it is: it needs torch, triton,
+#              transformers and peft, and no `make setup`. GPU_ARGS="--out FOLDER", or "--device cpu --tiny --out FOLDER"
+#              to rehearse it
 # make bench-scale  every stage under every strategy on two CPU processes, killed and resumed; the tables of docs/scale.md
 # make docs    the documentation site, in site/; a warning is an error
 # make check   lint, format, types, import directions, spelling
 #
 # Variables: PYTHON (an interpreter >= 3.11), VENV (where the environment goes), TORCH_INDEX (another package index
 # for torch, for example PyTorch's CPU or CUDA wheels), WORKERS (test processes of test, test-slow and test-with),
-# PYTEST_ARGS, DEMO_ARGS, REAL_ARGS.
+# PYTEST_ARGS, DEMO_ARGS, REAL_ARGS, GPU_ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,6 +33,7 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 DEMO_ARGS ?=
 REAL_ARGS ?=
+GPU_ARGS ?= --out docs/results/gpu
 
 # A file's tests run in one process, for what they share; long files begin first (tests/conftest.py).
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -36,7 +44,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= true
 
-.PHONY: setup setup-worlds setup-reasoning-gym demo demo-real test test-slow test-with check docs test-gpu bench-lab bench-real bench-performance bench-scale format
+.PHONY: setup setup-worlds setup-reasoning-gym setup-verifiers setup-trackers setup-harnesses demo demo-real test test-slow test-with check docs test-gpu bench-lab bench-real bench-performance bench-gpu bench-scale format
 
 setup: $(STAMP)
 
@@ -63,6 +71,18 @@ setup-worlds: setup
 setup-reasoning-gym: setup
 	$(call extras,reasoning-gym)
 
+setup-verifiers: setup
+	$(call extras,verifiers)
+
+setup-trackers: setup
+	$(call extras,tensorboard wandb)
+
+# All pins but fsspec's.
+setup-harnesses: setup
+	test -x $(VENV)/harnesses/bin/python || $(PYTHON) -m venv $(VENV)/harnesses
+	sed '/^fsspec==/d' constraints.txt > $(VENV)/harnesses/constraints.txt
+	$(VENV)/harnesses/bin/python -m pip install --quiet -c $(VENV)/harnesses/constraints.txt "lm-eval[api]" inspect-ai openai
+
 demo: setup
 	$(BIN)/memgen demo $(DEMO_ARGS)
 
@@ -73,10 +93,10 @@ demo-real: setup
 test test-slow test-with: export OMP_NUM_THREADS ?= 1
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not verifiers and not trackers and not harness and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
 
 test-slow: setup
-	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
+	MEMGEN_NO_SKIPS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not netns and not alfworld and not scienceworld and not reasoning_gym and not verifiers and not trackers and not harness and not sandbox" $(PARALLEL) $(PYTEST_ARGS)
 
 test-with: setup
 	@test -n "$(MARKS)" || { echo 'make test-with: name the tests: make test-with MARKS="sandbox or slurm"' >&2; exit 1; }
@@ -121,6 +141,10 @@ bench-performance: setup
 	$(BIN)/memgen bench memory --json $(PERFORMANCE)/memory.json
 	$(BIN)/memgen bench kernels --json $(PERFORMANCE)/kernels.json
 	$(BIN)/python -m benchmarks.performance_report
+
+# On a machine that has what the model imports, and need not have the rest.
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 # Every stage under every strategy, and the tables of docs/scale.md. Two CPU processes; about 10 minutes.
 bench-scale: setup

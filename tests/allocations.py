@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,3 +31,32 @@ class Largest(TorchDispatchMode):
             if elements > self.elements:
                 self.elements, self.where = elements, f"{func} -> {tuple(leaf.shape)}"
         return result
+
+
+class Held(TorchDispatchMode):
+    """The bytes that operations have allocated inside and that something still holds, autograd's graph too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._alive: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if is_tensor(leaf)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in filter(is_tensor, tree_leaves(result)):
+            storage = leaf.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in given or key in self._alive:
+                continue
+            self.bytes += size
+            self._alive[key] = weakref.ref(storage, lambda _, key=key, size=size: self._gone(key, size))
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self.bytes -= size
+        del self._alive[key]
+
+
+def is_tensor(value) -> bool:
+    return isinstance(value, torch.Tensor)

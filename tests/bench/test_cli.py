@@ -74,8 +74,8 @@ def _counting(monkeypatch, meter):
 def test_kernels_say_that_triton_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setitem(kernels.COPY_BYTES, "cpu", 1 << 20)
     monkeypatch.setitem(kernels.LOGPROB_SIZES, "cpu", LogprobSize(16, 8, 32))
-    monkeypatch.setattr(
-        kernels, "INTERLEAVE_SIZE", InterleaveSize(rows=2, length=20, hidden=8, vocabulary=32)
+    monkeypatch.setitem(
+        kernels.INTERLEAVE_SIZES, "cpu", InterleaveSize(rows=2, length=20, hidden=8, vocabulary=32)
     )
     assert bench("kernels", "--repeats", 1) == 0
     printed = " ".join(capsys.readouterr().out.split())

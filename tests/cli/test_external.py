@@ -127,7 +127,8 @@ def test_a_bank_is_looked_into_and_pruned(folder, capsys):
     assert f"bank.sqlite: {len(blocks)} blocks of " in lines[0]
     assert "reasoner base (weights " in lines[1]
     assert "prompt of 3 latents" in lines[2]
-    assert lines[-3].startswith("cosines between keys of different episodes, prompt: 5 % ")
+    assert lines[-4].startswith("cosines between keys of different episodes, prompt: 5 % ")
+    assert lines[-3].startswith("cosines between keys of different episodes, prompt, centred: 5 % ")
     assert blocks[-1]["episode"] in lines[-1]
 
     assert main(["bank", "prune", "bank.sqlite", "--episode", blocks[0]["episode"], "--capacity", "2"]) == 0

@@ -124,9 +124,11 @@ def _turn(
     if model.trigger.reads_text:
         at_prompt = bool(queries)
         asked = [i for i, decision in enumerate(turn.decisions) if i and decision != Decision.NOT_ASKED]
-        trigger = len(turn.context) / len(sharing) if at_prompt else 0.0
+        # A prompt is read once for its answers, as soon as one of them is asked.
+        any_asked = any(d != Decision.NOT_ASKED for other in sharing for d in other.decisions[1:])
+        trigger = len(turn.context) / len(sharing) if at_prompt or any_asked else 0.0
         if asked:
-            trigger += asked[-1] + (0 if at_prompt else len(turn.context))
+            trigger += asked[-1]
     return reasoner, read, trigger
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -298,7 +300,7 @@ def test_storage_and_shapes_are_the_same_in_all_steps_of_a_size(trigger, reads, 
 
 def backbone_tensors(model, step) -> list[torch.Tensor]:
     """The cache's buffers and the angles."""
-    cache = step._cache
+    cache = step.cache
     return [*cache._keys.values(), *cache._values.values(), *model.reasoner.backbone.recordable()]
 
 
@@ -339,6 +341,137 @@ def test_the_host_waits_once_per_step_and_once_more_where_latents_are_read(trigg
     assert waits_then - waits_before == steps + extra
 
 
+# Kept between calls
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Recordings as a GPU makes them, on the CPU: the sizes recorded, in order, and how often one was replayed."""
+    found: list[list] = [[], []]
+
+    class Recording:
+        def __init__(self, step, size):
+            self.step, self.size = step, size
+
+        def replay(self):
+            found[1].append(self.size)
+            self.step.compute(self.size[0], self.size[1])
+
+    def record(self, size):
+        found[0].append(size)
+        self._graphs[size] = Recording(self, size)
+
+    begin = StaticStep.begin
+
+    def begin_and_record(self, *arguments):
+        begin(self, *arguments)
+        self._records = True
+
+    monkeypatch.setattr(StaticStep, "_record", record)
+    monkeypatch.setattr(StaticStep, "begin", begin_and_record)
+    monkeypatch.setattr(static_step, "WARM_UP", 2)
+    return found
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_recordings_are_made_once_for_all_calls(recorded, group_size):
+    model = tiny_memgen(delimiters=("z",))
+    # Two samplings take turns, as training and evaluation do; prompts differ.
+    for number in range(6):
+        settings = replace((DRAWN, GREEDY)[number % 2], group_size=group_size)
+        static, dynamic = both(model, random_rows([9, 20 - number, 4], seed=number), settings)
+        assert_same(model, static, dynamic)
+        if number == 1:
+            first = list(recorded[0])
+    assert len(first) == len(set(first)) > 2
+    assert recorded[0] == first
+    assert len(recorded[1]) > 3 * len(first)
+    (kept,) = static_step._kept[model.reasoner]
+    assert kept.cache.rows == 3 * group_size
+
+
+def test_a_kept_cache_that_holds_anything_changes_nothing():
+    model = tiny_memgen()
+    static, dynamic = both(model, random_rows(LENGTHS), DRAWN)
+    (step,) = static_step._kept[model.reasoner]
+    for buffer in (*step.cache._keys.values(), *step.cache._values.values()):
+        buffer.fill_(torch.nan)
+    # Fewer and shorter rows than those that it was made for.
+    assert_same(model, *both(model, random_rows(LENGTHS[:3]), DRAWN))
+    assert static_step._kept[model.reasoner] == [step]
+    again, _ = both(model, random_rows(LENGTHS), DRAWN)
+    assert again.answers() == static.answers() == dynamic.answers()
+
+
+def test_what_was_recorded_on_weights_that_have_moved_is_not_used_again(recorded):
+    model = tiny_memgen(delimiters=("z",))
+    both(model, random_rows(LENGTHS), DRAWN)
+    (step,) = static_step._kept[model.reasoner]
+    for parameter in model.weaver.own_parameters().values():
+        parameter.data = parameter.data.clone()  # Adapters are not part of it.
+    both(model, random_rows(LENGTHS), DRAWN)
+    assert static_step._kept[model.reasoner] == [step]
+    weight = model.reasoner.backbone.model.model.layers[0].mlp.up_proj.weight
+    weight.data = -weight.data
+    assert_same(model, *both(model, random_rows(LENGTHS), DRAWN))
+    (other,) = static_step._kept[model.reasoner]
+    assert other is not step
+
+
+def test_an_adapter_of_the_reasoner_may_change_where_it_lies_but_not_move(recorded):
+    model = tiny_memgen(source="lora", prompt_latents=0, inference_latents=0, trigger="never")
+    before, _ = both(model, random_rows(LENGTHS), DRAWN)
+    (step,) = static_step._kept[model.reasoner]
+    with torch.no_grad():
+        for parameter in model.weaver.own_parameters().values():
+            parameter.mul_(3.0)  # As an optimizer's step does.
+    static, dynamic = both(model, random_rows(LENGTHS), DRAWN)
+    assert_same(model, static, dynamic)
+    assert static.answers() != before.answers()
+    assert static_step._kept[model.reasoner] == [step]
+    for parameter in model.weaver.own_parameters().values():
+        parameter.data = parameter.data * -1.0
+    assert_same(model, *both(model, random_rows(LENGTHS), DRAWN))
+    assert step not in static_step._kept[model.reasoner]
+
+
+def test_a_call_inside_a_call_has_storage_of_its_own():
+    model = tiny_memgen()
+    static, _ = both(model, random_rows(LENGTHS), DRAWN)
+    inner = []
+
+    def observe(row, token):
+        if row == 0 and len(inner) < 2:
+            inner.append(generate(model, random_rows(LENGTHS, 1), replace(DRAWN, static_step="on")))
+
+    outer = generate(model, random_rows(LENGTHS), replace(DRAWN, static_step="on"), observe=observe)
+    assert outer.answers() == static.answers()
+    assert (
+        inner[0].answers() == inner[1].answers() == both(model, random_rows(LENGTHS, 1), DRAWN)[1].answers()
+    )
+    assert len(static_step._kept[model.reasoner]) == static_step.KEPT
+
+
+def test_calls_in_and_outside_of_inference_mode_may_share_a_step():
+    model = tiny_memgen()
+    found = []
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            found.append(generate(model, random_rows(LENGTHS), replace(DRAWN, static_step="on")).answers())
+    assert found[0] == found[1] == found[2]
+    assert len(static_step._kept[model.reasoner]) == 1
+
+
+def test_what_is_kept_keeps_no_model_alive():
+    model = tiny_memgen()
+    generate(model, random_rows(LENGTHS), replace(DRAWN, static_step="on"))
+    gone = weakref.ref(model.reasoner)
+    assert gone() in static_step._kept
+    del model
+    gc.collect()
+    assert gone() is None
+
+
 def test_numbers_of_several_kinds_come_to_the_host_in_one_copy():
     parts = [torch.tensor([2**40 + 1, 7]), torch.tensor([0.1, -3.0]), torch.zeros(0), torch.tensor([0.3])]
     with Reads() as reader:
@@ -371,6 +504,23 @@ def test_recorded_steps_give_the_ragged_engines_answers(trigger, reads, monkeypa
     assert_same(model, static, dynamic)
     assert recorded
     assert all(recorded)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_second_call_replays_what_the_first_has_recorded(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    recorded = []
+    original = StaticStep._record
+    monkeypatch.setattr(StaticStep, "_record", lambda *a: recorded.append(1) or original(*a))
+    monkeypatch.setattr(static_step, "WARM_UP", 1)
+    model = tiny_memgen(delimiters=("z",)).to("cuda")
+    for seed in range(3):
+        static, dynamic = both(model, random_rows([9, 12, 4], seed=seed), DRAWN)
+        assert_same(model, static, dynamic)
+        if seed == 0:
+            first = len(recorded)
+    assert len(recorded) == first > 0
 
 
 @pytest.mark.gpu

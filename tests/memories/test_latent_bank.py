@@ -77,6 +77,23 @@ def test_the_best_come_first_of_the_same_kind_and_length(bank):
     assert found(bank, count=3, decay=0.0) == [2, 5, 1]
 
 
+def test_centred_keys_lose_the_direction_that_all_share(bank):
+    common, own = np.array([0, 0, 100], dtype=np.float32), np.array([0, 1, 0], dtype=np.float32)
+    for number, part in enumerate((QUERY, -QUERY, own, -own)):
+        latents = np.full((2, 3), number, dtype=np.float32)
+        bank.keep(f"episode {number}", 1.0, [NewBlock("prompt", common + part, latents)], 100)
+    asked = {"least": 0.9, "decay": 0.0, "count": 9}
+    assert len(bank.search(common + QUERY, "prompt", 2, **asked)) == 4
+    (hit,) = bank.search(common + QUERY, "prompt", 2, centred=True, **asked)
+    assert int(bank.latents(hit.number)[0, 0]) == 0
+    assert hit.score == pytest.approx(1.0)
+    assert bank.cosines("prompt").min() > 0.99
+    assert bank.cosines("prompt", centred=True) == pytest.approx([-1, -1, 0, 0, 0, 0], abs=1e-6)
+    # A block that is the mean itself is not found.
+    bank.keep("alone", 1.0, [block(9, kind="inference")], 100)
+    assert bank.search(QUERY, "inference", 2, centred=True, **asked) == []
+
+
 def test_it_says_how_alike_the_keys_of_different_episodes_are(bank):
     assert len(bank.cosines("prompt")) == 0
     bank.keep("a", 1.0, [block(1, 1.0), block(2, 0.5)], 100)

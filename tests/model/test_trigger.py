@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -92,6 +94,82 @@ def test_logits_behind_every_token_are_those_of_each_prefix():
         for end in range(1, len(row) + 1):
             expected = dense_probability(trigger, row[:end])
             assert_close(f"prefix {end}", ours[end - 1].softmax(-1)[Decision.INVOKE], expected)
+
+
+def grouped() -> tuple[TokenBatch, torch.Tensor]:
+    """Three answers to a prompt of 4 tokens, a row that shares two with a fourth, one alone; and places of decisions."""
+    prompt, other = random_rows([4, 4])
+    tails = random_rows([3, 1, 5, 2, 4], seed=1)
+    beginnings = [prompt, prompt, prompt, other, [*other[:2], 66]]
+    rows = [beginning + tail for beginning, tail in zip(beginnings, tails, strict=True)]
+    batch = dataclasses.replace(
+        TokenBatch.from_rows(rows),
+        group=torch.tensor([0, 0, 0, 1, 1]),
+        shared=torch.tensor([4, 4, 4, 4, 2]),
+    )
+    at = torch.zeros_like(batch.supervised)
+    for row, ids in enumerate(rows):
+        at[row, : len(ids)] = torch.arange(len(ids)) % 2 == 1  # The last token of the prompt among them.
+    return batch, at
+
+
+def test_a_groups_prompt_is_read_once_and_every_row_has_its_logits_and_gradient(monkeypatch):
+    batch, at = grouped()
+    found = []
+    for given in (batch, dataclasses.replace(batch, group=None, shared=None)):
+        model = tiny_memgen(trigger="tokens", double=True)
+        model.train_only(model.trigger)
+        read: list[int] = []
+        original = model.trigger.backbone.forward
+        monkeypatch.setattr(
+            model.trigger.backbone, "forward", lambda x, *a, f=original, r=read: r.append(len(x)) or f(x, *a)
+        )
+        logits = model.decision_logits(given, InsertionPlan.empty(5), at)
+        (logits * torch.linspace(0.5, 1.5, len(logits))[:, None] ** 2).sum().backward()
+        gradients = {name: p.grad for name, p in model.trigger.own_parameters().items()}
+        found.append(({"logits": logits.detach(), **gradients}, read))
+    (ours, shared), (expected, alone) = found
+    assert alone == [int(batch.lengths.sum())]
+    # Two answers take the prompt's 4 tokens from the first, the last row takes 2.
+    assert shared == [alone[0] - 2 * 4 - 2]
+    for name, value in expected.items():
+        assert_close(
+            name, ours[name], value, dtype=torch.float32
+        )  # Logits are float32 whatever the model is.
+
+
+def test_rows_of_a_group_that_begin_otherwise_are_refused():
+    batch, at = grouped()
+    batch.ids[1, 2] = 90
+    with pytest.raises(
+        ValueError, match="rows 0 and 1 are of one group but do not begin with the same tokens"
+    ):
+        tiny_memgen(trigger="tokens").trigger.logits(batch, at, None)
+
+
+@pytest.mark.parametrize("static", ["on", "off"])
+def test_where_no_prompt_has_latents_a_group_still_reads_its_prompt_once(static):
+    model = tiny_memgen(trigger="tokens", prompt_latents=0, cap=2)
+    prompts, seeds = random_rows([30, 40]), list(range(6))
+    settings = GenerationSettings(max_new_tokens=24, temperature=1.0, static_step=static)
+    stop = lambda tokens: tokens[-1] % 29 == 0  # noqa: E731 - rows end at different steps
+    together = generate(
+        model, prompts, dataclasses.replace(settings, group_size=3), row_seeds=seeds, stop=stop
+    )
+    alone = generate(model, [p for p in prompts for _ in range(3)], settings, row_seeds=seeds, stop=stop)
+    assert together.answers() == alone.answers()
+    assert together.plan.rows() == alone.plan.rows()
+    for row in range(6):
+        assert_close("probability", invoke_probs(together, row), invoke_probs(alone, row))
+    asked = [turn.offered > 0 for turn in alone.turns]
+    assert sum(asked) > 3
+    spared = sum(
+        len(prompt) * (sum(asked[3 * i : 3 * i + 3]) - 1)
+        for i, prompt in enumerate(prompts)
+        if any(asked[3 * i : 3 * i + 3])
+    )
+    assert together.work.trigger_positions == alone.work.trigger_positions - spared
+    assert together.work.trigger_forwards <= alone.work.trigger_forwards + 2
 
 
 @torch.no_grad()

@@ -113,6 +113,43 @@ def test_logprobs_are_those_of_the_written_tokens(client, agent):
     assert found == pytest.approx(answer.logprobs, abs=1e-5)
 
 
+def test_top_logprobs_are_the_most_probable_tokens_of_each_place_at_the_answers_temperature(client):
+    asked = {"max_tokens": 10, "logprobs": True, "top_logprobs": 20}
+    for settings in ({"temperature": 0}, {"temperature": 0.7, "seed": 5, "top_k": 20}):
+        (choice,) = client.chat(QUESTIONS[3], **asked, **settings)["choices"]
+        content = choice["logprobs"]["content"]
+        assert len(content) == len(choice["memgen"]["tokens"])
+        for token in content:
+            found = [(top["token"], top["logprob"]) for top in token["top_logprobs"]]
+            assert len(found) == 20
+            assert [value for _, value in found] == sorted((value for _, value in found), reverse=True)
+            # A token that is sampled from the 20 most probable ones is one of them.
+            assert any(
+                name == token["token"] and value == pytest.approx(token["logprob"], abs=1e-5)
+                for name, value in found
+            )
+        chunks = client.events(
+            CHAT, messages=[{"role": "user", "content": QUESTIONS[3]}], **asked, **settings
+        )[:-1]
+        shown = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+        assert [entry for piece in shown if piece for entry in piece["content"]] == content
+
+
+def test_alternatives_of_an_answer_are_those_of_its_tokens_in_a_prompt():
+    with serving(tiny_agent(trigger="never")) as plain:
+        asked = {"temperature": 0, "max_tokens": 6, "logprobs": 3}
+        (written,) = plain.post(TEXT, prompt=[5, 9, 40], **asked)["choices"]
+        ids = [5, 9, 40, *written["memgen"]["tokens"]]
+        (scored,) = plain.post(TEXT, prompt=ids, **(asked | {"echo": True, "max_tokens": 0}))["choices"]
+        pieces = [
+            chunk["choices"][0]["logprobs"] for chunk in plain.events(TEXT, prompt=[5, 9, 40], **asked)[:-1]
+        ]
+    tops = written["logprobs"]["top_logprobs"]
+    assert [top for piece in pieces if piece for top in piece["top_logprobs"]] == tops
+    for ours, theirs in zip(tops, scored["logprobs"]["top_logprobs"][3:], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
 def test_a_harness_gets_the_scores_of_a_prompt_and_its_most_probable_tokens(client, agent):
     prompt = agent.tokenizer.encode("two and two is four")
     response = client.post(TEXT, prompt=prompt, echo=True, logprobs=1, max_tokens=1, temperature=0)
@@ -160,7 +197,10 @@ def test_several_prompts_are_answered_in_their_order(client, agent):
         (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "stop": [""]}, 400, "stop text is empty"),
         (TEXT, {"model": "tiny", "prompt": []}, 400, "between 1 and 512 answers"),
         (TEXT, {"model": "tiny", "prompt": [[1], [9999]]}, 400, "ids are below 260"),
-        (TEXT, {"model": "tiny", "prompt": "a", "logprobs": 5}, 400, "logprobs"),
+        (TEXT, {"model": "tiny", "prompt": "a", "logprobs": 6}, 400, "logprobs"),
+        (TEXT, {"model": "tiny", "prompt": "a", "top_logprobs": 2}, 400, "top_logprobs is not served"),
+        (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, 400, "needs logprobs: true"),
+        (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "top_logprobs": 21}, 400, "top_logprobs"),
         (TEXT, {"model": "tiny", "prompt": "a", "logprobs": 1, "echo": True, "stream": True}, 400, "not streamed"),
         (TEXT, b"x" * (9 << 20), 413, "longer than"),
         ("/v1/nothing", {}, 404, "Not Found"),
@@ -275,27 +315,6 @@ def test_metrics_count_requests_tokens_and_insertions(agent):
         assert lines["memgen_tokens_total"] == str(written["usage"]["completion_tokens"])
         assert lines["memgen_insertions_total"] == str(len(written["choices"][0]["memgen"]["insertions"]))
         assert lines["memgen_running"] == "0"
-
-
-def test_a_hundred_mixed_requests_leave_nothing_behind(agent):
-    draw = random.Random(1)
-    with serving(agent, rows=4, waiting=200) as client, ThreadPoolExecutor(8) as pool:
-
-        def one(number):
-            kind = number % 5
-            if kind == 0:
-                return client.ask("POST", CHAT, b"{")[0]
-            if kind == 1:
-                return client.ask("POST", TEXT, {"model": "tiny", "prompt": "a" * 600})[0]
-            if kind == 2:
-                return client.ask("POST", TEXT, {"model": "none", "prompt": "a"})[0]
-            content = {"model": "tiny", "prompt": "a" * draw.randint(1, 60), "max_tokens": draw.randint(1, 8)}
-            return client.ask("POST", TEXT, {**content, "stream": kind == 3})[0]
-
-        assert list(pool.map(one, range(100))) == [400, 400, 404, 200, 200] * 20
-        wait_until(lambda: client.engine.running == client.engine.waiting == 0)
-        assert client.engine.counts.answers == 40
-        assert client.engine.counts.failed == client.engine.counts.cancelled == 0
 
 
 # The official client

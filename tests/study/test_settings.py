@@ -72,7 +72,7 @@ def test_marks_are_filled_in_wherever_they_stand():
         ({"methods": {"a": {"control": "oracle", "examples": 1}}}, "control oracle puts the solution"),
         ({"methods": {"a": {"memory": {"method": "exp_rag", "into": "weaver"}}}}, "needs a checkpoint of a latent source"),
         ({"methods": {"a": {"learns": True}}}, "learns is of a checkpoint's latent source"),
-        ({"methods": {"a": {"memroy": {}}}}, "methods.a.memroy is not a key of MethodSettings"),
+        ({"methods": {"a": {"recall": {}}}}, "methods.a.recall is not a key of MethodSettings"),
         ({"scribe": {"kind": "http"}}, "scribe.kind http needs scribe.url and scribe.model"),
         ({"scribe": {"url": "http://h/v1"}}, "scribe.url and scribe.model are for scribe.kind http, but it is none"),
     ],

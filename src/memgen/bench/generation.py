@@ -75,7 +75,12 @@ class Decoding:
 
     @torch.no_grad()
     def huggingface(
-        self, workload: DecodingWorkload, *, new: int | None = None, static: bool = False
+        self,
+        workload: DecodingWorkload,
+        *,
+        new: int | None = None,
+        static: bool = False,
+        compiled: bool | None = None,
     ) -> torch.Tensor:
         """Hugging Face's greedy `generate`.
 
@@ -83,6 +88,7 @@ class Decoding:
             workload: the task.
             new: another number of new tokens; 1 reads the prompt only.
             static: a static cache instead of one that grows.
+            compiled: whether a static cache's steps are compiled; None: as Hugging Face decides.
 
         Returns:
             Prompt and new tokens, (B, P+N).
@@ -96,16 +102,22 @@ class Decoding:
             eos_token_id=None,
             pad_token_id=0,
             cache_implementation="static" if static else None,
+            disable_compile=None if compiled is None else not compiled,
         )
         output = self.plain.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return cast(torch.Tensor, output)
 
     def ours(
-        self, workload: DecodingWorkload, model: MemGenModel, observe: Observer | None = None
+        self,
+        workload: DecodingWorkload,
+        model: MemGenModel,
+        observe: Observer | None = None,
+        static_step: Literal["auto", "on", "off"] = "auto",
     ) -> Generation:
         """Our engine, greedy."""
         prompts = random_ids(workload.batch, workload.prompt, self.settings)
-        return generate(model, prompts, GenerationSettings(max_new_tokens=workload.new), observe=observe)
+        settings = GenerationSettings(max_new_tokens=workload.new, static_step=static_step)
+        return generate(model, prompts, settings, observe=observe)
 
 
 def insertions(generation: Generation) -> int:

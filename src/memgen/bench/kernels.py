@@ -7,7 +7,7 @@ the operation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from statistics import median
@@ -71,8 +71,9 @@ class LogprobSize:
     vocabulary: int
 
 
-INTERLEAVE_SIZE = InterleaveSize()
-"""As in a training step of a model of 1.5 billion parameters."""
+INTERLEAVE_SIZES = {"cpu": InterleaveSize(), "cuda": InterleaveSize(rows=128, length=4096)}
+"""By type of device: on a CPU a training step's of a model of 1.5 billion parameters, on a GPU what takes long enough for
+the launch not to count."""
 
 LOGPROB_SIZES = {"cpu": LogprobSize(2048, 512, 32768), "cuda": LogprobSize(8192, 1536, 151936)}
 """By type of device: a training step's on a GPU, and on a CPU what takes a second or two."""
@@ -91,7 +92,7 @@ def interleave_problem(
     device: str, dtype: torch.dtype, direction: Direction, seed: int, size: InterleaveSize | None = None
 ) -> Problem:
     """Latents between the tokens of packed rows, each row at random points."""
-    size = size or INTERLEAVE_SIZE
+    size = size or INTERLEAVE_SIZES[torch.device(device).type]
     generator = torch.Generator().manual_seed(seed)
     sources: list[int] = []
     tokens: list[int] = []
@@ -206,7 +207,7 @@ def _directed(
     return forward if direction == "forward" else both
 
 
-PROBLEMS = (interleave_problem, logprob_problem)
+PROBLEMS: tuple[Callable[..., Problem], ...] = (interleave_problem, logprob_problem)
 
 
 def implementations(device: str) -> tuple[Implementation, ...]:
@@ -228,8 +229,9 @@ def measure_kernels(
     meter: Meter,
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
-    """One case per operation and direction, and one for the copy.
+    sizes: Sequence[Any] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """One case for the copy and one per operation and direction, each as soon as it is measured.
 
     Args:
         device: where.
@@ -238,22 +240,20 @@ def measure_kernels(
         meter: the clocks.
         seed: of the inputs.
         progress: called after each run.
+        sizes: of the operations, in the order of `PROBLEMS`. Default: by type of device.
     """
     bandwidth = copy_bandwidth(device, meter)
-    cases: list[dict[str, Any]] = [
-        {
-            "kernel": "copy",
-            "device": device,
-            "bytes": COPY_BYTES[torch.device(device).type],
-            "bandwidth_bytes_per_second": round(bandwidth),
-        }
-    ]
-    for make in PROBLEMS:
+    yield {
+        "kernel": "copy",
+        "device": device,
+        "bytes": COPY_BYTES[torch.device(device).type],
+        "bandwidth_bytes_per_second": round(bandwidth),
+    }
+    for make, size in zip(PROBLEMS, sizes or [None] * len(PROBLEMS), strict=True):
         for direction in DIRECTIONS:
-            problem = make(device, getattr(torch, dtype), direction, seed)
+            problem = make(device, getattr(torch, dtype), direction, seed, size)
             timings = measure_in_turn(problem.forms, repeats, meter, progress)
-            cases.append(_case(problem, timings, bandwidth, device, dtype, seed))
-    return cases
+            yield _case(problem, timings, bandwidth, device, dtype, seed)
 
 
 def _case(

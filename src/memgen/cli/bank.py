@@ -66,12 +66,14 @@ def _lines(bank: LatentBank, blocks: Sequence[StoredBlock], shown: Sequence[Stor
     if held:
         lines.append(held)
     for kind in sorted({kind for kind, _ in kinds}):
-        cosines = bank.cosines(kind)
-        if len(cosines):
-            low, middle, high = (cosines[int(share * (len(cosines) - 1))] for share in (0.05, 0.5, 0.95))
-            lines.append(
-                f"cosines between keys of different episodes, {kind}: 5 % {low:.3f}, median {middle:.3f}, 95 % {high:.3f}"
-            )
+        for name, centred in (("", False), (", centred", True)):
+            cosines = bank.cosines(kind, centred=centred)
+            if len(cosines):
+                low, middle, high = (cosines[int(share * (len(cosines) - 1))] for share in (0.05, 0.5, 0.95))
+                lines.append(
+                    f"cosines between keys of different episodes, {kind}{name}: 5 % {low:.3f}, median {middle:.3f}, "
+                    f"95 % {high:.3f}"
+                )
     for block in shown:
         text = " ".join(block.text.split())
         lines.append(

@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
         questions = _questions(options, earlier)
 
     from memgen.api.agent import Agent
+    from memgen.training.threads import choose_threads
 
     keep_model_loading_quiet()
     agent = Agent.from_pretrained(
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
         template_arguments=options.template_arguments,
         **{name: getattr(options, name) for name in EXTERNAL if hasattr(options, name)},
     )
+    choose_threads(agent.model)
     settings = {
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,

@@ -44,12 +44,14 @@ def main(argv: Sequence[str]) -> int:
         from memgen.api.agent import Agent
         from memgen.serving.app import ServerSettings, build_app
         from memgen.serving.engine import Engine
+        from memgen.training.threads import choose_threads
 
         def load(name: str) -> Agent:
             return Agent.from_pretrained(name, device=options.device)
 
         keep_model_loading_quiet()
         agent = load(options.checkpoint)
+        choose_threads(agent.model)
         key = os.environ.get(KEY_VARIABLE) or None
         name = options.name or options.checkpoint
         settings = ServerSettings(options.timeout, key, load if options.allow_load else None)

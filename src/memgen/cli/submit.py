@@ -332,6 +332,10 @@ def logger_of(resolved: Mapping[str, Any]) -> RunLogger | None:
     from memgen.tracking.run_logger import run_logger
 
     chosen = (resolved.get("trainer") or {}).get("logger")
+    if isinstance(chosen, list):  # MLflow beside other trackers.
+        chosen = next(
+            (one for one in chosen if isinstance(one, dict) and one["class_path"] == RUN_LOGGER), False
+        )
     if chosen is False:
         return None
     settings: dict[str, Any] = {}

@@ -33,27 +33,32 @@ class Newcomer:
         settings: of this answer alone; its `seed` is not read, and `group_size` is 1.
         row_seed: what is sampled for it depends on this alone, as on `row_seeds` of `generate`.
         stop: ends it besides the end tokens. It is asked once for each token that is not an end token.
+        alternatives: how many of each place's most probable tokens are kept in `Written.tops`.
     """
 
     prompt: Sequence[int]
     settings: GenerationSettings
     row_seed: int = 0
     stop: Stop | None = None
+    alternatives: int = 0
 
 
 @dataclass(frozen=True)
 class Written:
-    """What has been written of a live answer. The lists go on growing.
+    """What has been written of an answer. The lists go on growing.
 
     Attributes:
         tokens: token ids.
         logprobs: log-probability of each.
         insertions: for each insertion, the index in `tokens` before which it lies.
+        tops: for each token the most probable tokens of its place, best first, with their log-probabilities at the answer's
+            temperature, before top-k and top-p; empty if none are kept.
     """
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
     insertions: Sequence[int]
+    tops: Sequence[Sequence[tuple[int, float]]]
 
 
 def positions_needed(model: MemGenModel, prompt: int, new: int) -> int:
@@ -134,6 +139,8 @@ class ContinuousBatch:
             [newcomer.row_seed for newcomer in newcomers],
             Hooks(),
         )
+        for answer, newcomer in zip(state.answers, newcomers, strict=True):
+            answer.alternatives = newcomer.alternatives
         first = read_prompts(state, prompt_streams(self.model, prompts, None, None))
         begun = list(range(len(newcomers)))
         state.append(begun, *to_host(*state.sample(first, begun)))
@@ -168,7 +175,7 @@ class ContinuousBatch:
         return [(place, self._state.answers[place].turn()) for place in over]
 
     def written(self, place: int) -> Written:
-        """What a live answer says so far."""
+        """What an answer says so far; one that has left, until another takes its place."""
         answer = self._state.answers[place]
         points = [point - len(answer.prompt) for point, _ in answer.insertions]
-        return Written(answer.tokens, answer.logprobs, points)
+        return Written(answer.tokens, answer.logprobs, points, answer.tops)

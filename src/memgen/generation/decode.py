@@ -18,6 +18,7 @@ from torch import Tensor
 from memgen.generation.prompt import prompt_streams, read_prompts
 from memgen.generation.sampling import GenerationSettings
 from memgen.generation.state import Decide, DecodingState, Hooks, Intervention, Observer, Stop, to_host
+from memgen.generation.static_step import keep_step
 from memgen.generation.step import DecodingSteps
 from memgen.model.memgen import MemGenModel
 from memgen.types import Generation, InsertionPlan
@@ -81,6 +82,8 @@ def generate(
             break
         steps.drop_finished()
         steps.run()
+    if state.static is not None:
+        keep_step(state.static)
     return state.result()
 
 

@@ -117,7 +117,7 @@ class BankReader(External):
         settings = self.settings
         hits = self.bank.search(
             self._key(tail), kind.name.lower(), self._config.latents(kind),
-            count=settings.blocks, least=settings.least, decay=settings.decay,
+            count=settings.blocks, least=settings.least, decay=settings.decay, centred=settings.centred,
         )  # fmt: skip
         blocks = [self.bank.latents(hit.number) for hit in hits]
         return [

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memgen.generation.state import DecodingState
+from memgen.generation.state import DecodingState, to_host
 from memgen.kernels import interleave
 from memgen.model.cache import PassSegment, upload
 from memgen.model.memgen import MemGenModel
@@ -152,7 +152,7 @@ def _decide(state: DecodingState, end_states: Tensor | None) -> list[bool]:
             state.no_decision(index)
         return [False] * len(state.answers)
     boundary = Boundary(rows=range(len(state.prompts)), unread=state.prompts, states=end_states)
-    probs = state.ask(boundary).tolist()
+    (probs,) = to_host(state.ask(boundary))
     invoked = []
     for index, answer in enumerate(state.answers):
         answer.trigger_read = len(answer.prompt)

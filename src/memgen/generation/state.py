@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from memgen.generation.sampling import GenerationSettings, Sampled, row_uniforms, sample
+from memgen.generation.static_step import StaticStep, take_step
+from memgen.kernels import tempered
 from memgen.model.cache import PassSegment, RowKVCache, upload
 from memgen.model.inside import TextReader
 from memgen.model.memgen import MemGenModel
@@ -64,6 +66,8 @@ class Answer:
     settings: GenerationSettings | None = None
     stop: Stop | None = None
     cancelled: bool = False
+    alternatives: int = 0  # how many most probable tokens of each place to keep in `tops`
+    tops: list[list[tuple[int, float]]] = field(default_factory=list)
     inserted: int = 0  # insertions inside the answer, which the configuration limits
     # What the weaver has not read yet: vectors of the reasoner, and behind them token ids (none if it reads states).
     weaver_pending: list[Tensor] = field(default_factory=list)
@@ -161,7 +165,14 @@ class DecodingState:
         capacity = -(-capacity // 8) * 8 if self.static_steps else capacity
         text = max(map(len, self.prompts)) + new
         count = len(self.prompts)
-        self.reasoner_cache = RowKVCache(count, capacity, self.device)
+        self.static: StaticStep | None = None
+        """The step of fixed shape; the reasoner's cache is its cache as soon as each answer has a row."""
+        if self.static_steps:
+            self.static = take_step(self.model.reasoner, len(self.answers), capacity, self.settings)
+        if self.static is not None and self.settings.group_size == 1:
+            self.reasoner_cache = self.static.cache
+        else:
+            self.reasoner_cache = RowKVCache(count, capacity, self.device)
         self.weaver_cache = RowKVCache(count, capacity + self.model.weaver.forgotten, self.device)
         self.trigger_cache = self.model.trigger.kv_cache(count, text, self.device)
 
@@ -186,7 +197,9 @@ class DecodingState:
         if size == 1:
             return
         source = [index // size for index in range(len(self.answers))]
-        self.reasoner_cache = self.reasoner_cache.select(source, self.reasoner_cache.capacity)
+        self.reasoner_cache = self.reasoner_cache.select(
+            source, self.reasoner_cache.capacity, None if self.static is None else self.static.cache
+        )
         self.weaver_cache = self.weaver_cache.select(source, self.weaver_cache.capacity)
         if self.trigger_cache is not None:
             self.trigger_cache = self.trigger_cache.select(source, self.trigger_cache.capacity)
@@ -291,6 +304,31 @@ class DecodingState:
         probs: Tensor = self.model.trigger.invoke_probs(boundary, self.trigger_cache)
         return probs
 
+    def read_shared_prompts(self, rows: Sequence[int]) -> None:
+        """Lets the trigger read the prompts of answers that it asks for the first time, once for each prompt's answers.
+
+        Args:
+            rows: cache rows of the answers that are asked.
+        """
+        size, cache, live = self.settings.group_size, self.trigger_cache, self.live
+        trigger = self.model.trigger
+        if size == 1 or cache is None or not trigger.shares_prompts or trigger.needs_states:
+            return
+        assert live is not None, "each answer has its own cache rows"
+        first = {live[row] // size: row for row in reversed(rows) if not self.answers[live[row]].trigger_read}
+        if not first:
+            return
+        unread = [self.prompts[prompt] for prompt in first]
+        self.work["trigger_forwards"] += 1
+        self.work["trigger_positions"] += sum(map(len, unread))
+        trigger.invoke_probs(Boundary(list(first.values()), unread, None), cache)
+        for prompt, source in first.items():
+            for answer in self.answers[prompt * size : (prompt + 1) * size]:
+                answer.trigger_read = len(answer.prompt)
+                answer.work["trigger"] += len(answer.prompt) / size
+            others = [row for row, index in enumerate(live) if index // size == prompt and row != source]
+            cache.begin_like(source, others)
+
     def count(self, model: str, rows: Sequence[int], positions: Sequence[int]) -> None:
         """Counts a pass of reasoner, weaver or trigger that reads so many positions of each cache row.
 
@@ -369,6 +407,7 @@ class DecodingState:
         numbers = self.uniforms(live)
         uniforms = None if numbers is None else upload(numbers, self.device)
         logits = self.model.reasoner.logits(hidden)
+        self._keep_alternatives(logits, live)
         alike: dict[tuple[float, float, int], list[int]] = {}
         for row, index in enumerate(live):
             own = self.answers[index].settings or self.settings
@@ -383,6 +422,16 @@ class DecodingState:
             own = self.answers[live[rows[0]]].settings or self.settings
             tokens[at], logprobs[at] = sample(logits[at], own, uniforms[at])
         return Sampled(tokens, logprobs)
+
+    def _keep_alternatives(self, logits: Tensor, live: Sequence[int]) -> None:
+        """Keeps the most probable tokens of this place for the answers that ask for them, (n, V)."""
+        for row, index in enumerate(live):
+            answer = self.answers[index]
+            if answer.alternatives:
+                temperature = (answer.settings or self.settings).temperature
+                own = logits[row] if temperature == 0 else tempered(logits[row], temperature)
+                top = own.log_softmax(dim=-1).topk(min(answer.alternatives, own.shape[0]))
+                answer.tops.append(list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
     def append(self, live: Sequence[int], tokens: Sequence[int | float], logprobs: Sequence[float]) -> None:
         """Adds a token to each answer."""

@@ -37,9 +37,7 @@ class DecodingSteps:
         assert state.live is not None, "each answer has its own cache rows"
         self.live = state.live
         model = state.model
-        self._static = (
-            StaticStep(model.reasoner, state.reasoner_cache, state.settings) if state.static_steps else None
-        )
+        self._static = state.static
         # While a static step runs, a learned trigger can be asked, so that the host waits for both at once.
         asked_meanwhile = self._static is not None and model.trigger.probability is None
         self._tokens_first = state.reads_states or model.trigger.needs_states or asked_meanwhile
@@ -86,7 +84,7 @@ class DecodingSteps:
         for index in live:
             state.answers[index].weaver_unread.append(state.answers[index].tokens[-1])
         probs = self._ask(asked, None)
-        inserting = self._decide(asked, [] if probs is None else probs.tolist())
+        inserting = self._decide(asked, [] if probs is None else to_host(probs)[0])
         if not inserting and self._static is not None:
             self._run_static(self._static)
             state.append(live, *to_host(*self._static.outputs[:, : len(live)]))
@@ -164,6 +162,7 @@ class DecodingSteps:
         """The trigger's probabilities for the rows at a boundary; None if there is none."""
         if not asked:
             return None
+        self.state.read_shared_prompts(asked)
         unread = []
         for row in asked:
             answer = self.state.answers[self.live[row]]

@@ -31,6 +31,8 @@ FORMAT = 1
 """Version of the tables."""
 _CALLED = "latent bank"
 _REMEDY = "choose another file"
+_SMALLEST = 1e-6
+"""Length of a key below which it has no direction."""
 _TOLERANCE = 1e-6
 """Of a score, which is computed in float32."""
 _TABLES = (
@@ -287,7 +289,15 @@ class LatentBank:
     # Reading
 
     def search(
-        self, key: np.ndarray, kind: str, size: int, *, count: int, least: float, decay: float
+        self,
+        key: np.ndarray,
+        kind: str,
+        size: int,
+        *,
+        count: int,
+        least: float,
+        decay: float,
+        centred: bool = False,
     ) -> list[Hit]:
         """The blocks whose keys are nearest to a query, best first, ties in the order of creation.
 
@@ -298,15 +308,26 @@ class LatentBank:
             count: blocks at most.
             least: lowest score.
             decay: how fast a score falls with age.
+            centred: whether the mean key of the kind is taken off keys and query.
         """
-        if not self._numbers:
+        places = np.flatnonzero(self._kinds[:, 0] == kind)
+        if not len(places):
             return []
-        lengths = np.linalg.norm(self._keys, axis=1) * np.linalg.norm(key)
-        cosines = self._keys @ key.astype(np.float32) / np.maximum(lengths, 1e-12)
-        scores = cosines * np.exp(-decay * (self.tick - self._written))
-        fits = (self._kinds[:, 0] == kind) & (self._kinds[:, 1] == size) & (scores >= least - _TOLERANCE)
-        order = [place for place in np.argsort(-scores, kind="stable") if fits[place]]
-        return [Hit(self._numbers[place], float(scores[place])) for place in order[:count]]
+        keys = self._unit_keys(places, centred=centred)
+        asked = key - self._keys[places].mean(axis=0) if centred else key
+        cosines = keys @ asked.astype(np.float32) / max(float(np.linalg.norm(asked)), _SMALLEST)
+        scores = cosines * np.exp(-decay * (self.tick - self._written[places]))
+        fits = (self._kinds[places, 1] == size) & (scores >= least - _TOLERANCE)
+        order = [row for row in np.argsort(-scores, kind="stable") if fits[row]]
+        return [Hit(self._numbers[places[row]], float(scores[row])) for row in order[:count]]
+
+    def _unit_keys(self, places: np.ndarray, *, centred: bool) -> np.ndarray:
+        """Keys of length 1; one that is the mean itself has length 0."""
+        keys = self._keys[places]
+        if centred:
+            keys = keys - keys.mean(axis=0)
+        unit: np.ndarray = keys / np.linalg.norm(keys, axis=1, keepdims=True).clip(_SMALLEST)
+        return unit
 
     def latents(self, number: int) -> np.ndarray | None:
         """A block, float32 (K, hidden); None if another process has removed it."""
@@ -319,14 +340,13 @@ class LatentBank:
         found: np.ndarray = load(row[0])["latents"]
         return found
 
-    def cosines(self, kind: str, newest: int = 500) -> np.ndarray:
+    def cosines(self, kind: str, *, centred: bool = False, newest: int = 500) -> np.ndarray:
         """The cosines between the keys of different episodes, of the newest blocks of a kind, ascending."""
         episodes = {block.number: block.episode for block in self.blocks()}
-        places = [place for place, found in enumerate(self._kinds[:, 0]) if found == kind][-newest:]
-        keys = self._keys[places] / np.linalg.norm(self._keys[places], axis=1, keepdims=True).clip(1e-12)
+        places = np.flatnonzero(self._kinds[:, 0] == kind)[-newest:]
+        keys = self._unit_keys(places, centred=centred)
         names = np.array([episodes.get(self._numbers[place], "") for place in places])
-        pairs = np.triu(names[:, None] != names[None, :])
-        return np.sort((keys @ keys.T)[pairs])
+        return np.sort((keys @ keys.T)[np.triu(names[:, None] != names[None, :])])
 
     def blocks(self) -> list[StoredBlock]:
         """All blocks in the order of their creation."""

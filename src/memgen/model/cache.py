@@ -15,7 +15,7 @@ checkpointing sees exactly what the first computation saw.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 # R rows of a pass, Q queries per row (padded), S key slots per row (padded), T packed positions,
@@ -428,8 +429,10 @@ class RowKVCache(KVCache):
         if layer not in self._keys:
             _, groups, _, size = like.shape
             shape = (len(self._lengths), groups, self.capacity, size)
-            self._keys[layer] = like.new_zeros(shape)
-            self._values[layer] = like.new_zeros(shape)
+            # Not of the inference mode of one call: a cache may be kept for another.
+            with torch.inference_mode(mode=False):
+                self._keys[layer] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+                self._values[layer] = torch.zeros(shape, dtype=like.dtype, device=like.device)
         return self._keys[layer], self._values[layer]
 
     @override
@@ -473,17 +476,29 @@ class RowKVCache(KVCache):
         assert length <= self._lengths[row], "truncate shortens"
         self._lengths[row] = length
 
-    def select(self, rows: Sequence[int], capacity: int) -> RowKVCache:
-        """A new cache with the given rows (repeats allowed), e.g. one prompt for each answer of its group."""
-        chosen = RowKVCache(len(rows), capacity, self.device)
-        chosen._lengths = [self._lengths[row] for row in rows]
+    def clear(self) -> None:
+        """Empties all rows and keeps the buffers where they are, without a value that a mask could not hide (NaN)."""
+        self._lengths = [0] * len(self._lengths)
+        for buffer in (*self._keys.values(), *self._values.values()):
+            buffer.zero_()
+
+    def select(self, rows: Sequence[int], capacity: int, into: RowKVCache | None = None) -> RowKVCache:
+        """A cache whose first rows are the given ones (repeats allowed), e.g. one prompt for each answer of its group.
+
+        Args:
+            rows: of this cache.
+            capacity: slots per row.
+            into: an empty cache with room for them; None: a new one.
+        """
+        chosen = RowKVCache(len(rows), capacity, self.device) if into is None else into
+        chosen._lengths[: len(rows)] = [self._lengths[row] for row in rows]
         used = max(chosen._lengths, default=0)
         index = upload(rows, self.device)
         for layer in self._keys:
             like = self._keys[layer]
             keys, values = chosen.buffers(layer, like)
-            keys[:, :, :used] = like[:, :, :used].index_select(0, index)
-            values[:, :, :used] = self._values[layer][:, :, :used].index_select(0, index)
+            keys[: len(rows), :, :used] = like[:, :, :used].index_select(0, index)
+            values[: len(rows), :, :used] = self._values[layer][:, :, :used].index_select(0, index)
         return chosen
 
     def copy_in(self, row: int, other: RowKVCache, source: int) -> None:
@@ -495,6 +510,21 @@ class RowKVCache(KVCache):
             keys, values = self.buffers(layer, like)
             keys[row, :, :length] = like[source, :, :length]
             values[row, :, :length] = other._values[layer][source, :, :length]
+
+    def begin_like(self, source: int, targets: Sequence[int]) -> None:
+        """Lets empty rows begin with all that a row keeps: a common prompt, which was read once."""
+        if not targets:
+            return
+        assert not any(self._lengths[row] for row in targets), (
+            "only an empty row can begin with another's positions"
+        )
+        length = self._lengths[source]
+        rows = upload(targets, self.device)
+        for layer in self._keys:
+            for buffer in (self._keys[layer], self._values[layer]):
+                buffer[rows, :, :length] = buffer[source, :, :length]
+        for row in targets:
+            self._lengths[row] = length
 
     def move(self, source: int, target: int) -> None:
         """Overwrites a row with another: how a finished row leaves without copying the batch."""
@@ -545,6 +575,11 @@ class _PackedSegment:
     shape: tuple[int, int]  # (R, S)
     masks: _Masks
     fresh: bool  # the rows were empty: plain causal attention over the pass's own keys
+
+    @property
+    def mostly_earlier(self) -> bool:
+        """Whether most of what it attends to was read by earlier passes, which every such pass would copy."""
+        return not self.fresh and 2 * self.padding.width < self.shape[1]
 
 
 def _packed_segment(
@@ -625,28 +660,46 @@ class _PackedView(View):
         *,
         narrowed: bool = False,
     ) -> Tensor:
-        keys, values = self._cache.with_chunk(
-            layer, self._chunk, key[0].transpose(0, 1), value[0].transpose(0, 1)
-        )
-        repeat = query.shape[1] // key.shape[1]
+        self._cache.keep(layer, self._chunk, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        recorded = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
         outputs = []
         for part in self._tails if narrowed else self._parts:
-            if part.fresh and window is None:
-                padding = part.padding
-                attended = _causal_attention(padding.pad(query), padding.pad(key), padding.pad(value), scale)
-                outputs.append(padding.unpad(attended))
-                continue
-            # Rows, key-value heads, slots, head size
-            read_keys = keys.index_select(0, part.index).unflatten(0, part.shape).transpose(1, 2)
-            read_values = values.index_select(0, part.index).unflatten(0, part.shape).transpose(1, 2)
-            if part.square is not None and window is None:
-                attended = _causal_attention(part.square.pad(query), read_keys, read_values, scale)
-                outputs.append(part.square.unpad(attended))
+            inputs = (part, layer, query, key, value, scale, window)
+            if recorded and part.mostly_earlier:
+                # Autograd would keep each pass's copy of all earlier keys and values, with many insertions many times
+                # what was read. They are gathered again in the backward pass instead.
+                outputs.append(
+                    checkpoint(self._attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+                )
             else:
-                mask = part.masks.get(window, repeat, query.dtype)
-                attended = _grouped_attention(part.padding.pad(query), read_keys, read_values, mask, scale)
-                outputs.append(part.padding.unpad(attended))
+                outputs.append(self._attend(*inputs))
         return _joined(outputs, query)
+
+    def _attend(
+        self,
+        part: _PackedSegment,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """The queries of a part, (its positions, h, d)."""
+        if part.fresh and window is None:
+            padding = part.padding
+            attended = _causal_attention(padding.pad(query), padding.pad(key), padding.pad(value), scale)
+            return padding.unpad(attended)
+        keys, values = self._cache.until(layer, self._chunk, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        # Rows, key-value heads, slots, head size
+        read_keys = keys.index_select(0, part.index).unflatten(0, part.shape).transpose(1, 2)
+        read_values = values.index_select(0, part.index).unflatten(0, part.shape).transpose(1, 2)
+        if part.square is not None and window is None:
+            attended = _causal_attention(part.square.pad(query), read_keys, read_values, scale)
+            return part.square.unpad(attended)
+        mask = part.masks.get(window, query.shape[1] // key.shape[1], query.dtype)
+        attended = _grouped_attention(part.padding.pad(query), read_keys, read_values, mask, scale)
+        return part.padding.unpad(attended)
 
 
 @final
@@ -692,17 +745,25 @@ class PackedKVCache(KVCache):
         self._passes += 1
         return view
 
-    def with_chunk(self, layer: int, chunk: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values (slots, g, d) up to and with a pass's own.
-
-        The pass's own are stored at its first computation only; a recomputation reads its own and the chunks
-        before it, as the first computation did.
-        """
+    def keep(self, layer: int, chunk: int, key: Tensor, value: Tensor) -> None:
+        """Keeps a pass's own keys and values, (slots, g, d), at its first computation: a recomputation gives them again."""
         chunks = self._chunks.setdefault(layer, [])
         if len(chunks) == chunk:
             chunks.append((key, value))
-        before = chunks[:chunk]
+
+    def until(self, layer: int, chunk: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values (slots, g, d) before a pass, and its own behind them, whatever was kept since."""
+        before = self._chunks[layer][:chunk]
         if not before:
             return key, value
         keys, values = zip(*before, strict=True)
         return torch.cat([*keys, key]), torch.cat([*values, value])
+
+
+def leaders_of(rows: Iterable[int], shared: Sequence[int], group: Sequence[int]) -> dict[int, int]:
+    """For each group, the first of the given rows that shares most: what it shares covers what the others do."""
+    leaders: dict[int, int] = {}
+    for row in rows:
+        if group[row] not in leaders or shared[row] > shared[leaders[group[row]]]:
+            leaders[group[row]] = row
+    return leaders

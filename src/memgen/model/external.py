@@ -98,6 +98,9 @@ class BankSettings:
     """How fast a block's score falls with its age, in episodes written since."""
     capacity: int = 8
     """Blocks that the file holds; the oldest are dropped."""
+    centred: bool = False
+    """Whether the mean key of the bank is taken off before the cosine: means of hidden states share most of their
+    direction. The first block of a kind is then not found, for it is the mean."""
     key_tokens: int = 64
     """The key is the mean of the reasoner's last hidden states of so many tokens in front of the insertion."""
     insertions: Insertions = "all"

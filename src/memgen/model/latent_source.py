@@ -41,7 +41,8 @@ class WeaverConfig:
 
     kind: str = "weaver"
     """`weaver`: MemGen's. Its comparators (docs/comparators.md): `pause` are constants that read nothing; `softcot` projects
-    a frozen assistant's states, `lora` writes no latents and fine-tunes the reasoner. Or the import path of a `LatentSource` of your own, as `my_package.MySource`."""
+    a frozen assistant's states, `lora` writes no latents and fine-tunes the reasoner. Or the import path of a `LatentSource` of
+    your own, as `my_package.MySource`."""
     backbone: BackboneConfig | None = None
     """A base of its own; None shares the reasoner's (one copy of the weights)."""
     lora: LoraSettings = field(default_factory=LoraSettings)

@@ -8,7 +8,7 @@ only for the places whose states are needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from memgen.kernels import interleave
 from memgen.model.backbone import Backbone, BackboneConfig, load_backbone
 from memgen.model.boundary import Boundaries, BoundaryConfig
-from memgen.model.cache import PackedKVCache, PassSegment
+from memgen.model.cache import PackedKVCache, PassSegment, leaders_of, upload
 from memgen.model.latent_source import LatentSource, Surroundings, WeaverConfig, build_source, source_class
 from memgen.model.reasoner import Reasoner
 from memgen.model.stream import Stream
@@ -334,7 +334,7 @@ class _Forward:
         for row, limit in enumerate(batch.shared.tolist()):
             first = self.insertions[row][0].begin if self.insertions[row] else self.ends[row]
             shared.append(min(limit, first, self.ends[row]))
-        longest = _leaders(range(count), shared, group)
+        longest = leaders_of(range(count), shared, group)
         for row, number in enumerate(group):
             if not np.array_equal(ids[row, : shared[row]], ids[longest[number], : shared[row]]):
                 raise ValueError(
@@ -365,7 +365,7 @@ class _Forward:
         )
         assert bool((needed >= 0).all()), "every state that is read was computed"
         return Woven(
-            hidden=states[torch.from_numpy(needed).to(self.device)],
+            hidden=states[upload(needed, self.device)],
             latents=self.latents,
             work=WorkCount(**self.work),
         )
@@ -381,9 +381,9 @@ class _Forward:
         sources = np.concatenate([self.streams[row].sources[begin:end] for row, begin, end in spans])
         return interleave(
             self.model.reasoner.backbone.embedding,
-            torch.from_numpy(ids).to(self.device),
+            upload(ids, self.device),
             self.latents,
-            torch.from_numpy(sources).to(self.device),
+            upload(sources, self.device),
         )
 
     def _read_prefixes(self, rows: list[int]) -> None:
@@ -392,7 +392,7 @@ class _Forward:
         prefix = {
             row: self.insertions[row][0].begin if self.insertions[row] else self.ends[row] for row in rows
         }
-        leaders = _leaders(rows, self.shared, self.group)
+        leaders = leaders_of(rows, self.shared, self.group)
         # A leader's states serve its whole group.
         first = {self.group[row]: len(self.streams[row].ids) for row in rows}
         for row in rows:
@@ -412,7 +412,7 @@ class _Forward:
 
         Leaders come first in `weaver_order`, so that one pass may serve a leader and the rows that share with it.
         """
-        leaders = _leaders([row for row in rows if self.insertions[row]], self.shared, self.group)
+        leaders = leaders_of([row for row in rows if self.insertions[row]], self.shared, self.group)
         done = dict.fromkeys(rows, 0)
         for row in rows:
             leader = leaders.get(self.group[row])
@@ -467,7 +467,7 @@ class _Forward:
             hidden = self.latents.new_zeros(0, self.latents.shape[1])
         elif weaver.reads_states:
             index = np.concatenate([self.state_index[row][begin:end] for row, begin, end in fed])
-            hidden = self._all_states()[torch.from_numpy(index).to(self.device)]
+            hidden = self._all_states()[upload(index, self.device)]
         else:
             hidden = self._embeddings(fed)
         kinds = [InsertionKind(insertion.kind) for insertion in insertions]
@@ -483,20 +483,9 @@ class _Forward:
             weaver.trained_kinds.update(kinds)
         places = np.concatenate([insertion.latents for insertion in insertions])
         # Latents of other rows in this round are numbered too, even where no state is needed: scatter, not cat.
-        self.latents = self.latents.index_copy(
-            0, torch.from_numpy(places).to(self.device), latents.to(self.latents.dtype)
-        )
+        self.latents = self.latents.index_copy(0, upload(places, self.device), latents.to(self.latents.dtype))
         fed_positions = sum(weaver.positions(counts, kinds, texts))
         self.work["weaver_forwards"] += int(fed_positions > 0)
         self.work["weaver_positions"] += fed_positions
         for row, insertion in zip(rows, insertions, strict=True):
             done[row] = insertion.begin
-
-
-def _leaders(rows: Iterable[int], shared: Sequence[int], group: Sequence[int]) -> dict[int, int]:
-    """For each group, the first of the given rows that shares most: what it shares covers what the others do."""
-    leaders: dict[int, int] = {}
-    for row in rows:
-        if group[row] not in leaders or shared[row] > shared[leaders[group[row]]]:
-            leaders[group[row]] = row
-    return leaders

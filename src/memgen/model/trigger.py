@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, final
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from typing_extensions import override
 
 from memgen.model.adapters import LoraSettings
 from memgen.model.backbone import Backbone, BackboneConfig
-from memgen.model.cache import KVCache, PackedKVCache, PassSegment, RowKVCache, upload
+from memgen.model.cache import KVCache, PackedKVCache, PassSegment, RowKVCache, leaders_of, upload
 from memgen.types import Decision, TokenBatch
 
 KINDS = ("always", "never", "random", "tokens", "hidden_states")
@@ -87,6 +88,10 @@ class Trigger(nn.Module, ABC):
     """Whether it reads the reasoner's hidden states."""
     reads_text: bool = False
     """Whether it has a pass of its own over the text; then `kv_cache` returns a cache, and its positions are counted."""
+    shares_prompts: bool = False
+    """Whether answers to one prompt may share its reading: `invoke_probs` is then given the prompt alone first, once for all
+    of them, and what it says to that is not used. Only with a cache, without states, and if what is read of a text does not
+    depend on where it is cut."""
     stochastic: bool = False
     """Whether its decisions are sampled even where learned triggers are read greedily."""
     probability: float | None = None
@@ -178,6 +183,8 @@ class TokenTrigger(Trigger):
         super().__init__()
         self.backbone = backbone
         self.translate = translate
+        # Two pieces of a text may be other tokens than the whole.
+        self.shares_prompts = translate is None
         backbone.add_adapter(self.adapter, config.lora)
         self.output_layer = _decision_head(backbone.hidden_size, config.initial_invoke_bias)
 
@@ -219,11 +226,24 @@ class TokenTrigger(Trigger):
                 "a trigger with another vocabulary than the reasoner's can decide but not be trained; share the "
                 "reasoner's base (model.memgen.trigger.backbone: null)"
             )
-        rows = batch.rows()
         device = self.backbone.device
-        hidden = self._read(rows, range(len(rows)), PackedKVCache(len(rows), device), None)
-        asked = torch.cat([marks[: len(row)] for marks, row in zip(at, rows, strict=True)])
-        return self._logits(hidden)[asked.to(device)]
+        rows = batch.rows()
+        leader, shared = _shared_beginnings(batch, rows)
+        # Leaders first: one pass reads a beginning and what the rows that share it have behind it.
+        order = sorted(range(len(rows)), key=lambda row: leader[row] != row)
+        cache = PackedKVCache(len(rows), device)
+        for row in order:
+            if shared[row]:
+                cache.share(row, leader[row], shared[row])
+        hidden = self._read([rows[row][shared[row] :] for row in order], order, cache, None)
+        counts = [len(rows[row]) - shared[row] for row in order]
+        starts = dict(zip(order, np.cumsum([0, *counts[:-1]]).tolist(), strict=True))
+        asked = [np.flatnonzero(marks[: len(row)]) for marks, row in zip(at.cpu().numpy(), rows, strict=True)]
+        index = [
+            np.where(places < shared[row], starts[leader[row]] + places, starts[row] + places - shared[row])
+            for row, places in enumerate(asked)
+        ]
+        return self._logits(hidden).index_select(0, upload(np.concatenate(index), device))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.output_layer(hidden.to(self.output_layer.weight.dtype))
@@ -243,6 +263,29 @@ class TokenTrigger(Trigger):
         view = cache.open([PassSegment(rows=rows, counts=counts, read=last)])
         hidden: Tensor = self.backbone(self.backbone.embed(ids), view, self.adapter)
         return hidden
+
+
+def _shared_beginnings(batch: TokenBatch, rows: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """For each row, the row whose beginning it takes, and how many tokens of it; a row that takes none is its own.
+
+    Raises:
+        ValueError: if rows of a group do not share what they claim to.
+    """
+    count = len(rows)
+    if batch.group is None or batch.shared is None:
+        return list(range(count)), [0] * count
+    group = batch.group.tolist()
+    # A row reads at least its last token itself.
+    limits = [min(limit, len(row) - 1) for limit, row in zip(batch.shared.tolist(), rows, strict=True)]
+    leaders = leaders_of(range(count), limits, group)
+    leader = [leaders[number] for number in group]
+    shared = [0 if leader[row] == row else limits[row] for row in range(count)]
+    for row in range(count):
+        if list(rows[row][: shared[row]]) != list(rows[leader[row]][: shared[row]]):
+            raise ValueError(
+                f"rows {leader[row]} and {row} are of one group but do not begin with the same tokens"
+            )
+    return leader, shared
 
 
 @final

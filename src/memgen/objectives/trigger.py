@@ -118,7 +118,7 @@ def decision_logprobs(
 
     Args:
         logits: SKIP and INVOKE logits.
-        decisions: SKIP or INVOKE.
+        decisions: SKIP or INVOKE. They are looked at, so on the host no device is waited for.
 
     Raises:
         ValueError: if one of them is neither.
@@ -128,7 +128,7 @@ def decision_logprobs(
             f"decisions must be SKIP (0) or INVOKE (1), got {sorted(set(decisions.tolist()))}; "
             "select those at which the trigger was asked"
         )
-    chosen: Tensor = logits.log_softmax(dim=-1).gather(1, decisions[:, None].long())
+    chosen: Tensor = logits.log_softmax(dim=-1).gather(1, decisions.to(logits.device)[:, None].long())
     return chosen[:, 0]
 
 

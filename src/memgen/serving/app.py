@@ -1,8 +1,7 @@
 """The HTTP server: OpenAI's chat and text completions over an `Engine`.
 
 Differs from OpenAI's: (1) each choice has a field `memgen` with the places where latents were woven in and the work; (2)
-`logprobs` has the written tokens alone, at their temperature, and of a prompt (`echo`) its tokens with the most probable
-one of each place, read without latents; (3) what would change an answer and is not served is refused.
+`logprobs` are those at the answer's temperature, and of a prompt (`echo`) those that the reasoner gives without latents; (3) what would change an answer and is not served is refused.
 """
 
 from __future__ import annotations
@@ -311,6 +310,7 @@ class _Server:
                     tell=partial(tell, index),
                     stop=_stop(asked.agent, request.stop),
                     scored=asked.echo and asked.logprobs,
+                    alternatives=request.alternatives,
                     streamed=request.stream,
                 )
             )
@@ -368,6 +368,19 @@ class _Server:
             self.engine.cancel(jobs)
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """Tokens whose log-probabilities a response shows, with the most probable ones of their places (none: not asked for)."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    tops: Sequence[Sequence[tuple[int, float]]] = ()
+
+    @property
+    def each_tops(self) -> Sequence[Sequence[tuple[int, float]]]:
+        return self.tops or [()] * len(self.tokens)
+
+
 @final
 class _Writer:
     """Turns what was written into OpenAI's JSON."""
@@ -403,22 +416,21 @@ class _Writer:
         answer = None if event.turn is None else asked.agent.answer(event.turn, asked.request.stop)
         self.written += 0 if answer is None else len(answer.tokens)
         text = "" if answer is None else answer.text
-        tokens, logprobs = ((), ()) if answer is None else (answer.tokens, answer.logprobs)
+        shown = _Shown((), ()) if answer is None else _Shown(answer.tokens, answer.logprobs, event.tops)
         found: dict[str, Any] = {
             "index": index,
             "finish_reason": _reason(answer),
             "memgen": _extension(answer),
         }
         if asked.chat:
-            shown = self._chat_logprobs(tokens, logprobs)
             return found | {
                 "message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": shown,
+                "logprobs": self._chat_logprobs(shown),
             }
         before = asked.texts[prompt] if asked.echo else ""
         return found | {
             "text": before + text,
-            "logprobs": self._text_logprobs(index, event, tokens, logprobs),
+            "logprobs": self._text_logprobs(index, event, shown),
         }
 
     def pieces(self, index: int, event: Progress | Ended) -> list[dict[str, Any]]:
@@ -443,7 +455,8 @@ class _Writer:
                     "latents": asked.agent.latents_before(place),
                 }
             content = text.add(token)
-            chunks += self._token_chunk(index, content, token, new.logprobs[number], woven)
+            shown = _Shown([token], [new.logprobs[number]], new.tops[number : number + 1])
+            chunks += self._token_chunk(index, content, shown, woven)
         if isinstance(event, Ended):
             answer = None if event.turn is None else asked.agent.answer(event.turn, asked.request.stop)
             self.written += 0 if answer is None else len(answer.tokens)
@@ -461,18 +474,20 @@ class _Writer:
         return chunks
 
     def _token_chunk(
-        self, index: int, content: str, token: int, logprob: float, woven: dict[str, int] | None
+        self, index: int, content: str, shown: _Shown, woven: dict[str, int] | None
     ) -> list[dict[str, Any]]:
         if not content and woven is None and not self.asked.logprobs:
             return []
         piece: dict[str, Any] = {"delta": {"content": content}} if self.asked.chat else {"text": content}
         if self.asked.logprobs and self.asked.chat:
-            piece["logprobs"] = self._chat_logprobs([token], [logprob])
+            piece["logprobs"] = self._chat_logprobs(shown)
         elif self.asked.logprobs:
-            spelled = self._spelled(token)
             piece["logprobs"] = {
-                "tokens": [spelled], "token_logprobs": [logprob], "top_logprobs": [{spelled: logprob}], "text_offset": [0],
-            }  # fmt: skip
+                "tokens": [self._spelled(shown.tokens[0])],
+                "token_logprobs": [*shown.logprobs],
+                "top_logprobs": self._tops(shown),
+                "text_offset": [0],
+            }
         if woven is not None:
             piece["memgen"] = {"insertions": [woven]}
         return [self._piece(index, piece)]
@@ -486,36 +501,40 @@ class _Writer:
     def _spelled(self, token: int) -> str:
         return str(self.asked.agent.tokenizer.decode([token]))
 
-    def _chat_logprobs(self, tokens: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any] | None:
+    def _chat_logprobs(self, shown: _Shown) -> dict[str, Any] | None:
         if not self.asked.logprobs:
             return None
-        content: list[dict[str, Any]] = [
-            {"token": self._spelled(token), "logprob": logprob, "bytes": None, "top_logprobs": []}
-            for token, logprob in zip(tokens, logprobs, strict=True)
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            return {"token": self._spelled(token), "logprob": logprob, "bytes": None}
+
+        content = [
+            entry(token, logprob) | {"top_logprobs": [entry(*top) for top in tops]}
+            for token, logprob, tops in zip(shown.tokens, shown.logprobs, shown.each_tops, strict=True)
         ]
         return {"content": content, "refusal": None}
 
-    def _text_logprobs(
-        self, index: int, event: Ended, tokens: Sequence[int], logprobs: Sequence[float]
-    ) -> dict[str, Any] | None:
+    def _tops(self, shown: _Shown) -> list[dict[str, float]]:
+        """Of each token: it and the most probable ones of its place. Of two that are spelled alike, the more probable."""
+        return [
+            {
+                self._spelled(top): value
+                for top, value in sorted([(token, logprob), *tops], key=lambda pair: pair[1])
+            }
+            for token, logprob, tops in zip(shown.tokens, shown.logprobs, shown.each_tops, strict=True)
+        ]
+
+    def _text_logprobs(self, index: int, event: Ended, shown: _Shown) -> dict[str, Any] | None:
         if not self.asked.logprobs:
             return None
-        all_tokens, values = list(tokens), list(logprobs)
-        tops: list[dict[str, float] | None] = [
-            {self._spelled(t): p} for t, p in zip(tokens, logprobs, strict=True)
-        ]
+        all_tokens, values = list(shown.tokens), list(shown.logprobs)
+        tops: list[dict[str, float] | None] = [*self._tops(shown)]
         if self.asked.echo:
             scores, prompt = event.scores, self.asked.prompts[index // self.asked.request.n]
             assert scores is not None, "they were asked for"
-            before: list[dict[str, float] | None] = [None]
-            for token, own, best, top in zip(
-                prompt[1:], scores.logprobs, scores.best, scores.best_logprobs, strict=True
-            ):
-                # Two ids may be spelled alike: the more probable one counts.
-                before.append({self._spelled(token): own} | {self._spelled(best): top})
             all_tokens = [*prompt, *all_tokens]
             values = [None, *scores.logprobs, *values]  # type: ignore[list-item]
-            tops = [*before, *tops]
+            tops = [None, *self._tops(_Shown(prompt[1:], scores.logprobs, scores.tops)), *tops]
         spelled, offsets, place = [], [], 0
         for token in all_tokens:
             spelled.append(self._spelled(token))

@@ -37,12 +37,14 @@ class Progress:
         tokens: token ids.
         logprobs: log-probability of each.
         insertions: indices in the answer of those before which latents were woven in.
+        tops: for each token the most probable ones of its place; empty if they were not asked for.
     """
 
     first: int
     tokens: list[int]
     logprobs: list[float]
     insertions: list[int]
+    tops: list[Sequence[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,12 @@ class Ended:
     Attributes:
         turn: what was written; None: nothing was asked for.
         scores: of the prompt, if they were asked for.
+        tops: for each token the most probable ones of its place; empty if they were not asked for.
     """
 
     turn: AgentTurn | None
     scores: PromptScores | None = None
+    tops: Sequence[Sequence[tuple[int, float]]] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Job:
         tell: is called in the engine's thread with `Progress`, and at last with `Ended` or `Failed`. It must not wait.
         stop: ends the answer besides the end tokens.
         scored: whether the prompt's scores are wanted.
+        alternatives: how many most probable tokens of each place are wanted.
         streamed: whether to tell of progress.
         cancelled: whether no one waits for it any more.
         told: tokens that were told of.
@@ -96,6 +101,7 @@ class Job:
     tell: Callable[[Progress | Ended | Failed], None]
     stop: Stop | None = None
     scored: bool = False
+    alternatives: int = 0
     streamed: bool = False
     cancelled: bool = False
     told: int = 0
@@ -268,7 +274,7 @@ class Engine:
                 continue
             try:
                 if job.scored:
-                    job.scores = prompt_scores(job.agent.model, job.prompt)
+                    job.scores = prompt_scores(job.agent.model, job.prompt, max(1, job.alternatives))
             except Exception as error:  # noqa: BLE001 - it fails this job alone
                 self._fail(job, error)
                 continue
@@ -314,7 +320,7 @@ class Engine:
     def _join(self, jobs: Sequence[Job]) -> None:
         assert self._batch is not None, "jobs join a batch"
         newcomers = [
-            Newcomer(job.prompt, job.settings, job.row_seed, job.stop)
+            Newcomer(job.prompt, job.settings, job.row_seed, job.stop, job.alternatives)
             for job in jobs
             if job.settings is not None
         ]
@@ -336,7 +342,7 @@ class Engine:
                 self.counts.cancelled += 1
             else:
                 self._count(turn)
-                self._tell(job, Ended(turn, job.scores))
+                self._tell(job, Ended(turn, job.scores, batch.written(place).tops))
         if self._jobs:
             batch.step()
             self.counts.steps += 1
@@ -349,7 +355,11 @@ class Engine:
             self._tell(
                 job,
                 Progress(
-                    first, list(written.tokens[first:]), list(written.logprobs[first : job.told]), inside
+                    first,
+                    list(written.tokens[first:]),
+                    list(written.logprobs[first : job.told]),
+                    inside,
+                    list(written.tops[first : job.told]),
                 ),
             )
 

@@ -126,6 +126,18 @@ class ChatRequest(_Request):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _alternatives_need_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @property
+    def alternatives(self) -> int:
+        """How many of each place's most probable tokens are asked for."""
+        return self.top_logprobs or 0
 
 
 class CompletionRequest(_Request):
@@ -133,12 +145,17 @@ class CompletionRequest(_Request):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=1)
+    logprobs: int | None = Field(None, ge=0, le=5)
 
     @field_validator("echo", mode="before")
     @classmethod
     def _null_is_false(cls, value: Any) -> Any:
         return False if value is None else value
+
+    @property
+    def alternatives(self) -> int:
+        """How many of each place's most probable tokens are asked for."""
+        return self.logprobs or 0
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -21,22 +21,21 @@ class PromptScores:
 
     Attributes:
         logprobs: log-probability of each.
-        best: the most probable token in its place.
-        best_logprobs: log-probability of that one.
+        tops: the most probable tokens in its place, best first, with their log-probabilities.
     """
 
     logprobs: list[float]
-    best: list[int]
-    best_logprobs: list[float]
+    tops: list[list[tuple[int, float]]]
 
 
 @torch.no_grad()
-def prompt_scores(model: MemGenModel, prompt: Sequence[int]) -> PromptScores:
+def prompt_scores(model: MemGenModel, prompt: Sequence[int], alternatives: int = 1) -> PromptScores:
     """Scores a prompt.
 
     Args:
         model: its reasoner reads.
         prompt: token ids, at least one.
+        alternatives: how many most probable tokens of each place to give.
 
     Raises:
         ValueError: if the prompt is empty or longer than the reasoner's context.
@@ -48,17 +47,17 @@ def prompt_scores(model: MemGenModel, prompt: Sequence[int]) -> PromptScores:
         )
     batch = TokenBatch.from_rows([list(prompt)])
     if len(prompt) == 1:
-        return PromptScores([], [], [])
+        return PromptScores([], [])
     read = torch.ones_like(batch.ids, dtype=torch.bool)
     read[0, -1] = False
     hidden = model(batch, InsertionPlan.empty(1), read).hidden
     targets = batch.ids[0, 1:].to(hidden.device)
-    scores = PromptScores([], [], [])
+    scores = PromptScores([], [])
     size = chunk_rows(model.reasoner.backbone.head.weight)
     for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
         logprobs = model.reasoner.logits(part).log_softmax(dim=-1)
-        top = logprobs.max(dim=-1)
+        top = logprobs.topk(min(alternatives, logprobs.shape[-1]), dim=-1)
         scores.logprobs.extend(logprobs.gather(-1, wanted[:, None]).squeeze(-1).tolist())
-        scores.best.extend(top.indices.tolist())
-        scores.best_logprobs.extend(top.values.tolist())
+        for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+            scores.tops.append(list(zip(ids, values, strict=True)))
     return scores

@@ -215,10 +215,10 @@ def _orders(
         if common:
             pairs = [(first[seed][i], own[seed][i]) for i in common]
             means.append(tuple(sum(side) / len(common) for side in zip(*pairs, strict=True)))
-    befores, afters = [m[0] for m in means], [m[1] for m in means]
-    differences = tuple(after - before for before, after in zip(befores, afters, strict=True))
+    before, after = [m[0] for m in means], [m[1] for m in means]
+    differences = tuple(b - a for a, b in zip(before, after, strict=True))
     # Means are seldom 0 or 1; a mark keeps McNemar's test away where they are.
-    test = paired_test([0.5, *befores], [0.5, *afters]) if means else None
+    test = paired_test([0.5, *before], [0.5, *after]) if means else None
     return Orders(
         name, differences, "none" if test is None else test.name, 1.0 if test is None else test.p_value
     )

@@ -1,4 +1,4 @@
-"""An HTML page of episodes with their insertion points: `samples/<name>.html` of a run."""
+"""An HTML page of episodes with their insertion points: `samples/<name>.html` of a run in MLflow, likewise in other trackers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from collections.abc import Iterable, Sequence
 from lightning.pytorch.loggers import Logger
 
 from memgen.tracking.episodes import Sample
-from memgen.tracking.run_logger import run_loggers
+from memgen.tracking.run_logger import RunLogger
+from memgen.tracking.trackers import log_page
 
 
 def log_samples(loggers: Iterable[Logger], samples: Sequence[Sample], name: str) -> None:
-    """Writes episodes as a page `samples/<name>.html` of the run."""
-    for found in run_loggers(loggers):
-        found.log_text(samples_html(samples), f"samples/{name}.html")
+    """Writes episodes as a page `samples/<name>.html` of the run, in every tracker that takes pages."""
+    page = samples_html(samples)
+    for found in loggers:
+        if isinstance(found, RunLogger):
+            found.log_text(page, f"samples/{name}.html")
+        else:
+            log_page(found, page, list(samples), name)
 
 
 def samples_html(samples: Sequence[Sample]) -> str:

@@ -154,12 +154,11 @@ class Evaluation(nn.Module):
 
     def _write(self, stage: LightningModule, split: str, name: str) -> None:
         """Writes page, table and traces, if the run is recorded."""
-        found = run_loggers(stage.trainer.loggers)
-        if not found or not self._rows:
+        if not stage.trainer.loggers or not self._rows:
             return
-        log_samples(found, self._samples, name)
+        log_samples(stage.trainer.loggers, self._samples, name)
         columns = {key: [row[key] for row in self._rows] for key in self._rows[0]}
-        for one in found:
+        for one in run_loggers(stage.trainer.loggers):
             one.log_table(columns, f"tables/{name}.json")
             for trace in self._traces[: one.settings.traces]:
                 one.log_trace(

@@ -37,6 +37,7 @@ from memgen.training.checkpoint import (
 from memgen.training.evaluation import Evaluation
 from memgen.training.finite import FiniteNumbers
 from memgen.training.optimizer import OptimizerSettings
+from memgen.training.threads import choose_threads
 from memgen.types import InsertionKind
 
 logger = logging.getLogger(__name__)
@@ -356,6 +357,7 @@ def build_model(
     """
     model = MemGenModel.build(config, data.tokenizer_object, resolve_asset, load_tokenizer=load_tokenizer)
     require_whole(model)
+    choose_threads(model)
     model.reasoner.end_at(end_of_turn_id(data.tokenizer_object, data.template))
     if init_from is not None:
         found = Path(resolve_asset(init_from))

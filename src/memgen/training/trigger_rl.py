@@ -152,7 +152,8 @@ class TriggerRL(PolicyStage):
         # Greatest care at 0 and 1: a sampled decision had a probability above 0.
         chosen = torch.where(decisions.bool(), probs, 1.0 - probs).clamp(min=torch.finfo(probs.dtype).tiny)
         return TokenScores(
-            logprobs=replay.by_episode(decision_logprobs(logits, decisions[mask]), mask),
+            # Which there are is known on the host.
+            logprobs=replay.by_episode(decision_logprobs(logits, replay.decisions[replay.decided]), mask),
             mask=mask,
             entropy=replay.by_episode(decision_entropy(logits), mask) if entropy else None,
             rollout_logprobs=torch.where(mask, chosen.log(), 0.0),
