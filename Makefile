@@ -114,7 +114,7 @@ check: setup
 
 # Nothing is fetched to build the site, nor to view it.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@! grep -rlE '(src|href)="(https?:)?//[^"]*\.(js|css|woff2?)' site --include=*.html || { \
 	  echo "make docs: these pages fetch scripts, styles or fonts from elsewhere" >&2; exit 1; }
 
