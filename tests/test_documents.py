@@ -2,7 +2,7 @@
 
 A command is a line of a fenced block that begins with `memgen`, `make`, `python -m` or `pip install`; a block of `text` is a
 record. Commands of memgen run up to the point where work would begin: options are parsed, files found and merged, keys
-accepted. What a block leaves out (`...`) or leaves to the reader (`DIR`) is filled in. tests/cli/test_first_screen.py runs
+accepted. What a block leaves out (`...`) or leaves to the reader (`DIR`) is filled in. tests/lab/test_pipeline.py runs
 README's first block to its end.
 """
 

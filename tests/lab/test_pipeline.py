@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -47,11 +49,11 @@ class Folder:
         self.environment.pop("MLFLOW_TRACKING_URI", None)
         (path / "conf").symlink_to(ROOT / "conf")
 
-    def run(self, *arguments: str) -> str:
-        """What a command prints."""
+    def run(self, *arguments: str, path: Path | None = None) -> str:
+        """What a command prints, here or in another folder."""
         done = subprocess.run(
             [sys.executable, "-m", "memgen.cli.main", *arguments],
-            cwd=self.path, env=self.environment, capture_output=True, text=True, check=False,
+            cwd=path or self.path, env=self.environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
@@ -93,6 +95,20 @@ def test_the_demo_trains_every_stage_to_beat_its_controls_on_held_out_items(fold
     assert trigger["insertions_per_answer"] <= 1.2
     assert trigger["others"]["exact"] >= alone["others"]["exact"] - 0.02
     assert always["others"]["exact"] < alone["others"]["exact"] - 0.3
+
+
+def test_the_first_block_of_readme_trains_what_the_demo_does_tests_it_and_answers(folder, tmp_path):
+    """Its training is a command of the demo's, which is not run again; the others are, in a folder without `conf/`."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^```bash\n(.*?)^```", readme, re.M | re.S)[1]
+    fit, *others = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert f"2/6  weaver SFT: {shlex.join(fit)}\n" in (folder.path / "printed").read_text()
+    (tmp_path / "runs").symlink_to(folder.path / "runs")
+    tested, answered = (folder.run(*command[1:], path=tmp_path) for command in others)
+    assert float(re.search(r"exact_match\D*([\d.]+)", tested)[1]) >= 0.95
+    *_, prices, total = answered.splitlines()
+    assert prices.count("⟦memory⟧") == 4
+    assert total.startswith("# ")
 
 
 @pytest.fixture(scope="module")
