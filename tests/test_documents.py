@@ -53,6 +53,7 @@ CHECKPOINTS = (
     "runs/weaver_sft/latest/best",
     "runs/weaver_grpo/latest/best",
     "runs/trigger_rl/latest/best",
+    "runs/lora_sft/best",
 )
 
 

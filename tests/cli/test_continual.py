@@ -164,7 +164,7 @@ def test_the_files_of_the_project_are_whole(overlays, capsys, monkeypatch):
     assert len(settings.chain) == len(settings.tasks) == 4
     assert settings.methods == tuple(METHODS)
     built = {
-        f"{stage} of {task}": continual._built(settings, stage, task)[0]
+        f"{stage} of {task}": continual._built(settings, stage, task)
         for stage, task in (("weaver_sft", settings.chain[0]), ("trigger_rl", settings.chain[-1]))
     }
     continual._require_one_model(built)

@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -285,7 +286,7 @@ def require_files(argv: Sequence[str]) -> None:
     Raises:
         UsageError: naming the first, and the nearest one that exists.
     """
-    for option, after in zip(argv, [*argv[1:], ""], strict=True):
+    for option, after in pairwise([*argv, ""]):
         name, equals, value = option.partition("=")
         path = Path(value if equals else after)
         if name != "--config" or not path.name or path.is_file():
