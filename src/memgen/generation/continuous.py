@@ -172,6 +172,8 @@ class ContinuousBatch:
         """The answers that are over, with their places, which are free again."""
         over = [place for place in self._steps.live if self._state.answers[place].over]
         self._steps.drop_finished()
+        for place in over:
+            self._state.answers[place].weaver_pending.clear()
         return [(place, self._state.answers[place].turn()) for place in over]
 
     def written(self, place: int) -> Written:
