@@ -77,11 +77,11 @@ setup-verifiers: setup
 setup-trackers: setup
 	$(call extras,tensorboard wandb)
 
-# All pins but fsspec's.
+# All pins but those of fsspec and openai: inspect-ai wants an older and a newer one.
 setup-harnesses: setup
 	test -x $(VENV)/harnesses/bin/python || $(PYTHON) -m venv $(VENV)/harnesses
-	sed '/^fsspec==/d' constraints.txt > $(VENV)/harnesses/constraints.txt
-	$(VENV)/harnesses/bin/python -m pip install --quiet -c $(VENV)/harnesses/constraints.txt "lm-eval[api]" inspect-ai openai
+	sed '/^fsspec==/d; /^openai==/d' constraints.txt > $(VENV)/harnesses/constraints.txt
+	$(VENV)/harnesses/bin/python -m pip install --quiet -c $(VENV)/harnesses/constraints.txt "lm-eval[api]" inspect-ai "openai==3.57.0"
 
 demo: setup
 	$(BIN)/memgen demo $(DEMO_ARGS)
