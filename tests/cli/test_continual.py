@@ -144,7 +144,7 @@ def test_a_chain_that_goes_on_is_the_same_run_in_mlflow(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         begin()
     first = json.loads((out / "mlflow_run.json").read_text())["run_id"]
-    client = MlflowClient("sqlite:///runs/mlflow.db")
+    client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
     assert client.get_run(first).info.status == "FAILED"
     with continual._parent(settings, out) as parent:
         parent.log_metrics({"memgen/a": 0.5}, 1)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -79,24 +76,19 @@ def test_a_study_is_played_reported_and_goes_on_without_playing_again(folder, ca
     assert "method.memory.constants" in capsys.readouterr().err
 
 
-def test_in_mlflow_a_study_is_a_run_and_its_cells_are_children(folder):
+def test_in_mlflow_a_study_is_a_run_and_its_cells_are_children(folder, capsys):
     from mlflow import MlflowClient
 
     (folder / "stage.yaml").write_text((folder / "stage.yaml").read_text().replace("  logger: false\n", ""))
     arguments = ("--tasks.other", "null", "--methods.exp_rag", "null")
-    done = subprocess.run(
-        [sys.executable, "-m", "memgen.cli.main", *COMMAND, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    client = MlflowClient("sqlite:///runs/mlflow.db")
+    assert front_end.main([*COMMAND, *arguments]) == 0, capsys.readouterr().err
+    client = MlflowClient(
+        f"sqlite:///{folder / 'runs' / 'mlflow.db'}"
+    )  # mlflow keeps a store of each address
     runs = client.search_runs([client.get_experiment_by_name("memgen").experiment_id])
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in runs if run not in parents]
-    assert len(parents) == 1, done.stderr[-3000:]
+    assert len(parents) == 1
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
     assert sorted(run.info.run_name for run in children) == ["trained/vanilla/0", "trained/weaver/0"]
     assert {run.info.status for run in runs} == {"FINISHED"}
