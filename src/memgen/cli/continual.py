@@ -6,8 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from memgen.cli import config
 from memgen.cli.config import Document, Layer, Request
 from memgen.cli.errors import UsageError
 from memgen.cli.options import take_options
+from memgen.cli.pipeline_run import parent_run
 
 if TYPE_CHECKING:
     from memgen.continual.chain import Stage
@@ -242,27 +242,9 @@ def _stage(path: Path, values: Document) -> Stage:
     return Stage(path, values)
 
 
-@contextlib.contextmanager
-def _parent(settings: ContinualSettings, out: Path) -> Iterator[RunLogger]:
+def _parent(settings: ContinualSettings, out: Path) -> contextlib.AbstractContextManager[RunLogger]:
     """The run that the trainings join as children; of a chain that goes on, the one that it began with."""
-    from memgen.running.resume import LAST
-    from memgen.tracking.family import PARENT_VARIABLE
-    from memgen.tracking.run_logger import open_parent, resumed_logger, run_logger
-    from memgen.training.callbacks import RESUME
-
-    logger = resumed_logger(run_logger(system_seconds=0), out / RESUME / LAST)
-    tags = {"seed": str(settings.seed), "chain": " ".join(settings.chain)}
-    parent = open_parent("continual", "pipeline", logger, tags)
-    parent.log_run_folder(out)
-    os.environ[PARENT_VARIABLE] = parent.run_id or ""
-    try:
-        yield parent
-    except BaseException:
-        parent.finalize("failed")
-        raise
-    finally:
-        del os.environ[PARENT_VARIABLE]
-    parent.finalize()
+    return parent_run("continual", {"seed": str(settings.seed), "chain": " ".join(settings.chain)}, out)
 
 
 def _show(scores: Mapping[str, Scores], measures: Mapping[str, Measures]) -> None:

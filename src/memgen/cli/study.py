@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import os
 import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from memgen.cli import config
 from memgen.cli.config import Document, Layer, Request
 from memgen.cli.errors import UsageError
 from memgen.cli.options import take_options
+from memgen.cli.pipeline_run import parent_run, run_of
 
 if TYPE_CHECKING:
     from memgen.study.results import Played
@@ -281,48 +281,21 @@ def _metrics(folder: Path) -> dict[str, float]:
 # MLflow
 
 
-@contextlib.contextmanager
-def _parent(settings: StudySettings, out: Path) -> Iterator[RunLogger]:
+def _parent(settings: StudySettings, out: Path) -> contextlib.AbstractContextManager[RunLogger]:
     """The run that the cells join as children; of a study that goes on, the one that it began with."""
-    from memgen.tracking.family import PARENT_VARIABLE
-    from memgen.tracking.run_logger import open_parent
-
     tags = {"methods": " ".join(settings.methods), "tasks": " ".join(settings.tasks)}
-    with _run_of(out) as logger:
-        parent = open_parent("study", "pipeline", logger, tags)
-        parent.log_run_folder(out)
-        os.environ[PARENT_VARIABLE] = parent.run_id or ""
-        try:
-            yield parent
-        finally:
-            del os.environ[PARENT_VARIABLE]
+    return parent_run("study", tags, out)
 
 
 @contextlib.contextmanager
 def _child(settings: StudySettings, cell: Cell, folder: Path) -> Iterator[RunLogger]:
     """A cell's run."""
     tags = {"stage": cell.name.replace("/", "_"), **{k: str(v) for k, v in asdict(cell).items()}}
-    with _run_of(folder) as child:
+    with run_of(folder) as child:
         child.describe(cell.name, tags)
         child.log_run_folder(folder)
         child.log_hyperparams({"method": asdict(settings.methods[cell.method])})
         yield child
-
-
-@contextlib.contextmanager
-def _run_of(folder: Path) -> Iterator[RunLogger]:
-    """The run of a folder, a new one if it has none; it is ended with the block."""
-    from memgen.running.resume import LAST
-    from memgen.tracking.run_logger import resumed_logger, run_logger
-    from memgen.training.callbacks import RESUME
-
-    logger = resumed_logger(run_logger(system_seconds=0), folder / RESUME / LAST)
-    try:
-        yield logger
-    except BaseException:
-        logger.finalize("failed")
-        raise
-    logger.finalize()
 
 
 def _parser() -> argparse.ArgumentParser:
